@@ -1,0 +1,3 @@
+//! podhull-agent
+
+fn main() {}

@@ -1,0 +1,3 @@
+//! podhull-rootfs-builder
+
+fn main() {}

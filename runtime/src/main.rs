@@ -1,0 +1,3 @@
+//! podhull
+
+fn main() {}
