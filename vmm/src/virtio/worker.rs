@@ -1,0 +1,120 @@
+//! The thread of an active device: an epoll loop that hands events to a [`Worker`] until it is told to stop, and then
+//! gives the worker back, so that its queues can be saved or dropped.
+
+use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
+use std::thread::JoinHandle;
+
+use rustix::event::{PollFd, PollFlags};
+use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
+use vmm_sys_util::eventfd::EventFd;
+
+use super::{ActiveQueue, Broken};
+
+/// Token of the loop's own stop event.
+const STOP: u64 = u64::MAX;
+
+/// The running half of a device: owns its queues and handles its events, on one thread.
+pub trait Worker: Send {
+    /// Registers what the worker waits for. Called on the thread, each time it starts (again after a pause); queues may
+    /// hold chains already: look at them here, or `kick_self` them.
+    fn start(&mut self, poll: &Poll) -> io::Result<()>;
+
+    /// The file descriptor registered with `token` has `events`. Must not block longer than one request takes.
+    fn handle(&mut self, token: u64, events: EventSet, poll: &Poll) -> Result<(), Broken>;
+
+    /// The active queues by index, to save them while the worker is stopped.
+    fn queues(&self) -> Vec<Option<&ActiveQueue>>;
+}
+
+/// The epoll instance of a worker's thread.
+pub struct Poll {
+    epoll: Epoll,
+}
+
+impl Poll {
+    /// Waits for `events` on `fd` (level-triggered unless `EventSet::EDGE_TRIGGERED` is among them).
+    pub fn add(&self, fd: RawFd, token: u64, events: EventSet) -> io::Result<()> {
+        self.epoll.ctl(ControlOperation::Add, fd, EpollEvent::new(events, token))
+    }
+
+    /// Changes what is waited for.
+    pub fn modify(&self, fd: RawFd, token: u64, events: EventSet) -> io::Result<()> {
+        self.epoll.ctl(ControlOperation::Modify, fd, EpollEvent::new(events, token))
+    }
+
+    /// Stops waiting for it. Closing the last copy of a file descriptor does so too.
+    pub fn remove(&self, fd: RawFd) -> io::Result<()> {
+        self.epoll.ctl(ControlOperation::Delete, fd, EpollEvent::default())
+    }
+}
+
+/// A worker on its thread. Dropping it stops the thread.
+pub struct Running {
+    stop: EventFd,
+    thread: Option<JoinHandle<Box<dyn Worker>>>,
+}
+
+impl Running {
+    /// Starts `worker` on a thread called `name` (at most 15 bytes are seen). `broken` is called there, once, if the driver
+    /// breaks the rules; the thread then waits for its stop without serving anything.
+    pub fn start(
+        name: &str,
+        mut worker: Box<dyn Worker>,
+        broken: impl FnOnce(Broken) + Send + 'static,
+    ) -> io::Result<Self> {
+        let stop = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?;
+        let stopped = stop.try_clone()?;
+        let poll = Poll { epoll: Epoll::new()? };
+        poll.add(stop.as_raw_fd(), STOP, EventSet::IN)?;
+        let thread = std::thread::Builder::new().name(name.into()).stack_size(256 * 1024).spawn(move || {
+            if let Err(error) = serve(&mut *worker, &poll) {
+                broken(error);
+                wait_for_stop(&stopped);
+            }
+            worker
+        })?;
+        Ok(Self { stop, thread: Some(thread) })
+    }
+
+    /// Stops the thread after the event it is at, and returns the worker; `None` if it panicked.
+    pub fn stop(mut self) -> Option<Box<dyn Worker>> {
+        self.join()
+    }
+
+    fn join(&mut self) -> Option<Box<dyn Worker>> {
+        let _ = self.stop.write(1);
+        self.thread.take()?.join().ok()
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        self.join();
+    }
+}
+
+fn serve(worker: &mut dyn Worker, poll: &Poll) -> Result<(), Broken> {
+    worker.start(poll).map_err(|e| Broken::Host("start of the device's thread", e))?;
+    let mut events = [EpollEvent::default(); 32];
+    loop {
+        let count = match poll.epoll.wait(-1, &mut events) {
+            Ok(count) => count,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+            Err(error) => return Err(Broken::Host("epoll_wait", error)),
+        };
+        for event in &events[..count] {
+            if event.data() == STOP {
+                return Ok(());
+            }
+            worker.handle(event.data(), event.event_set(), poll)?;
+        }
+    }
+}
+
+/// After a rule was broken only the stop event counts; the others stay unread, so it is waited for alone.
+fn wait_for_stop(stop: &EventFd) {
+    // SAFETY: the descriptor is open for as long as the borrowed eventfd.
+    let stop = unsafe { BorrowedFd::borrow_raw(stop.as_raw_fd()) };
+    while rustix::event::poll(&mut [PollFd::new(&stop, PollFlags::IN)], None) == Err(rustix::io::Errno::INTR) {}
+}
