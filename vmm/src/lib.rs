@@ -4,6 +4,14 @@
 //! It knows nothing of containers. The runtime starts the process, hands it open files over the [`control`] channel, and
 //! speaks to the guest's agent through it.
 
+pub mod arch;
+pub mod bus;
 pub mod control;
+pub mod jail;
+pub mod kernel;
+pub mod machine;
 pub mod memory;
+pub mod pci;
+pub mod snapshot;
+pub mod vcpu;
 pub mod virtio;

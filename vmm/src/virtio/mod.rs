@@ -6,12 +6,15 @@
 
 pub mod buffers;
 pub mod entropy;
+pub mod pci;
 pub mod queue;
 pub mod worker;
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::{Arc, Mutex};
 
+use kvm_bindings::kvm_msi;
+use kvm_ioctls::VmFd;
 use serde::{Deserialize, Serialize};
 use vmm_sys_util::eventfd::EventFd;
 
@@ -20,6 +23,7 @@ pub use queue::{ActiveQueue, Broken, Chain};
 pub use worker::{Poll, Worker};
 
 use crate::memory::SharedMemory;
+use crate::vcpu::lock;
 
 /// `VIRTIO_F_VERSION_1` (6): offered and required for every device.
 pub const F_VERSION_1: u64 = 1 << 32;
@@ -98,9 +102,9 @@ pub enum ActivateError {
     /// A queue's addresses or size are not usable.
     #[error("queue {0} is not valid: ring outside guest memory, unaligned, or of bad size")]
     QueueInvalid(usize),
-    /// The driver did not accept `VIRTIO_F_VERSION_1`.
-    #[error("driver without VIRTIO_F_VERSION_1")]
-    NotModern,
+    /// The driver has not given the device's registers an address.
+    #[error("registers are not decoded")]
+    NotDecoded,
     /// The host refused something.
     #[error("{0}: {1}")]
     Host(&'static str, #[source] std::io::Error),
@@ -109,26 +113,54 @@ pub enum ActivateError {
     State(String),
 }
 
-/// One interrupt vector as a device sees it: MSI-X, delivered by KVM through an irqfd. Cloning shares it.
+/// One interrupt vector as a device sees it. Cloning shares it.
 #[derive(Clone)]
 pub struct Interrupt(Arc<Vector>);
 
 struct Vector {
-    irqfd: EventFd,
+    delivery: Delivery,
     masked: AtomicBool,
     pending: AtomicBool,
     raised: AtomicU32,
 }
 
+enum Delivery {
+    Eventfd(EventFd),
+    Msi { vm: Arc<VmFd>, message: Mutex<(u64, u32)> },
+}
+
 impl Interrupt {
-    /// An interrupt that writes `irqfd`; masked until the transport unmasks it.
-    pub fn new(irqfd: EventFd) -> Self {
+    /// An interrupt that writes an eventfd; masked until it is unmasked.
+    pub fn new(eventfd: EventFd) -> Self {
+        Self::with(Delivery::Eventfd(eventfd))
+    }
+
+    /// A message-signalled interrupt of `vm`; masked, and without a message. KVM is handed the message itself
+    /// (`KVM_SIGNAL_MSI`): an irqfd would need a route in KVM's table for each vector, and each change of that table waits
+    /// for a grace period during the guest's boot.
+    pub fn msi(vm: Arc<VmFd>) -> Self {
+        Self::with(Delivery::Msi { vm, message: Mutex::new((0, 0)) })
+    }
+
+    fn with(delivery: Delivery) -> Self {
         Self(Arc::new(Vector {
-            irqfd,
+            delivery,
             masked: AtomicBool::new(true),
             pending: AtomicBool::new(false),
             raised: AtomicU32::new(0),
         }))
+    }
+
+    /// Sets address and data of the message.
+    pub fn set_message(&self, address: u64, data: u32) {
+        if let Delivery::Msi { message, .. } = &self.0.delivery {
+            *lock(message) = (address, data);
+        }
+    }
+
+    /// How often it was raised, masked or not.
+    pub fn raised(&self) -> u32 {
+        self.0.raised.load(Ordering::Relaxed)
     }
 
     /// Raises the interrupt, or notes it as pending while it is masked.
@@ -142,15 +174,32 @@ impl Interrupt {
                 return;
             }
         }
-        // An eventfd write fails only when the counter is about to overflow; the interrupt is then pending anyway.
-        let _ = vector.irqfd.write(1);
+        self.deliver();
+    }
+
+    fn deliver(&self) {
+        match &self.0.delivery {
+            // A write fails only when the counter is about to overflow; the interrupt is then pending anyway.
+            Delivery::Eventfd(eventfd) => drop(eventfd.write(1)),
+            Delivery::Msi { vm, message } => {
+                let (address, data) = *lock(message);
+                let msi = kvm_msi {
+                    address_lo: address as u32,
+                    address_hi: (address >> 32) as u32,
+                    data,
+                    ..Default::default()
+                };
+                // KVM refuses a message to no CPU: the guest wrote it, and goes without the interrupt.
+                let _ = vm.signal_msi(msi);
+            }
+        }
     }
 
     /// Masks or unmasks (PCI Local Bus 3.0, 6.8.2.9); an interrupt that was pending is delivered.
     pub fn set_masked(&self, masked: bool) {
         self.0.masked.store(masked, Ordering::SeqCst);
         if !masked && self.0.pending.swap(false, Ordering::SeqCst) {
-            let _ = self.0.irqfd.write(1);
+            self.deliver();
         }
     }
 
@@ -163,11 +212,6 @@ impl Interrupt {
     pub fn set_pending(&self) {
         self.0.pending.store(true, Ordering::SeqCst);
     }
-
-    /// The eventfd KVM listens on.
-    pub fn irqfd(&self) -> &EventFd {
-        &self.0.irqfd
-    }
 }
 
 #[cfg(test)]
@@ -176,15 +220,16 @@ mod tests {
 
     #[test]
     fn a_masked_interrupt_is_pending_and_delivered_once_when_unmasked() {
-        let interrupt = Interrupt::new(EventFd::new(libc::EFD_NONBLOCK).unwrap());
+        let eventfd = EventFd::new(libc::EFD_NONBLOCK).unwrap();
+        let interrupt = Interrupt::new(eventfd.try_clone().unwrap());
         interrupt.trigger();
         interrupt.trigger();
         assert!(interrupt.is_pending());
-        assert!(interrupt.irqfd().read().is_err());
+        assert!(eventfd.read().is_err());
         interrupt.set_masked(false);
         assert!(!interrupt.is_pending());
-        assert_eq!(interrupt.irqfd().read().unwrap(), 1);
+        assert_eq!(eventfd.read().unwrap(), 1);
         interrupt.trigger();
-        assert_eq!(interrupt.irqfd().read().unwrap(), 1);
+        assert_eq!(eventfd.read().unwrap(), 1);
     }
 }

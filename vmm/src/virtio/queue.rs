@@ -28,6 +28,9 @@ pub enum Broken {
     /// What the chain carries is not what the device understands.
     #[error("request: {0}")]
     Request(&'static str),
+    /// The driver's setup cannot be used.
+    #[error("{0}")]
+    Activate(super::ActivateError),
     /// The host refused something that the device cannot go on without.
     #[error("{0}: {1}")]
     Host(&'static str, #[source] std::io::Error),

@@ -1,0 +1,247 @@
+//! A virtual CPU on its thread.
+
+use std::os::unix::thread::JoinHandleExt;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::mpsc::{Receiver, Sender, SyncSender, channel, sync_channel};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::JoinHandle;
+
+use kvm_ioctls::{VcpuExit, VcpuFd};
+use vmm_sys_util::signal::{SIGRTMIN, register_signal_handler};
+
+use crate::arch::state::{StateContext, StateError, VcpuState};
+use crate::bus::Bus;
+use crate::control::End;
+
+/// What the machine tells a vCPU's thread.
+enum Command {
+    Run,
+    Pause(SyncSender<()>),
+    Save(SyncSender<Result<VcpuState, StateError>>),
+    Restore(Box<VcpuState>, SyncSender<Result<(), StateError>>),
+    Leave,
+}
+
+/// A vCPU: paused when made, running after [`Vcpu::run`].
+pub struct Vcpu {
+    commands: Sender<Command>,
+    thread: Option<JoinHandle<()>>,
+}
+
+/// What all vCPUs of a machine share.
+#[derive(Clone)]
+pub struct Shared {
+    /// Ports and memory-mapped devices.
+    pub bus: Arc<Bus>,
+    /// Exits to user space so far, of all vCPUs.
+    pub exits: Arc<AtomicU64>,
+    /// Called when a vCPU cannot go on, or the guest asks for the end; from its thread.
+    pub ended: Arc<dyn Fn(End) + Send + Sync>,
+    /// What saving and restoring needs to know of the host.
+    pub context: Arc<StateContext>,
+}
+
+extern "C" fn interrupt_only(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {
+    IMMEDIATE_EXIT.with(|flag| {
+        let flag = flag.get();
+        if !flag.is_null() {
+            // SAFETY: the pointer is to this thread's own kvm_run page, which outlives the thread's loop; one byte, volatile
+            // because KVM reads it.
+            unsafe { flag.write_volatile(1) };
+        }
+    });
+}
+
+thread_local! {
+    /// `immediate_exit` of the vCPU that runs on this thread: set by the signal's handler, so that a signal that comes just
+    /// before `KVM_RUN` is not lost.
+    static IMMEDIATE_EXIT: std::cell::Cell<*mut u8> = const { std::cell::Cell::new(std::ptr::null_mut()) };
+}
+
+/// Installs the handler of the signal by which vCPU threads are called out of the guest. Once per process.
+pub fn install_kick_handler() -> std::io::Result<()> {
+    register_signal_handler(SIGRTMIN(), interrupt_only).map_err(|e| std::io::Error::from_raw_os_error(e.errno()))
+}
+
+impl Vcpu {
+    /// Moves `fd` to a thread of its own, paused.
+    pub fn spawn(index: u32, fd: VcpuFd, shared: Shared) -> std::io::Result<Self> {
+        let (commands, receiver) = channel();
+        let thread = std::thread::Builder::new()
+            .name(format!("vcpu{index}"))
+            .stack_size(128 * 1024)
+            .spawn(move || Loop { fd, shared }.serve(&receiver))?;
+        Ok(Self { commands, thread: Some(thread) })
+    }
+
+    /// Lets it run.
+    pub fn run(&self) {
+        let _ = self.commands.send(Command::Run);
+    }
+
+    /// Returns when it does not run any more and has no I/O half done.
+    pub fn pause(&self) {
+        let (done, paused) = sync_channel(1);
+        let _ = self.commands.send(Command::Pause(done));
+        self.kick();
+        let _ = paused.recv();
+    }
+
+    /// State of a paused vCPU; `None` if its thread has ended.
+    pub fn save(&self) -> Option<Result<VcpuState, StateError>> {
+        let (answer, state) = sync_channel(1);
+        self.commands.send(Command::Save(answer)).ok()?;
+        state.recv().ok()
+    }
+
+    /// Puts a state into a paused vCPU; `None` if its thread has ended.
+    pub fn restore(&self, state: VcpuState) -> Option<Result<(), StateError>> {
+        let (answer, done) = sync_channel(1);
+        self.commands.send(Command::Restore(Box::new(state), answer)).ok()?;
+        done.recv().ok()
+    }
+
+    fn kick(&self) {
+        if let Some(thread) = &self.thread {
+            // SAFETY: the thread has not been joined, so its handle is valid; the signal has a handler.
+            unsafe { libc::pthread_kill(thread.as_pthread_t(), SIGRTMIN()) };
+        }
+    }
+}
+
+impl Drop for Vcpu {
+    fn drop(&mut self) {
+        let _ = self.commands.send(Command::Leave);
+        self.kick();
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+/// Why `KVM_RUN` is not called again for now.
+enum Stop {
+    Interrupted,
+    Ended,
+}
+
+struct Loop {
+    fd: VcpuFd,
+    shared: Shared,
+}
+
+impl Loop {
+    fn serve(mut self, commands: &Receiver<Command>) {
+        IMMEDIATE_EXIT.with(|flag| flag.set(&raw mut self.fd.get_kvm_run().immediate_exit));
+        let mut running = false;
+        loop {
+            let command = if running {
+                match self.run() {
+                    Stop::Interrupted => {}
+                    Stop::Ended => running = false,
+                }
+                match commands.try_recv() {
+                    Ok(command) => command,
+                    Err(std::sync::mpsc::TryRecvError::Empty) => continue,
+                    Err(std::sync::mpsc::TryRecvError::Disconnected) => break,
+                }
+            } else {
+                match commands.recv() {
+                    Ok(command) => command,
+                    Err(_) => break,
+                }
+            };
+            match command {
+                Command::Run => running = true,
+                Command::Pause(done) => {
+                    if running {
+                        self.complete_io();
+                    }
+                    running = false;
+                    let _ = done.send(());
+                }
+                Command::Save(answer) => {
+                    let _ = answer.send(VcpuState::save(&self.fd, &self.shared.context));
+                }
+                Command::Restore(state, answer) => {
+                    let _ = answer.send(state.restore(&self.fd, &self.shared.context));
+                }
+                Command::Leave => break,
+            }
+        }
+        IMMEDIATE_EXIT.with(|flag| flag.set(std::ptr::null_mut()));
+    }
+
+    /// An exit for I/O is complete only when `KVM_RUN` is entered again: enter it, and come straight back.
+    fn complete_io(&mut self) {
+        self.fd.set_kvm_immediate_exit(1);
+        let _ = self.fd.run();
+        self.fd.set_kvm_immediate_exit(0);
+    }
+
+    fn run(&mut self) -> Stop {
+        let Shared { bus, exits, ended, .. } = &self.shared;
+        loop {
+            match self.fd.run() {
+                Ok(exit) => {
+                    exits.fetch_add(1, Ordering::Relaxed);
+                    match exit {
+                        VcpuExit::IoOut(port, data) => {
+                            // The data is in the run page, which the address ring's reader below also needs.
+                            let mut copy = [0; 8];
+                            let length = data.len().min(copy.len());
+                            copy[..length].copy_from_slice(&data[..length]);
+                            if let Some(end) = bus.write_port(&mut self.fd, port, &copy[..length]) {
+                                ended(end);
+                                return Stop::Ended;
+                            }
+                        }
+                        VcpuExit::IoIn(port, data) => {
+                            let length = data.len();
+                            let data = data.as_mut_ptr();
+                            let mut copy = [0xff; 8];
+                            let count = length.min(copy.len());
+                            bus.read_port(&mut self.fd, port, &mut copy[..count]);
+                            // SAFETY: `data` points into the run page, which is mapped for as long as `self.fd` is and is
+                            // not otherwise borrowed here; `count` is at most the length KVM gave.
+                            unsafe { data.copy_from_nonoverlapping(copy.as_ptr(), count) };
+                        }
+                        VcpuExit::MmioRead(address, data) => bus.read_memory(address, data),
+                        VcpuExit::MmioWrite(address, data) => bus.write_memory(address, data),
+                        VcpuExit::Shutdown => {
+                            ended(End::Crash("triple fault".into()));
+                            return Stop::Ended;
+                        }
+                        VcpuExit::Intr => return Stop::Interrupted,
+                        other => {
+                            let what = format!("unexpected exit {other:?}");
+                            ended(End::Crash(format!("{what}; {}", self.location())));
+                            return Stop::Ended;
+                        }
+                    }
+                }
+                Err(error) => match error.errno() {
+                    libc::EINTR => {
+                        self.fd.set_kvm_immediate_exit(0);
+                        return Stop::Interrupted;
+                    }
+                    libc::EAGAIN => {}
+                    errno => {
+                        let error = std::io::Error::from_raw_os_error(errno);
+                        ended(End::Crash(format!("KVM_RUN: {error}; {}", self.location())));
+                        return Stop::Ended;
+                    }
+                },
+            }
+        }
+    }
+
+    fn location(&self) -> String {
+        self.fd.get_regs().map_or_else(|e| format!("registers: {e}"), |regs| format!("rip {:#x}", regs.rip))
+    }
+}
+
+/// A slot that is locked for a few lines at a time; a panic elsewhere does not make its content wrong.
+pub(crate) fn lock<T: ?Sized>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
