@@ -7,6 +7,7 @@
 pub mod buffers;
 pub mod entropy;
 pub mod queue;
+pub mod vsock;
 pub mod worker;
 
 use std::sync::Arc;
