@@ -8,6 +8,7 @@ pub mod buffers;
 pub mod entropy;
 pub mod pci;
 pub mod queue;
+pub mod vsock;
 pub mod worker;
 
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
