@@ -12,6 +12,7 @@ pub mod kernel;
 pub mod machine;
 pub mod memory;
 pub mod pci;
+pub mod process;
 pub mod snapshot;
 pub mod vcpu;
 pub mod virtio;

@@ -1,0 +1,348 @@
+//! The process of a machine: takes its configuration and open files from the control channel, enters its jail, builds the
+//! machine, and serves the channel until either side ends.
+
+use std::collections::VecDeque;
+use std::ffi::CString;
+use std::fs::File;
+use std::os::fd::{AsFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::sync::{Arc, Mutex};
+
+use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
+use rustix::io::Errno;
+use vmm_sys_util::eventfd::EventFd;
+
+use crate::control::{self, ChannelError, Device, End, MachineConfig, Notice, Request, Resource, SHARE_TAG};
+use crate::jail::{Jail, remove_tree};
+use crate::machine::{Listeners, Machine, Parts};
+use crate::vcpu::{install_kick_handler, lock};
+use crate::virtio::entropy::Entropy;
+use crate::virtio::{Broken, vsock};
+
+/// The control channel is this descriptor of the process.
+pub const CONTROL_FD: i32 = 3;
+
+/// Port on which the agent of a machine listens, and host port by which it says so. `podhull-protocol` names the same.
+const AGENT_PORT: u32 = 1024;
+const READY_PORT: u32 = 1024;
+/// What every guest is called: the socket that leads into it tells machines apart, not this.
+const GUEST_CID: u64 = 3;
+
+/// Something that happened on another thread.
+enum Event {
+    Ended(End),
+    Broken(&'static str, Broken),
+}
+
+/// Events for the main thread, and the eventfd that wakes it.
+struct Events {
+    queue: Mutex<VecDeque<Event>>,
+    wake: OwnedFd,
+}
+
+impl Events {
+    fn new() -> Result<Arc<Self>, Errno> {
+        let wake = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
+        Ok(Arc::new(Self { queue: Mutex::new(VecDeque::new()), wake }))
+    }
+
+    fn push(&self, event: Event) {
+        lock(&self.queue).push_back(event);
+        let _ = rustix::io::write(&self.wake, &1u64.to_ne_bytes());
+    }
+
+    fn pop(&self) -> Option<Event> {
+        lock(&self.queue).pop_front()
+    }
+}
+
+/// A machine with what belongs to its process.
+struct Process {
+    machine: Machine,
+    jail: Jail,
+    /// Devices the machine gets when its agent is ready.
+    devices: Vec<Device>,
+    memory_bytes: u64,
+    ready: EventFd,
+    events: Arc<Events>,
+}
+
+/// What the process was given to remove.
+type Leftovers = Vec<(OwnedFd, String)>;
+
+/// Why the process stops serving.
+enum Stop {
+    /// The machine ended.
+    Ended(End),
+    /// The runtime is gone.
+    Abandoned,
+}
+
+/// Runs a machine over the channel at [`CONTROL_FD`]; returns the process's exit status. Must be called by a process that
+/// has one thread and nothing else open that it should not keep.
+pub fn main() -> i32 {
+    // SAFETY: whoever starts this process gives it the channel at this number, and nothing else here has it open.
+    let channel = unsafe { OwnedFd::from_raw_fd(CONTROL_FD) };
+    let (config, fds) = match control::receive(&channel) {
+        Ok((Request::Start(config), fds)) => (config, fds),
+        Ok(_) => return fail(&channel, "the first request must start the machine"),
+        Err(error) => return fail(&channel, &error.to_string()),
+    };
+    let mut leftovers = Leftovers::new();
+    let started = Process::start(config, fds, &mut leftovers);
+    let stop = match started {
+        Ok(mut process) => {
+            let stop = match control::send(&channel, &Notice::Done, &[]) {
+                Ok(()) => process.serve(&channel, &mut leftovers),
+                Err(_) => Stop::Abandoned,
+            };
+            // Threads may be in the middle of anything; the process ends with them, not after them.
+            std::mem::forget(process);
+            stop
+        }
+        Err(error) => {
+            fail(&channel, &error);
+            wait_for_hangup(&channel);
+            Stop::Abandoned
+        }
+    };
+    match stop {
+        Stop::Ended(end) => {
+            let _ = control::send(&channel, &Notice::Ended(end), &[]);
+            1
+        }
+        Stop::Abandoned => {
+            for (directory, name) in leftovers {
+                if let Ok(name) = CString::new(name) {
+                    let _ = remove_tree(directory.as_fd(), &name);
+                }
+            }
+            0
+        }
+    }
+}
+
+/// After a failed start the runtime decides what becomes of the leftovers: it removes them, or it is gone.
+fn wait_for_hangup(channel: &OwnedFd) {
+    while let Ok((_, _)) = control::receive::<Request>(channel) {}
+}
+
+fn fail(channel: &OwnedFd, error: &str) -> i32 {
+    let _ = control::send(channel, &Notice::Failed(error.into()), &[]);
+    1
+}
+
+/// One line for the runtime.
+type Line = String;
+
+fn line(error: impl std::fmt::Display) -> Line {
+    error.to_string()
+}
+
+/// Descriptors of a start request by what they are.
+#[derive(Default)]
+struct Start {
+    kvm: Option<OwnedFd>,
+    kernel: Option<File>,
+    image: Option<File>,
+    console: Option<File>,
+    agent: Option<OwnedFd>,
+    listener: Option<OwnedFd>,
+    later: Vec<(Resource, OwnedFd)>,
+}
+
+impl Start {
+    fn sort(resources: Vec<Resource>, fds: Vec<OwnedFd>) -> Result<Self, Line> {
+        if resources.len() != fds.len() {
+            return Err(format!("{} resources with {} descriptors", resources.len(), fds.len()));
+        }
+        let mut start = Self::default();
+        for (resource, fd) in resources.into_iter().zip(fds) {
+            let twice = match resource {
+                Resource::Kvm => start.kvm.replace(fd).is_some(),
+                Resource::Kernel => start.kernel.replace(fd.into()).is_some(),
+                Resource::Image => start.image.replace(fd.into()).is_some(),
+                Resource::Console => start.console.replace(fd.into()).is_some(),
+                Resource::Agent => start.agent.replace(fd).is_some(),
+                Resource::VsockListener => start.listener.replace(fd).is_some(),
+                later => {
+                    start.later.push((later, fd));
+                    false
+                }
+            };
+            if twice {
+                return Err("a resource of which a machine has one was given twice".into());
+            }
+        }
+        Ok(start)
+    }
+}
+
+impl Process {
+    fn start(config: MachineConfig, fds: Vec<OwnedFd>, leftovers: &mut Leftovers) -> Result<Self, Line> {
+        let mut config = config;
+        let start = Start::sort(std::mem::take(&mut config.resources), fds)?;
+        let missing = |what: &str| format!("no {what} was given");
+        let parts = Parts {
+            kvm: start.kvm.ok_or_else(|| missing("/dev/kvm"))?,
+            kernel: start.kernel.ok_or_else(|| missing("guest kernel"))?,
+            image: start.image.ok_or_else(|| missing("guest image"))?,
+            console: start.console,
+        };
+        let agent = start.agent.ok_or_else(|| missing("agent channel"))?;
+        for (resource, _) in &start.later {
+            if let Resource::Disk { .. } = resource {
+                return Err("disks are added to a machine that runs".into());
+            }
+        }
+        raise_descriptor_limit();
+        let jail = Jail::enter().map_err(line)?;
+        install_kick_handler().map_err(|e| format!("signal handler: {e}"))?;
+        let events = Events::new().map_err(|e| format!("eventfd: {e}"))?;
+        let listeners = Listeners {
+            ended: {
+                let events = events.clone();
+                Arc::new(move |end| events.push(Event::Ended(end)))
+            },
+            broken: {
+                let events = events.clone();
+                Arc::new(move |device, error| events.push(Event::Broken(device, error)))
+            },
+        };
+        let mut machine = Machine::boot(&config, parts, listeners).map_err(line)?;
+        let ready = EventFd::new(libc::EFD_CLOEXEC | libc::EFD_NONBLOCK).map_err(|e| format!("eventfd: {e}"))?;
+        let options = vsock::Options {
+            guest_cid: GUEST_CID,
+            agent: Some(agent),
+            agent_port: AGENT_PORT,
+            ready_port: READY_PORT,
+            ready: ready.try_clone().map_err(|e| format!("eventfd: {e}"))?,
+            listener: start.listener,
+        };
+        let device = vsock::Vsock::new(options).map_err(|e| format!("vsock: {e}"))?;
+        machine.add_device("vsock", Box::new(device)).map_err(line)?;
+        let mut process = Self {
+            machine,
+            jail,
+            devices: config.devices,
+            memory_bytes: config.memory_bytes,
+            ready,
+            events,
+        };
+        for (resource, fd) in start.later {
+            process.add_resource(resource, fd, leftovers)?;
+        }
+        process.machine.run().map_err(line)?;
+        Ok(process)
+    }
+
+    /// Until the machine ends or the runtime does.
+    fn serve(&mut self, channel: &OwnedFd, leftovers: &mut Leftovers) -> Stop {
+        let ready = self.ready.try_clone();
+        let events = self.events.clone();
+        let Ok(ready) = ready else { return Stop::Ended(End::Failure("no descriptor left".into())) };
+        loop {
+            let (channel_ready, agent_ready) = {
+                let mut fds = [
+                    PollFd::new(channel, PollFlags::IN),
+                    PollFd::new(&events.wake, PollFlags::IN),
+                    PollFd::from_borrowed_fd(borrow(&ready), PollFlags::IN),
+                ];
+                match poll(&mut fds, None) {
+                    Ok(_) | Err(Errno::INTR) => {}
+                    Err(errno) => return Stop::Ended(End::Failure(format!("poll: {errno}"))),
+                }
+                (!fds[0].revents().is_empty(), !fds[2].revents().is_empty())
+            };
+            let _ = rustix::io::read(&events.wake, &mut [0; 8]);
+            while let Some(event) = events.pop() {
+                match event {
+                    Event::Ended(end) => return Stop::Ended(end),
+                    Event::Broken("vsock", error) => return Stop::Ended(End::Misbehaved(format!("vsock: {error}"))),
+                    // The guest has lost this device, and nothing else.
+                    Event::Broken(..) => {}
+                }
+            }
+            if agent_ready {
+                let _ = ready.read();
+                if let Err(error) = self.agent_ready(channel) {
+                    return Stop::Ended(End::Failure(error));
+                }
+            }
+            if channel_ready {
+                let answer = match control::receive(channel) {
+                    Ok((request, fds)) => self.carry_out(request, fds, leftovers),
+                    Err(ChannelError::Malformed(what)) => Err(what),
+                    Err(_) => return Stop::Abandoned,
+                };
+                let notice = answer.map_or_else(Notice::Failed, |()| Notice::Done);
+                if control::send(channel, &notice, &[]).is_err() {
+                    return Stop::Abandoned;
+                }
+            }
+        }
+    }
+
+    fn agent_ready(&mut self, channel: &OwnedFd) -> Result<(), Line> {
+        let exits = self.machine.exits();
+        for device in std::mem::take(&mut self.devices) {
+            self.add_device(device)?;
+        }
+        // A runtime that is gone is seen at the next poll.
+        let _ = control::send(channel, &Notice::AgentReady { exits }, &[]);
+        Ok(())
+    }
+
+    fn carry_out(&mut self, request: Request, fds: Vec<OwnedFd>, leftovers: &mut Leftovers) -> Result<(), Line> {
+        match request {
+            Request::Start(_) => Err("the machine runs already".into()),
+            Request::Add { resources, devices } => {
+                if resources.len() != fds.len() {
+                    return Err(format!("{} resources with {} descriptors", resources.len(), fds.len()));
+                }
+                for (resource, fd) in resources.into_iter().zip(fds) {
+                    self.add_resource(resource, fd, leftovers)?;
+                }
+                devices.into_iter().try_for_each(|device| self.add_device(device))
+            }
+            Request::SetCpus(count) => self.machine.set_cpus(count).map_err(line),
+            Request::SetMemory(bytes) => self.set_memory(bytes),
+        }
+    }
+
+    fn add_resource(&mut self, resource: Resource, fd: OwnedFd, leftovers: &mut Leftovers) -> Result<(), Line> {
+        match resource {
+            Resource::Mount { path } => self.jail.attach(&path, &fd).map_err(line),
+            Resource::Remove { name } => {
+                leftovers.push((fd, name));
+                Ok(())
+            }
+            Resource::Disk { .. } => Err("TODO".into()),
+            other => Err(format!("{other:?} is given at the start or not at all")),
+        }
+    }
+
+    fn add_device(&mut self, device: Device) -> Result<(), Line> {
+        match device {
+            Device::Entropy => self.machine.add_device("rng", Box::new(Entropy)).map_err(line),
+            _ => Ok(()),
+        }
+    }
+
+    fn set_memory(&mut self, _bytes: u64) -> Result<(), Line> {
+        Ok(())
+    }
+}
+
+fn borrow(eventfd: &EventFd) -> BorrowedFd<'_> {
+    use std::os::fd::AsRawFd;
+    // SAFETY: the descriptor is open for as long as the borrowed eventfd.
+    unsafe { BorrowedFd::borrow_raw(eventfd.as_raw_fd()) }
+}
+
+/// The file server holds a descriptor for each file the guest knows.
+fn raise_descriptor_limit() {
+    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+    let maximum = getrlimit(Resource::Nofile).maximum;
+    // The hard limit may always be taken; if not, the guest has fewer files.
+    let _ = setrlimit(Resource::Nofile, Rlimit { current: maximum, maximum });
+}
