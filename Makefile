@@ -1,0 +1,95 @@
+# `make help` says what there is to make.
+
+PREFIX ?= /usr
+DESTDIR ?=
+
+# Rust may have come from rustup a minute ago.
+export PATH := $(PATH):$(HOME)/.cargo/bin
+
+programs := target/x86_64-unknown-linux-gnu/release
+dist := target/podhull
+staged := target/host
+installed_tests := /opt/podhull-tests
+host := tests/host/run --install $(staged)
+
+# How often a test repeats what must never fail: enough to see a mistake, or enough to trust the absence of one.
+repeat_test := 10
+repeat_soak := 200
+
+.DEFAULT_GOAL := all
+.PHONY: all bench clean help host install kernel lint packages programs run soak stage test
+
+help:
+	@echo 'make                 build podhull, its guest kernel and its guest image into $(dist)'
+	@echo 'make run             show a container in a virtual machine of its own, on this machine as it is (needs root)'
+	@echo 'make test            run all tests; so does CI (needs root)'
+	@echo 'make bench           measure against runc, crun and QEMU microvm: a table, and JSON and SVG in target/bench'
+	@echo 'make soak            the tests that repeat, $(repeat_soak) times instead of $(repeat_test)'
+	@echo 'make lint            formatting and clippy, warnings denied, and shellcheck'
+	@echo 'make install         into $$(DESTDIR)$$(PREFIX), by default $(PREFIX)'
+	@echo "make host CMD='...'  run a command in the software host, podhull installed; IN=DIR at /in, /out to OUT=DIR"
+	@echo 'make clean           remove target/; what is slow to make stays in ~/.cache/podhull'
+	@echo
+	@echo 'run, test, bench, soak and host install the system packages they miss, and use the software host, an emulated'
+	@echo 'machine with KVM, wherever hardware KVM is missing. From nothing, on two cores, `make run` takes about 20 minutes.'
+
+all: kernel programs
+	$(programs)/podhull-rootfs-builder --agent $(programs)/podhull-agent --output $(dist)/guest.img
+
+packages:
+	@tests/host/install-packages build
+
+kernel: packages
+	@mkdir -p $(dist)
+	guest-kernel/build $(dist)
+
+# After the kernel, so that the two do not print across each other under -j.
+programs: packages kernel
+	@echo 'Rust programs: about 5 minutes the first time' >&2
+	cargo build --release -p podhull -p podhull-agent -p podhull-rootfs-builder
+
+# $(call install_into,ROOT)
+define install_into
+	install -D -m 755 $(programs)/podhull $(1)/bin/podhull
+	install -D -m 644 $(dist)/vmlinux $(1)/lib/podhull/vmlinux
+	install -D -m 644 $(dist)/guest.img $(1)/lib/podhull/guest.img
+endef
+
+install: all
+	$(call install_into,$(DESTDIR)$(PREFIX))
+
+# What the software host gets: the installed files as a package would have them, and the tests.
+stage: all
+	@tests/host/install-packages host
+	cargo build --release -p podhull-tests
+	rm -rf $(staged)
+	$(call install_into,$(staged)/usr)
+	install -D -t $(staged)$(installed_tests) $(programs)/podhull-e2e $(programs)/podhull-bench tests/host/demo
+
+run: stage
+	$(host) $(installed_tests)/demo
+
+test: stage
+	@echo 'unit tests: about 5 minutes the first time' >&2
+	cargo test --workspace
+	@echo 'end-to-end tests' >&2
+	TIMEOUT=3600 $(host) 'PODHULL_TEST_REPEAT=$(repeat_test) $(installed_tests)/podhull-e2e'
+
+soak: stage
+	TIMEOUT=14400 $(host) 'PODHULL_TEST_REPEAT=$(repeat_soak) $(installed_tests)/podhull-e2e'
+
+bench: stage
+	TIMEOUT=3600 $(host) --out target/bench 'cd /out && $(installed_tests)/podhull-bench'
+
+# make itself exits with 2 whatever the command's failure was; tests/host/run exits with the command's own status.
+host: stage
+	@$(host) $(if $(IN),--in '$(IN)') $(if $(OUT),--out '$(OUT)') '$(subst ','\'',$(value CMD))'
+
+lint:
+	@tests/host/install-packages build lint
+	cargo fmt --all --check
+	cargo clippy --workspace --all-targets -- -D warnings
+	shellcheck .ci/run guest-kernel/build guest-kernel/check-config $(filter-out %/packages %/fstab,$(wildcard tests/host/*[!/]))
+
+clean:
+	rm -rf target
