@@ -11,7 +11,7 @@ use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
 use rustix::io::Errno;
 use vmm_sys_util::eventfd::EventFd;
 
-use crate::control::{self, ChannelError, Device, End, MachineConfig, Notice, Request, Resource, SHARE_TAG};
+use crate::control::{self, ChannelError, Device, End, MachineConfig, Notice, Request, Resource};
 use crate::jail::{Jail, remove_tree};
 use crate::machine::{Listeners, Machine, Parts};
 use crate::vcpu::{install_kick_handler, lock};
@@ -220,14 +220,8 @@ impl Process {
         };
         let device = vsock::Vsock::new(options).map_err(|e| format!("vsock: {e}"))?;
         machine.add_device("vsock", Box::new(device)).map_err(line)?;
-        let mut process = Self {
-            machine,
-            jail,
-            devices: config.devices,
-            memory_bytes: config.memory_bytes,
-            ready,
-            events,
-        };
+        let mut process =
+            Self { machine, jail, devices: config.devices, memory_bytes: config.memory_bytes, ready, events };
         for (resource, fd) in start.later {
             process.add_resource(resource, fd, leftovers)?;
         }
