@@ -11,11 +11,12 @@ use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
 use rustix::io::Errno;
 use vmm_sys_util::eventfd::EventFd;
 
-use crate::control::{self, ChannelError, Device, End, MachineConfig, Notice, Request, Resource};
+use crate::control::{self, ChannelError, Device, End, MachineConfig, Notice, Request, Resource, SHARE_TAG};
 use crate::jail::{Jail, remove_tree};
 use crate::machine::{Listeners, Machine, Parts};
 use crate::vcpu::{install_kick_handler, lock};
 use crate::virtio::entropy::Entropy;
+use crate::virtio::fs::{Share, ShareConfig};
 use crate::virtio::{Broken, vsock};
 
 /// The control channel is this descriptor of the process.
@@ -24,6 +25,8 @@ pub const CONTROL_FD: i32 = 3;
 /// Port on which the agent of a machine listens, and host port by which it says so. `podhull-protocol` names the same.
 const AGENT_PORT: u32 = 1024;
 const READY_PORT: u32 = 1024;
+/// File requests served at a time: one that waits for a disk does not hold up the others.
+const SHARE_THREADS: usize = 4;
 /// What every guest is called: the socket that leads into it tells machines apart, not this.
 const GUEST_CID: u64 = 3;
 
@@ -318,6 +321,17 @@ impl Process {
     fn add_device(&mut self, device: Device) -> Result<(), Line> {
         match device {
             Device::Entropy => self.machine.add_device("rng", Box::new(Entropy)).map_err(line),
+            Device::Share => {
+                let proc_self_fd = self.jail.proc_self_fd().map_err(|e| format!("/proc/self/fd: {e}"))?;
+                let share = Share::new(ShareConfig {
+                    tag: SHARE_TAG.into(),
+                    root: "/".into(),
+                    proc_self_fd,
+                    threads: SHARE_THREADS,
+                    confine: Box::new(|| Ok(())),
+                });
+                self.machine.add_device("fs", Box::new(share.map_err(line)?)).map_err(line)
+            }
             _ => Ok(()),
         }
     }

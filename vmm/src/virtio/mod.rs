@@ -6,8 +6,11 @@
 
 pub mod buffers;
 pub mod entropy;
+pub mod fs;
 pub mod pci;
 pub mod queue;
+#[cfg(test)]
+mod test_driver;
 pub mod vsock;
 pub mod worker;
 
@@ -69,6 +72,14 @@ pub trait Device: Send {
     fn restore(&mut self, _state: &DeviceState) -> Result<(), ActivateError> {
         Ok(())
     }
+}
+
+/// Answers a read of the configuration space whose bytes are `config`; beyond its end there are zeros.
+pub fn copy_config(config: &[u8], offset: u64, data: &mut [u8]) {
+    data.fill(0);
+    let Some(rest) = usize::try_from(offset).ok().and_then(|offset| config.get(offset..)) else { return };
+    let count = rest.len().min(data.len());
+    data[..count].copy_from_slice(&rest[..count]);
 }
 
 /// A device's own state as a plain value; each device says what its bytes are (JSON).
