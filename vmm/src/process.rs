@@ -12,6 +12,7 @@ use rustix::io::Errno;
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::control::{self, ChannelError, Device, End, MachineConfig, Notice, Request, Resource, SHARE_TAG};
+use crate::fault;
 use crate::jail::{Jail, remove_tree};
 use crate::machine::{Listeners, Machine, Parts};
 use crate::vcpu::{install_kick_handler, lock};
@@ -90,6 +91,9 @@ pub fn main() -> i32 {
         Ok(_) => return fail(&channel, "the first request must start the machine"),
         Err(error) => return fail(&channel, &error.to_string()),
     };
+    if let Err(error) = fault::install_handlers(CONTROL_FD) {
+        return fail(&channel, &format!("signal handlers: {error}"));
+    }
     let mut leftovers = Leftovers::new();
     let started = Process::start(config, fds, &mut leftovers);
     let stop = match started {
