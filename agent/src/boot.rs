@@ -113,7 +113,8 @@ fn mount_one(
 /// Without a console the kernel starts PID 1 without standard streams; their numbers must not be taken by anything else.
 fn standard_streams() -> Result<(), BootError> {
     loop {
-        let fd = rustix::fs::openat(CWD, "/dev/null", OFlags::RDWR, Mode::empty()).map_err(BootError::StandardStreams)?;
+        let fd =
+            rustix::fs::openat(CWD, "/dev/null", OFlags::RDWR, Mode::empty()).map_err(BootError::StandardStreams)?;
         let number = std::os::fd::IntoRawFd::into_raw_fd(fd);
         if number > 2 {
             // SAFETY: the number was just given away by into_raw_fd, and nothing else uses it.

@@ -66,10 +66,8 @@ pub struct Machine;
 impl Machine {
     /// Sets the wall clock, in nanoseconds since the epoch.
     pub fn set_clock(self, realtime_ns: u64) -> Result<(), MachineError> {
-        let time = Timespec {
-            tv_sec: (realtime_ns / 1_000_000_000) as i64,
-            tv_nsec: (realtime_ns % 1_000_000_000) as i64,
-        };
+        let time =
+            Timespec { tv_sec: (realtime_ns / 1_000_000_000) as i64, tv_nsec: (realtime_ns % 1_000_000_000) as i64 };
         rustix::time::clock_settime(ClockId::Realtime, time).map_err(MachineError::Clock)
     }
 

@@ -5,8 +5,8 @@ use std::path::{Component, Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use podhull_protocol::{
-    CreateContainerRequest, CreateContainerResponse, CreatePodRequest, CreatePodResponse, GrowRequest,
-    GrowResponse, Stdio, VERSION,
+    CreateContainerRequest, CreateContainerResponse, CreatePodRequest, CreatePodResponse, GrowRequest, GrowResponse,
+    Stdio, VERSION,
 };
 use tokio::sync::OnceCell;
 
@@ -24,7 +24,9 @@ const MAX_ID: usize = 1024;
 /// A call that cannot be done.
 #[derive(Debug, thiserror::Error)]
 pub enum PodError {
-    #[error("the agent speaks version {VERSION} of the protocol, not {0}: install podhull and its guest image together")]
+    #[error(
+        "the agent speaks version {VERSION} of the protocol, not {0}: install podhull and its guest image together"
+    )]
     Version(u32),
     #[error("the pod exists already")]
     PodExists,
@@ -169,11 +171,8 @@ impl Pod {
         let rootfs = relative(&request.rootfs).ok_or_else(|| PodError::RootfsPath(request.rootfs.clone()))?;
         let streams = self.streams_of(request.stdio.into_option().unwrap_or_default())?;
         let mut reservation = self.reserve(&request.id)?;
-        let around = container::Surroundings {
-            cgroups: &self.cgroups,
-            reaper: &self.reaper,
-            events: self.events.clone(),
-        };
+        let around =
+            container::Surroundings { cgroups: &self.cgroups, reaper: &self.reaper, events: self.events.clone() };
         let id = request.id.clone();
         let asked = container::Request { id, spec: &request.spec, rootfs: self.share.join(rootfs), streams };
         let container = Container::create(asked, around).await?;

@@ -8,8 +8,8 @@
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
-use serde::de::{Deserialize, Deserializer, IgnoredAny};
 use serde::Deserialize as DeriveDeserialize;
+use serde::de::{Deserialize, Deserializer, IgnoredAny};
 
 /// A value that is the host's to enforce; its content is of no interest in the guest.
 #[derive(Debug, Clone, Default)]

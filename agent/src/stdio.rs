@@ -65,7 +65,8 @@ impl Streams {
                     let streams = self.clone();
                     tokio::spawn(async move {
                         // One that does not say its token in time, or in full, is closed.
-                        if let Ok(Ok((token, stream))) = tokio::time::timeout(MEETING_DEADLINE, read_token(stream)).await
+                        if let Ok(Ok((token, stream))) =
+                            tokio::time::timeout(MEETING_DEADLINE, read_token(stream)).await
                         {
                             streams.arrived(token, stream).await;
                         }
@@ -90,7 +91,9 @@ impl Streams {
                 }
                 // Two streams of one token: neither can be trusted to be the right one.
                 Some(Slot::Arrived(_)) => return,
-                None if slots.values().filter(|slot| matches!(slot, Slot::Arrived(_))).count() >= MAX_UNCLAIMED => return,
+                None if slots.values().filter(|slot| matches!(slot, Slot::Arrived(_))).count() >= MAX_UNCLAIMED => {
+                    return;
+                }
                 None => slots.insert(token, Slot::Arrived(stream)),
             };
         }

@@ -11,7 +11,9 @@ pub fn listen(port: u32) -> io::Result<OwnedFd> {
     let fd = socket()?;
     let address = address(libc::VMADDR_CID_ANY, port);
     // SAFETY: the address is a whole sockaddr_vm and outlives the call.
-    check(unsafe { libc::bind(fd.as_raw_fd(), (&raw const address).cast(), size_of_val(&address) as libc::socklen_t) })?;
+    check(unsafe {
+        libc::bind(fd.as_raw_fd(), (&raw const address).cast(), size_of_val(&address) as libc::socklen_t)
+    })?;
     // SAFETY: listen takes no pointers.
     check(unsafe { libc::listen(fd.as_raw_fd(), 128) })?;
     Ok(fd)

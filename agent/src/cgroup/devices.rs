@@ -163,7 +163,13 @@ fn parse(rule: &DeviceRule) -> Result<Rule, DevicesError> {
     if access == 0 {
         access = READ | WRITE | MKNOD;
     }
-    Ok(Rule { allow: rule.allow, kind, major: number("major", rule.major)?, minor: number("minor", rule.minor)?, access })
+    Ok(Rule {
+        allow: rule.allow,
+        kind,
+        major: number("major", rule.major)?,
+        minor: number("minor", rule.minor)?,
+        access,
+    })
 }
 
 const R0: u8 = 0;
@@ -192,11 +198,8 @@ fn compile(rules: &[Rule]) -> Vec<Instruction> {
 }
 
 fn compile_rule(rule: Rule) -> Vec<Instruction> {
-    let conditions = [
-        (KIND, rule.kind),
-        (MAJOR, rule.major.map(u32::cast_signed)),
-        (MINOR, rule.minor.map(u32::cast_signed)),
-    ];
+    let conditions =
+        [(KIND, rule.kind), (MAJOR, rule.major.map(u32::cast_signed)), (MINOR, rule.minor.map(u32::cast_signed))];
     let body = if rule.allow {
         // What this rule allows is decided; nothing left means allowed.
         let mut body = vec![and(ACCESS, !rule.access), jump_if_not_equal(ACCESS, 0, 2)];
@@ -333,11 +336,8 @@ mod tests {
 
     #[test]
     fn a_rule_that_says_nothing_known_is_refused() {
-        for json in [
-            r#"{"allow":true,"type":"p"}"#,
-            r#"{"allow":true,"access":"rx"}"#,
-            r#"{"allow":true,"major":-2}"#,
-        ] {
+        for json in [r#"{"allow":true,"type":"p"}"#, r#"{"allow":true,"access":"rx"}"#, r#"{"allow":true,"major":-2}"#]
+        {
             assert!(parse(&serde_json::from_str(json).unwrap()).is_err(), "{json}");
         }
     }

@@ -15,8 +15,8 @@ use std::time::Duration;
 use rustix::fs::{CWD, Mode, OFlags};
 use rustix::io::Errno;
 
-pub use events::Watch;
 use crate::spec::Resources;
+pub use events::Watch;
 
 /// How long killed processes may take to be gone. A process stuck in the kernel longer stays, and the error says so.
 const KILL_DEADLINE: Duration = Duration::from_secs(10);
@@ -28,7 +28,9 @@ pub enum CgroupError {
     Path(String),
     #[error("make the control group {path}: {source}")]
     Make { path: PathBuf, source: io::Error },
-    #[error("{path}: the control group has processes already: it belongs to another container, or name another one in cgroupsPath")]
+    #[error(
+        "{path}: the control group has processes already: it belongs to another container, or name another one in cgroupsPath"
+    )]
     Occupied { path: PathBuf },
     #[error("read {path}: {source}")]
     Read { path: PathBuf, source: io::Error },
@@ -344,7 +346,10 @@ mod tests {
 
     #[test]
     fn the_systemd_form_becomes_its_path() {
-        assert_eq!(names("machine-a.slice:podhull:x", "id").unwrap(), ["machine.slice", "machine-a.slice", "podhull-x.scope"]);
+        assert_eq!(
+            names("machine-a.slice:podhull:x", "id").unwrap(),
+            ["machine.slice", "machine-a.slice", "podhull-x.scope"]
+        );
         assert_eq!(names(":podhull:x", "id").unwrap(), ["system.slice", "podhull-x.scope"]);
         assert_eq!(names("-.slice::x", "id").unwrap(), ["x.scope"]);
         assert!(names("a/b.slice:podhull:x", "id").is_err());

@@ -12,11 +12,15 @@ use crate::spec::{BlockIo, Cpu, HugepageLimit, Memory, Resources, ThrottleDevice
 pub enum ResourcesError {
     #[error("linux.resources.{field}: cgroup v2 has no such control; leave it out")]
     NotInV2 { field: &'static str },
-    #[error("linux.resources.memory.swap: expected memory and swap together, at least memory.limit ({limit}), not {swap}")]
+    #[error(
+        "linux.resources.memory.swap: expected memory and swap together, at least memory.limit ({limit}), not {swap}"
+    )]
     Swap { limit: i64, swap: i64 },
     #[error("linux.resources.memory.swap: {0} needs memory.limit")]
     SwapWithoutLimit(i64),
-    #[error("linux.resources.memory.limit: {limit} is below the {current} bytes in use, and checkBeforeUpdate asks to refuse that")]
+    #[error(
+        "linux.resources.memory.limit: {limit} is below the {current} bytes in use, and checkBeforeUpdate asks to refuse that"
+    )]
     BelowUse { limit: i64, current: u64 },
     #[error("linux.resources.cpu.quota: expected microseconds or -1, not {0}")]
     Quota(i64),
@@ -114,10 +118,9 @@ fn cpu(cpu: &Cpu, settings: &mut Vec<Setting>) -> Result<(), ResourcesError> {
     if let Some(burst) = cpu.burst {
         settings.push(setting("cpu.max.burst", burst, "linux.resources.cpu.burst"));
     }
-    for (file, list, field) in [
-        ("cpuset.cpus", &cpu.cpus, "linux.resources.cpu.cpus"),
-        ("cpuset.mems", &cpu.mems, "linux.resources.cpu.mems"),
-    ] {
+    for (file, list, field) in
+        [("cpuset.cpus", &cpu.cpus, "linux.resources.cpu.cpus"), ("cpuset.mems", &cpu.mems, "linux.resources.cpu.mems")]
+    {
         if let Some(list) = list.as_deref().filter(|list| !list.is_empty()) {
             settings.push(setting(file, list, field));
         }
@@ -295,10 +298,7 @@ mod tests {
             plan(r#"{"memory":{"limit":1000,"swap":1500,"reservation":500}}"#),
             pairs(&[("memory.swap.max", "500"), ("memory.max", "1000"), ("memory.low", "500")])
         );
-        assert_eq!(
-            plan(r#"{"memory":{"limit":-1}}"#),
-            pairs(&[("memory.swap.max", "max"), ("memory.max", "max")])
-        );
+        assert_eq!(plan(r#"{"memory":{"limit":-1}}"#), pairs(&[("memory.swap.max", "max"), ("memory.max", "max")]));
         assert_eq!(plan(r#"{"memory":{"limit":7,"swap":5}}"#), Err(ResourcesError::Swap { limit: 7, swap: 5 }));
         assert_eq!(plan(r#"{"memory":{"swap":5}}"#), Err(ResourcesError::SwapWithoutLimit(5)));
     }

@@ -153,7 +153,8 @@ mod tests {
 
     #[test]
     fn names_become_bits_by_their_number() {
-        let capabilities = of(r#"{"bounding":["CAP_CHOWN","CAP_CHECKPOINT_RESTORE"],"effective":["CAP_KILL"]}"#).unwrap();
+        let capabilities =
+            of(r#"{"bounding":["CAP_CHOWN","CAP_CHECKPOINT_RESTORE"],"effective":["CAP_KILL"]}"#).unwrap();
         assert_eq!(capabilities, Capabilities { bounding: 1 | 1 << 40, effective: 1 << 5, ..Capabilities::default() });
     }
 

@@ -56,15 +56,11 @@ fn copy_directory(from: BorrowedFd<'_>, to: BorrowedFd<'_>, depth: u32) -> Resul
 fn directories(from: BorrowedFd<'_>, to: BorrowedFd<'_>, name: &CStr) -> Result<(OwnedFd, OwnedFd), Errno> {
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
     rustix::fs::mkdirat(to, name, Mode::RWXU)?;
-    Ok((
-        rustix::fs::openat(from, name, flags, Mode::empty())?,
-        rustix::fs::openat(to, name, flags, Mode::empty())?,
-    ))
+    Ok((rustix::fs::openat(from, name, flags, Mode::empty())?, rustix::fs::openat(to, name, flags, Mode::empty())?))
 }
 
 fn copy_file(from: BorrowedFd<'_>, to: BorrowedFd<'_>, name: &CStr) -> Result<(), Errno> {
-    let source =
-        rustix::fs::openat(from, name, OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC, Mode::empty())?;
+    let source = rustix::fs::openat(from, name, OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC, Mode::empty())?;
     let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::CLOEXEC;
     let copy = rustix::fs::openat(to, name, flags, Mode::RUSR | Mode::WUSR)?;
     while rustix::fs::sendfile(&copy, &source, None, 1 << 20)? > 0 {}

@@ -173,14 +173,7 @@ unsafe fn become_init(handover: &Handover, argv: *const *const libc::c_char) -> 
         const CLOSE_RANGE_CLOEXEC: libc::c_int = 4;
         libc::syscall(libc::SYS_close_range, CONFIG + 1, libc::c_uint::MAX, CLOSE_RANGE_CLOEXEC);
         let environment: [*const libc::c_char; 1] = [std::ptr::null()];
-        libc::syscall(
-            libc::SYS_execveat,
-            program,
-            c"".as_ptr(),
-            argv,
-            environment.as_ptr(),
-            libc::AT_EMPTY_PATH,
-        );
+        libc::syscall(libc::SYS_execveat, program, c"".as_ptr(), argv, environment.as_ptr(), libc::AT_EMPTY_PATH);
         libc::_exit(127)
     }
 }

@@ -83,8 +83,7 @@ impl Limits {
 
     pub fn set(&self, pid: Pid) -> Result<(), LimitError> {
         for (kind, resource, limit) in &self.rlimits {
-            prlimit(Some(pid), *resource, *limit)
-                .map_err(|source| LimitError::Set { kind: kind.clone(), source })?;
+            prlimit(Some(pid), *resource, *limit).map_err(|source| LimitError::Set { kind: kind.clone(), source })?;
         }
         if let Some(score) = self.oom_score_adj {
             std::fs::write(format!("/proc/{}/oom_score_adj", pid.as_raw_nonzero()), score.to_string())
@@ -113,7 +112,9 @@ mod tests {
             Err(LimitError::SoftAboveHard { .. })
         ));
         assert!(matches!(
-            of(r#"{"cwd":"/","rlimits":[{"type":"RLIMIT_CORE","soft":1,"hard":1},{"type":"RLIMIT_CORE","soft":1,"hard":1}]}"#),
+            of(
+                r#"{"cwd":"/","rlimits":[{"type":"RLIMIT_CORE","soft":1,"hard":1},{"type":"RLIMIT_CORE","soft":1,"hard":1}]}"#
+            ),
             Err(LimitError::Twice(_))
         ));
         assert!(matches!(of(r#"{"cwd":"/","oomScoreAdj":1001}"#), Err(LimitError::OomScore(1001))));
@@ -121,7 +122,8 @@ mod tests {
 
     #[test]
     fn the_largest_number_is_no_limit() {
-        let limits = of(r#"{"cwd":"/","rlimits":[{"type":"RLIMIT_CORE","soft":5,"hard":18446744073709551615}]}"#).unwrap();
+        let limits =
+            of(r#"{"cwd":"/","rlimits":[{"type":"RLIMIT_CORE","soft":5,"hard":18446744073709551615}]}"#).unwrap();
         assert_eq!(limits.rlimits[0].2, Rlimit { current: Some(5), maximum: None });
     }
 }

@@ -105,7 +105,9 @@ impl ContainerError {
     /// Who is to blame.
     pub fn kind(&self) -> ErrorKind {
         match self {
-            Self::Spec(_) | Self::Namespace(_) | Self::Terminal { .. } | Self::TerminalWithoutStream => ErrorKind::Invalid,
+            Self::Spec(_) | Self::Namespace(_) | Self::Terminal { .. } | Self::TerminalWithoutStream => {
+                ErrorKind::Invalid
+            }
             Self::Process(_) | Self::UnknownSignal(_) | Self::Stdio(StdioError::TokenTwice(_)) => ErrorKind::Invalid,
             Self::Limit(LimitError::Set { source, .. }) if *source != Errno::INVAL => ErrorKind::Internal,
             Self::Limit(LimitError::WriteOomScore(_)) => ErrorKind::Internal,
@@ -226,9 +228,8 @@ impl Container {
         pumps: &mut Pumps,
     ) -> Result<Option<Weak<OwnedFd>>, ContainerError> {
         let answer = tokio::time::timeout(INIT_DEADLINE, launch::receive(&launched.socket)).await;
-        let (report, master) = answer
-            .map_err(|_| ContainerError::InitSlow(INIT_DEADLINE))?
-            .map_err(ContainerError::InitSocket)?;
+        let (report, master) =
+            answer.map_err(|_| ContainerError::InitSlow(INIT_DEADLINE))?.map_err(ContainerError::InitSocket)?;
         match report {
             Some(Report::Created) => {}
             Some(Report::Failed { kind, message }) => return Err(ContainerError::Init { kind, message }),
@@ -257,9 +258,8 @@ impl Container {
         launch::send(&gate, init::START).await.map_err(ContainerError::InitSocket)?;
         // The socket is closed by execve; an init that is killed before has an exit status, as any program.
         let answer = tokio::time::timeout(self.start_deadline, launch::receive(&gate)).await;
-        let (report, _) = answer
-            .map_err(|_| ContainerError::InitSlow(self.start_deadline))?
-            .map_err(ContainerError::InitSocket)?;
+        let (report, _) =
+            answer.map_err(|_| ContainerError::InitSlow(self.start_deadline))?.map_err(ContainerError::InitSocket)?;
         match report {
             Some(Report::Failed { kind, message }) => Err(ContainerError::Init { kind, message }),
             Some(Report::Created) | None => Ok(()),

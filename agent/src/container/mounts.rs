@@ -134,9 +134,10 @@ impl One<'_> {
 
     /// Nothing may cover procfs, or a part of it, that the container's processes and its runtime read to learn the truth.
     fn check_target(&self, target: &OwnedFd, is_proc: bool) -> Result<(), MountError> {
-        let inside = self.root.inside(target).map_err(|source| {
-            self.rootfs(RootfsError::Resolve { path: self.destination.into(), source })
-        })?;
+        let inside = self
+            .root
+            .inside(target)
+            .map_err(|source| self.rootfs(RootfsError::Resolve { path: self.destination.into(), source }))?;
         let kind = rustix::fs::fstatfs(target).map_err(|source| self.failed(source))?.f_type;
         let on_proc = inside.starts_with("/proc") || kind == PROC_SUPER_MAGIC;
         let allowed = COVERABLE.iter().any(|path| inside == Path::new(path)) || is_proc && inside == Path::new("/proc");
@@ -164,8 +165,9 @@ impl One<'_> {
         let is_directory =
             FileType::from_raw_mode(rustix::fs::fstat(&tree).map_err(source)?.st_mode) == FileType::Directory;
         let is_proc = is_directory && rustix::fs::fstatfs(&tree).map_err(source)?.f_type == PROC_SUPER_MAGIC;
-        let target = if is_directory { self.root.directory(self.destination) } else { self.root.file(self.destination) }
-            .map_err(|source| self.rootfs(source))?;
+        let target =
+            if is_directory { self.root.directory(self.destination) } else { self.root.file(self.destination) }
+                .map_err(|source| self.rootfs(source))?;
         self.check_target(&target, is_proc)?;
         self.set(&tree)?;
         Ok((tree, target))
@@ -186,8 +188,7 @@ impl One<'_> {
         if let Some((key, _)) = self.options.data.first() {
             return Err(MountError::BindOption { destination: self.destination.into(), option: key.clone() });
         }
-        let target =
-            self.root.open(self.destination, OFlags::PATH).map_err(|source| self.rootfs(source))?;
+        let target = self.root.open(self.destination, OFlags::PATH).map_err(|source| self.rootfs(source))?;
         self.set(&target)
     }
 
@@ -197,7 +198,8 @@ impl One<'_> {
         match self.instance("cgroup2", "cgroup", &[]) {
             // Owner of a user namespace but not of a cgroup namespace: what it may see is the guest's.
             Err(MountError::Mount { source: Errno::PERM | Errno::BUSY, .. }) => {
-                let flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC | OpenTreeFlags::AT_RECURSIVE;
+                let flags =
+                    OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC | OpenTreeFlags::AT_RECURSIVE;
                 let tree = open_tree(CWD, "/sys/fs/cgroup", flags).map_err(|source| self.failed(source))?;
                 self.set(&tree)?;
                 Ok((tree, target))

@@ -88,7 +88,8 @@ impl Namespaces {
                 return Err(NamespaceError::Missing { field, kind });
             }
         }
-        if let Some(clock) = linux.time_offsets.keys().find(|clock| !matches!(clock.as_str(), "monotonic" | "boottime")) {
+        if let Some(clock) = linux.time_offsets.keys().find(|clock| !matches!(clock.as_str(), "monotonic" | "boottime"))
+        {
             return Err(NamespaceError::UnknownClock(clock.clone()));
         }
         Ok(namespaces)
@@ -98,8 +99,7 @@ impl Namespaces {
 /// Maps the users and groups of a new user namespace, from outside.
 pub fn write_mappings(pid: Pid, spec: &Spec) -> Result<(), NamespaceError> {
     let write = |file: &str, field, mappings: &[IdMapping]| {
-        let lines: String =
-            mappings.iter().map(|m| format!("{} {} {}\n", m.container_id, m.host_id, m.size)).collect();
+        let lines: String = mappings.iter().map(|m| format!("{} {} {}\n", m.container_id, m.host_id, m.size)).collect();
         std::fs::write(format!("/proc/{}/{file}", pid.as_raw_nonzero()), lines)
             .map_err(|source| NamespaceError::Mappings { field, source })
     };

@@ -38,8 +38,7 @@ pub fn mask(root: &Rootfs, paths: &[PathBuf]) -> Result<(), PathError> {
                 None => &*empty.insert(empty_directory().map_err(failed)?),
                 Some(first) => {
                     // Clones of one mount: a tmpfs each would be memory each.
-                    let clone =
-                        open_tree(first, "", flags | OpenTreeFlags::AT_EMPTY_PATH).map_err(failed)?;
+                    let clone = open_tree(first, "", flags | OpenTreeFlags::AT_EMPTY_PATH).map_err(failed)?;
                     rootfs::attach(&clone, &target).map_err(failed)?;
                     continue;
                 }

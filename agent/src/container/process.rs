@@ -231,7 +231,10 @@ mod tests {
     #[test]
     fn errors_of_the_program_are_in_the_words_of_runc() {
         let text = |name: &str, path: &[u8]| look_up(name, path).unwrap_err().to_string();
-        assert_eq!(text("nosuchprogram", b"/bin:/usr/bin"), r#"exec: "nosuchprogram": executable file not found in $PATH"#);
+        assert_eq!(
+            text("nosuchprogram", b"/bin:/usr/bin"),
+            r#"exec: "nosuchprogram": executable file not found in $PATH"#
+        );
         assert_eq!(text("nosuchprogram", b""), r#"exec: "nosuchprogram": executable file not found in $PATH"#);
         assert_eq!(text("/no/such", b"/bin"), r#"exec: "/no/such": stat /no/such: no such file or directory"#);
         assert_eq!(text("/etc/passwd", b"/bin"), r#"exec: "/etc/passwd": permission denied"#);

@@ -19,7 +19,10 @@ pub enum ErrorKind {
 pub enum Report {
     /// Only the program is missing. Carries the terminal's descriptor, if there is one.
     Created,
-    Failed { kind: ErrorKind, message: String },
+    Failed {
+        kind: ErrorKind,
+        message: String,
+    },
 }
 
 impl Report {

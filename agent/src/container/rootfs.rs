@@ -25,7 +25,9 @@ const MAX_SYMLINKS: u32 = 40;
 pub enum RootfsError {
     #[error("root filesystem {path}: {source}")]
     Open { path: PathBuf, source: Errno },
-    #[error("linux.rootfsPropagation: expected private, shared, slave, unbindable, or one of them with an r before, not {0:?}")]
+    #[error(
+        "linux.rootfsPropagation: expected private, shared, slave, unbindable, or one of them with an r before, not {0:?}"
+    )]
     UnknownPropagation(String),
     #[error("propagation of the mounts: {0}")]
     Propagation(Errno),
@@ -140,9 +142,8 @@ impl Rootfs {
             (Some(parent), Some(Component::Normal(name))) => (parent, name),
             _ => return Err(error(Errno::NOENT)),
         };
-        let parent_fd = self.open_or_make(parent, depth + 1, |fd, name| {
-            rustix::fs::mkdirat(fd, name, Mode::from_raw_mode(0o755))
-        })?;
+        let parent_fd =
+            self.open_or_make(parent, depth + 1, |fd, name| rustix::fs::mkdirat(fd, name, Mode::from_raw_mode(0o755)))?;
         match rustix::fs::readlinkat(&parent_fd, name, Vec::new()) {
             // A link to nowhere: what it points to, seen from inside, is what is to be made.
             Ok(target) => {
@@ -156,13 +157,8 @@ impl Rootfs {
             Ok(()) | Err(Errno::EXIST) => {}
             Err(errno) => return Err(error(errno)),
         }
-        rustix::fs::openat(
-            &parent_fd,
-            name,
-            OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC,
-            Mode::empty(),
-        )
-        .map_err(error)
+        rustix::fs::openat(&parent_fd, name, OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC, Mode::empty())
+            .map_err(error)
     }
 
     /// The path of something inside, as seen from there.

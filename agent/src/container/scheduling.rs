@@ -14,7 +14,9 @@ pub enum SchedulingError {
     Flag(String),
     #[error("process.scheduler: {0}")]
     Scheduler(Errno),
-    #[error("process.ioPriority: expected a class of IOPRIO_CLASS_RT, IOPRIO_CLASS_BE, IOPRIO_CLASS_IDLE and a priority of 0 to 7, not {class:?} and {priority}")]
+    #[error(
+        "process.ioPriority: expected a class of IOPRIO_CLASS_RT, IOPRIO_CLASS_BE, IOPRIO_CLASS_IDLE and a priority of 0 to 7, not {class:?} and {priority}"
+    )]
     IoClass { class: String, priority: u16 },
     #[error("process.ioPriority: {0}")]
     IoPriority(Errno),
@@ -29,7 +31,8 @@ pub enum SchedulingError {
 impl SchedulingError {
     /// Whether the specification is at fault, not the machine.
     pub fn is_invalid(&self) -> bool {
-        !matches!(self, Self::Personality(_) | Self::IoPriority(_)) && !matches!(self, Self::Scheduler(errno) if *errno != Errno::INVAL)
+        !matches!(self, Self::Personality(_) | Self::IoPriority(_))
+            && !matches!(self, Self::Scheduler(errno) if *errno != Errno::INVAL)
     }
 }
 

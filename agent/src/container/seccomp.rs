@@ -22,7 +22,9 @@ pub enum SeccompError {
     Notify,
     #[error("linux.seccomp.{0}: not supported: its listener would be in another kernel")]
     Listener(&'static str),
-    #[error("linux.seccomp.architectures: {0:?} does not run on this machine: expected SCMP_ARCH_X86_64, SCMP_ARCH_X86 or SCMP_ARCH_X32")]
+    #[error(
+        "linux.seccomp.architectures: {0:?} does not run on this machine: expected SCMP_ARCH_X86_64, SCMP_ARCH_X86 or SCMP_ARCH_X32"
+    )]
     Architecture(String),
     #[error("linux.seccomp.flags: unknown flag {0:?}")]
     Flag(String),
@@ -103,7 +105,8 @@ impl Filter {
             return Err(SeccompError::Listener("listenerMetadata"));
         }
         let default = action(&profile.default_action, profile.default_errno_ret)?;
-        let architectures = profile.architectures.iter().map(|name| architecture(name)).collect::<Result<Vec<_>, _>>()?;
+        let architectures =
+            profile.architectures.iter().map(|name| architecture(name)).collect::<Result<Vec<_>, _>>()?;
         let mut context = ScmpFilterContext::new(default)?;
         for architecture in &architectures {
             context.add_arch(*architecture)?;
@@ -247,9 +250,8 @@ fn flags(names: Option<&[String]>) -> Result<u32, SeccompError> {
 }
 
 fn export(context: &ScmpFilterContext) -> Result<Vec<Instruction>, SeccompError> {
-    let export = || -> std::io::Result<std::fs::File> {
-        Ok(rustix::fs::memfd_create("seccomp", MemfdFlags::CLOEXEC)?.into())
-    };
+    let export =
+        || -> std::io::Result<std::fs::File> { Ok(rustix::fs::memfd_create("seccomp", MemfdFlags::CLOEXEC)?.into()) };
     let mut file = export().map_err(SeccompError::Export)?;
     context.export_bpf(&file)?;
     let mut bytes = Vec::new();
@@ -431,7 +433,8 @@ mod tests {
 
     #[test]
     fn calls_of_other_architectures_are_known_and_do_nothing_here() {
-        let filter = profile("SCMP_ACT_ERRNO", r#"{"names":["breakpoint","s390_pci_mmio_read"],"action":"SCMP_ACT_ALLOW"}"#);
+        let filter =
+            profile("SCMP_ACT_ERRNO", r#"{"names":["breakpoint","s390_pci_mmio_read"],"action":"SCMP_ACT_ALLOW"}"#);
         assert_eq!(run(&filter, X86_64, 0, [0; 6]), errno(libc::EPERM));
     }
 

@@ -88,7 +88,18 @@ pub fn write(paths: &[(String, &str, &str)]) -> Result<(), SysctlError> {
 fn path_of(key: &str) -> Option<String> {
     let path: String = match key.find(['.', '/'])? {
         first if key.as_bytes()[first] == b'/' => key.into(),
-        _ => key.chars().map(|c| if c == '.' { '/' } else if c == '/' { '.' } else { c }).collect(),
+        _ => key
+            .chars()
+            .map(|c| {
+                if c == '.' {
+                    '/'
+                } else if c == '/' {
+                    '.'
+                } else {
+                    c
+                }
+            })
+            .collect(),
     };
     path.split('/').all(|part| !part.is_empty() && part != "." && part != "..").then_some(path)
 }

@@ -62,7 +62,9 @@ impl Terminal {
         let (parent, name) = root.parent(Path::new("/dev/console")).map_err(TerminalError::MakeConsole)?;
         let flags = OFlags::CREATE | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
         let target = match rustix::fs::openat(&parent, name, flags, Mode::from_raw_mode(0o600)) {
-            Ok(_) => rustix::fs::openat(&parent, name, OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC, Mode::empty()),
+            Ok(_) => {
+                rustix::fs::openat(&parent, name, OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC, Mode::empty())
+            }
             Err(errno) => Err(errno),
         }
         .map_err(TerminalError::Console)?;
