@@ -89,7 +89,7 @@ lint:
 	@tests/host/install-packages build lint
 	cargo fmt --all --check
 	cargo clippy --workspace --all-targets -- -D warnings
-	shellcheck .ci/run guest-kernel/build guest-kernel/check-config $(filter-out %/packages %/fstab,$(wildcard tests/host/*[!/]))
+	shellcheck -S warning .ci/run guest-kernel/build guest-kernel/check-config $(filter-out %/packages %/fstab %/image %/job,$(wildcard tests/host/* tests/host/job/*))
 
 clean:
 	rm -rf target
