@@ -7,6 +7,7 @@
 pub mod buffers;
 pub mod entropy;
 pub mod fs;
+pub mod mem;
 pub mod queue;
 #[cfg(test)]
 mod test_driver;
@@ -109,6 +110,9 @@ pub enum ActivateError {
     /// A queue's addresses or size are not usable.
     #[error("queue {0} is not valid: ring outside guest memory, unaligned, or of bad size")]
     QueueInvalid(usize),
+    /// The driver did not accept a feature that the device cannot do without.
+    #[error("driver without {0}")]
+    FeatureMissing(&'static str),
     /// The driver did not accept `VIRTIO_F_VERSION_1`.
     #[error("driver without VIRTIO_F_VERSION_1")]
     NotModern,
