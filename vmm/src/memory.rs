@@ -1,5 +1,7 @@
 //! Guest memory as the devices see it.
 
+pub mod discard;
+
 use std::sync::Arc;
 
 use vhost_user_backend::bitmap::BitmapMmapRegion;

@@ -4,6 +4,7 @@
 //! returns a [`Worker`], which owns them and runs on a thread of its own until the device is reset or the machine paused.
 //! So nothing that the driver may write before activation can reach a queue that runs: it is not the same type.
 
+pub mod balloon;
 pub mod buffers;
 pub mod entropy;
 pub mod fs;
