@@ -5,6 +5,7 @@
 //! So nothing that the driver may write before activation can reach a queue that runs: it is not the same type.
 
 pub mod balloon;
+pub mod block;
 pub mod buffers;
 pub mod entropy;
 pub mod fs;
