@@ -7,6 +7,7 @@
 pub mod balloon;
 pub mod block;
 pub mod buffers;
+pub mod console;
 pub mod entropy;
 pub mod fs;
 pub mod mem;
