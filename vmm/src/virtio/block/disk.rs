@@ -12,7 +12,7 @@ use super::super::Buffers;
 pub const SECTOR: u64 = 512;
 
 /// Bytes written at a time where the file cannot be zeroed otherwise.
-const ZEROES: [u8; 64 << 10] = [0; 64 << 10];
+static ZEROES: [u8; 64 << 10] = [0; 64 << 10];
 
 /// Discards a range of a block device (`linux/fs.h`).
 const BLKDISCARD: libc::c_ulong = 0x1277;
