@@ -19,7 +19,8 @@ use crate::arch::state::{StateContext, StateError};
 use crate::bus::Bus;
 use crate::control::{End, MachineConfig};
 use crate::kernel::{self, KernelError};
-use crate::memory::{self, FileRanges, MemoryError, SharedMemory};
+use crate::memory::discard::FileBacked;
+use crate::memory::{self, MemoryError, SharedMemory};
 use crate::pci;
 use crate::vcpu::{Shared, Vcpu, lock};
 use crate::virtio::pci::{OnBroken, VirtioPci};
@@ -106,7 +107,7 @@ pub struct Listeners {
 pub struct Machine {
     pub(crate) vm: Arc<VmFd>,
     memory: SharedMemory,
-    file_ranges: Arc<FileRanges>,
+    file_backed: Arc<FileBacked>,
     cpuid: CpuId,
     cpus_max: u8,
     pub(crate) shared: Shared,
@@ -122,12 +123,11 @@ impl Machine {
         let (ram, hotplug, cpus) = check(config)?;
         let image_size = parts.image.metadata().map_err(|e| BuildError::Image(e.to_string()))?.len();
         let memory = memory::build(ram, hotplug)?;
-        let mut file_ranges = FileRanges::default();
-        let entry = kernel::load(&parts.kernel, &memory, &mut file_ranges)?;
+        let kernel::Kernel { entry, mapped } = kernel::load(&parts.kernel, &memory)?;
         let cmdline = cmdline(config, parts.console.is_some());
         boot::write_tables(&memory, &Boot { ram, image: image_size, cpus, cmdline: &cmdline, entry })?;
 
-        let mut machine = Self::assemble(parts.kvm, memory, file_ranges, cpus, parts.console, listeners)?;
+        let mut machine = Self::assemble(parts.kvm, memory, FileBacked::new(mapped), cpus, parts.console, listeners)?;
         machine.map_image(&parts.image, image_size)?;
         machine.prepare_vm()?;
         let first = machine.create_vcpu(0)?;
@@ -142,7 +142,7 @@ impl Machine {
     fn assemble(
         kvm_fd: OwnedFd,
         memory: memory::GuestMemory,
-        file_ranges: FileRanges,
+        file_backed: FileBacked,
         cpus_max: u8,
         console: Option<File>,
         listeners: Listeners,
@@ -168,7 +168,7 @@ impl Machine {
         Ok(Self {
             vm: Arc::new(vm),
             memory: Arc::new(memory),
-            file_ranges: Arc::new(file_ranges),
+            file_backed: Arc::new(file_backed),
             cpuid,
             cpus_max,
             shared: Shared {
@@ -285,8 +285,8 @@ impl Machine {
     }
 
     /// Which of it comes from files.
-    pub fn file_ranges(&self) -> &Arc<FileRanges> {
-        &self.file_ranges
+    pub fn file_backed(&self) -> &Arc<FileBacked> {
+        &self.file_backed
     }
 
     /// Exits to user space so far.

@@ -9,15 +9,20 @@ use std::sync::{Arc, Mutex};
 
 use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
 use rustix::io::Errno;
+use vm_memory::{GuestAddress, GuestMemory as _};
 use vmm_sys_util::eventfd::EventFd;
 
+use crate::arch::layout::HOTPLUG;
 use crate::control::{self, ChannelError, Device, End, MachineConfig, Notice, Request, Resource, SHARE_TAG};
 use crate::fault;
 use crate::jail::{Jail, remove_tree};
 use crate::machine::{Listeners, Machine, Parts};
 use crate::vcpu::{install_kick_handler, lock};
+use crate::virtio::balloon::Balloon;
+use crate::virtio::block::Block;
 use crate::virtio::entropy::Entropy;
 use crate::virtio::fs::{Share, ShareConfig};
+use crate::virtio::mem::{Memory, MemoryHandle};
 use crate::virtio::{Broken, vsock};
 
 /// The control channel is this descriptor of the process.
@@ -66,6 +71,7 @@ struct Process {
     /// Devices the machine gets when its agent is ready.
     devices: Vec<Device>,
     memory_bytes: u64,
+    memory: Option<MemoryHandle>,
     ready: EventFd,
     events: Arc<Events>,
 }
@@ -227,8 +233,15 @@ impl Process {
         };
         let device = vsock::Vsock::new(options).map_err(|e| format!("vsock: {e}"))?;
         machine.add_device("vsock", Box::new(device)).map_err(line)?;
-        let mut process =
-            Self { machine, jail, devices: config.devices, memory_bytes: config.memory_bytes, ready, events };
+        let mut process = Self {
+            machine,
+            jail,
+            devices: config.devices,
+            memory_bytes: config.memory_bytes,
+            memory: None,
+            ready,
+            events,
+        };
         for (resource, fd) in start.later {
             process.add_resource(resource, fd, leftovers)?;
         }
@@ -317,7 +330,10 @@ impl Process {
                 leftovers.push((fd, name));
                 Ok(())
             }
-            Resource::Disk { .. } => Err("TODO".into()),
+            Resource::Disk { read_only, serial } => {
+                let disk = Block::new(fd, read_only, &serial).map_err(line)?;
+                self.machine.add_device("blk", Box::new(disk)).map_err(line)
+            }
             other => Err(format!("{other:?} is given at the start or not at all")),
         }
     }
@@ -336,12 +352,30 @@ impl Process {
                 });
                 self.machine.add_device("fs", Box::new(share.map_err(line)?)).map_err(line)
             }
-            _ => Ok(()),
+            Device::Memory if self.machine.memory().num_regions() == 1 => Ok(()),
+            Device::Memory => {
+                let memory = self.machine.memory().clone();
+                let device = Memory::new(memory, GuestAddress(HOTPLUG), true).map_err(line)?;
+                self.memory = Some(device.handle());
+                self.machine.add_device("mem", Box::new(device)).map_err(line)
+            }
+            Device::Balloon => {
+                let balloon = Balloon::new(self.machine.file_backed().clone());
+                self.machine.add_device("balloon", Box::new(balloon)).map_err(line)
+            }
         }
     }
 
-    fn set_memory(&mut self, _bytes: u64) -> Result<(), Line> {
-        Ok(())
+    fn set_memory(&mut self, bytes: u64) -> Result<(), Line> {
+        let begun = self.memory_bytes;
+        let more = bytes
+            .checked_sub(begun)
+            .ok_or_else(|| format!("{bytes} bytes of memory are less than the {begun} that the machine began with"))?;
+        match &self.memory {
+            Some(memory) => memory.resize(more).map_err(line),
+            None if more == 0 => Ok(()),
+            None => Err("the machine has no memory device".into()),
+        }
     }
 }
 

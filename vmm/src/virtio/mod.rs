@@ -4,9 +4,13 @@
 //! returns a [`Worker`], which owns them and runs on a thread of its own until the device is reset or the machine paused.
 //! So nothing that the driver may write before activation can reach a queue that runs: it is not the same type.
 
+pub mod balloon;
+pub mod block;
 pub mod buffers;
+pub mod console;
 pub mod entropy;
 pub mod fs;
+pub mod mem;
 pub mod pci;
 pub mod queue;
 #[cfg(test)]
@@ -117,6 +121,9 @@ pub enum ActivateError {
     /// The driver has not given the device's registers an address.
     #[error("registers are not decoded")]
     NotDecoded,
+    /// The driver did not accept a feature that the device cannot do without.
+    #[error("driver without {0}")]
+    FeatureMissing(&'static str),
     /// The host refused something.
     #[error("{0}: {1}")]
     Host(&'static str, #[source] std::io::Error),

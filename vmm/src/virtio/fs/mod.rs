@@ -6,12 +6,16 @@
 //! place with the caller's user and groups.
 //!
 //! - [`files`]: the file system itself, over the library's.
+//! - `keep`: which contents the guest may keep cached.
 //! - [`request`]: one FUSE request.
 //! - [`threads`]: the threads that serve, which exist before the device is active.
+//! - `unnamed`: files without a name, which the library lacks.
 
 pub mod files;
+mod keep;
 pub mod request;
 pub mod threads;
+mod unnamed;
 
 use std::fs::File;
 use std::io;

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use proptest::prelude::*;
+use virtiofsd::filesystem::OpenOptions;
 use virtiofsd::fuse::{
     AttrOut, CreateIn, EntryOut, FsOptions, GetattrIn, GetxattrIn, InHeader, InitInCompat, InitInExt, InitOut, OpenIn,
     OpenOut, OutHeader, ReadIn, ReleaseIn, SetxattrIn, WriteIn, WriteOut,
@@ -219,6 +220,24 @@ fn nothing_about_names_is_kept_in_the_guest_so_a_rename_is_seen_at_once() {
 }
 
 #[test]
+fn contents_are_kept_of_a_file_that_is_not_changed() {
+    let kept = |guest: &mut Mounted, name: &str| {
+        let node = guest.lookup(ROOT, name).unwrap().nodeid;
+        let answer = guest.ask(14, node, OpenIn::default().as_slice(), size_of::<OpenOut>()).unwrap();
+        object::<OpenOut>(&answer).open_flags & OpenOptions::KEEP_CACHE.bits() != 0
+    };
+    let directory = Directory::new();
+    let mut new = share(&directory.0);
+    let mut guest = Mounted::new(&mut new);
+    fs::write(directory.path("file"), "x").unwrap();
+    assert_eq!([kept(&mut guest, "file"), kept(&mut guest, "file")], [false, false]);
+    // A file that every system has had for a while.
+    let mut old = share(Path::new("/usr/bin"));
+    let mut guest = Mounted::new(&mut old);
+    assert_eq!([kept(&mut guest, "env"), kept(&mut guest, "env")], [false, true]);
+}
+
+#[test]
 fn trusted_attributes_are_kept_as_user_attributes_that_the_guest_cannot_name() {
     let directory = Directory::new();
     let mut share = share(&directory.0);
@@ -253,6 +272,69 @@ fn names_that_are_not_one_component_are_refused() {
     let both = [zero_terminated("../outside"), zero_terminated("mine")].concat();
     assert_eq!(guest.ask(12, ROOT, &[&ROOT.to_le_bytes()[..], &both].concat(), 0), Err(libc::EINVAL));
     assert_eq!(fs::read(directory.path("outside")).unwrap(), b"secret");
+}
+
+#[test]
+fn a_file_without_a_name_is_written_and_named_later() {
+    let directory = Directory::new();
+    fs::set_permissions(&directory.0, fs::Permissions::from_mode(0o2777)).unwrap();
+    let mut share = share(&directory.0);
+    let mut guest = Mounted::new(&mut share);
+    let make = |guest: &mut Mounted, flags: i32, extension: &[u8]| {
+        let create = CreateIn { flags: flags as u32, mode: 0o666, umask: 0o022, ..Default::default() };
+        let body = [create.as_slice(), b"/\0", extension].concat();
+        let answer = guest.ask(51, ROOT, &body, size_of::<EntryOut>() + size_of::<OpenOut>())?;
+        let fh = object::<OpenOut>(&answer[size_of::<EntryOut>()..]).fh;
+        Ok::<_, i32>((object::<EntryOut>(&answer), fh))
+    };
+    guest.uid = 1000;
+    let (entry, fh) = make(&mut guest, libc::O_RDWR, &[]).unwrap();
+    guest.uid = 0;
+    let node = entry.nodeid;
+    assert_eq!((entry.attr.nlink, entry.attr.mode), (0, libc::S_IFREG | 0o644));
+    assert_eq!((entry.attr.uid, fs::read_dir(&directory.0).unwrap().count()), (1000.into(), 0));
+    assert_eq!(guest.write(node, fh, 0, b"content"), Ok(7));
+    assert_eq!(guest.read(node, fh, 3, 100).unwrap(), b"tent");
+    assert_eq!(guest.attributes(node).unwrap().attr.size, 7);
+    let second = guest.open(node, libc::O_RDONLY | libc::O_APPEND).unwrap();
+    assert_eq!(guest.read(node, second, 0, 100).unwrap(), b"content");
+    assert_eq!(guest.write(node, second, 0, b"x"), Err(libc::EBADF));
+    let set = SetxattrIn { size: 1, ..Default::default() };
+    let body = [set.as_slice(), &zero_terminated("trusted.overlay.origin"), b"y"].concat();
+    assert_eq!(guest.ask(21, node, &body, 0), Ok(vec![]));
+
+    let link = [&node.to_le_bytes()[..], b"../outside\0"].concat();
+    assert_eq!(guest.ask(13, ROOT, &link, size_of::<EntryOut>()), Err(libc::EINVAL));
+    let link = [&node.to_le_bytes()[..], b"named\0"].concat();
+    let named: EntryOut = object(&guest.ask(13, ROOT, &link, size_of::<EntryOut>()).unwrap());
+    assert_eq!((named.attr.ino, named.attr.nlink), (entry.attr.ino, 1));
+    assert_eq!(guest.lookup(ROOT, "named").unwrap().nodeid, named.nodeid);
+    assert_eq!(fs::read(directory.path("named")).unwrap(), b"content");
+    assert_eq!(guest.write(node, fh, 7, b" more"), Ok(5));
+    assert_eq!(fs::read(directory.path("named")).unwrap(), b"content more");
+    let get = GetxattrIn { size: 10, ..Default::default() };
+    let get = [get.as_slice(), b"trusted.overlay.origin\0"].concat();
+    assert_eq!(guest.ask(22, named.nodeid, &get, 10).unwrap(), b"y");
+
+    assert_eq!(guest.release(node, fh), Ok(vec![]));
+    assert_eq!(guest.release(node, fh), Err(libc::EBADF));
+    assert_eq!(guest.release(node, second), Ok(vec![]));
+    let forget = guest.message(2, node, &1u64.to_le_bytes());
+    assert_eq!(guest.driven.rings[0].request(&[Part::Out(forget)]).0, 0);
+    assert_eq!(guest.attributes(node).unwrap_err(), libc::EBADF);
+
+    // For good without a name; with the caller's other groups; malformed.
+    let (entry, _) = make(&mut guest, libc::O_RDWR | libc::O_EXCL, &[]).unwrap();
+    let link = [&entry.nodeid.to_le_bytes()[..], b"other\0"].concat();
+    assert_eq!(guest.ask(13, ROOT, &link, size_of::<EntryOut>()), Err(libc::ENOENT));
+    let groups: Vec<_> = [16u32, 32, 1, 77].iter().flat_map(|word| word.to_le_bytes()).collect();
+    assert!(make(&mut guest, libc::O_RDWR, &groups).is_ok());
+    for bad in [&groups[..15], &[16, 0, 0, 0], &[0; 8], &[255; 16]] {
+        assert_eq!(make(&mut guest, libc::O_RDWR, bad).unwrap_err(), libc::EINVAL);
+    }
+    let file = guest.lookup(ROOT, "named").unwrap().nodeid;
+    let body = [CreateIn::default().as_slice(), b"/\0"].concat();
+    assert_eq!(guest.ask(51, file, &body, 200), Err(libc::ENOTDIR));
 }
 
 #[test]
