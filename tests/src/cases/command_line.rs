@@ -1,0 +1,67 @@
+//! The command line itself: what a person or a caller asks before anything runs.
+
+use serde_json::Value;
+
+use super::{oci, podhull};
+use crate::runtime::Runtime;
+use crate::suite::{Case, Scene};
+use crate::{Outcome, ensure, ensure_eq};
+
+pub const CASES: &[Case] = &[
+    oci("command_line::version_has_the_lines_callers_parse", version_has_the_lines_callers_parse),
+    podhull("command_line::spec_is_the_document_of_runc", spec_is_the_document_of_runc),
+    podhull("command_line::check_says_that_this_host_can_run_pods", check_says_that_this_host_can_run_pods),
+    podhull("command_line::every_command_has_help_with_an_example", every_command_has_help_with_an_example),
+    podhull("command_line::a_wrong_flag_is_named_in_one_line", a_wrong_flag_is_named_in_one_line),
+];
+
+fn version_has_the_lines_callers_parse(scene: &Scene) -> Outcome {
+    let text = scene.call(&["--version"])?.output()?;
+    let first = text.lines().next().unwrap_or_default();
+    ensure!(first.starts_with(&format!("{} version ", scene.runtime.name())), "first line {first:?}");
+    ensure!(
+        text.lines().any(|line| line.starts_with("spec: 1.")),
+        "no line with the specification's version in {text:?}"
+    );
+    Ok(())
+}
+
+fn spec_is_the_document_of_runc(scene: &Scene) -> Outcome {
+    let without_names = |spec: &Value| {
+        let mut spec = spec.clone();
+        // Each runtime puts its own name there.
+        spec["hostname"] = Value::Null;
+        spec["ociVersion"] = Value::Null;
+        spec
+    };
+    ensure_eq!(without_names(&scene.runtime.spec), without_names(&Runtime::runc()?.spec), "document of spec");
+    Ok(())
+}
+
+fn check_says_that_this_host_can_run_pods(scene: &Scene) -> Outcome {
+    let text = scene.call(&["check"])?.output()?;
+    for point in ["/dev/kvm", "cgroup", "vmlinux", "guest.img"] {
+        ensure!(text.contains(point), "nothing about {point} in:\n{text}");
+    }
+    Ok(())
+}
+
+fn every_command_has_help_with_an_example(scene: &Scene) -> Outcome {
+    let overview = scene.call(&["--help"])?.output()?;
+    for command in ["run", "spec", "check"] {
+        ensure!(overview.contains(command), "--help does not name {command}");
+        let help = scene.call(&[command, "--help"])?.output()?;
+        let example = help.lines().any(|line| line.trim_start().contains(&format!("podhull {command}")));
+        ensure!(example && help.contains("Example"), "no example in the help of {command}:\n{help}");
+    }
+    Ok(())
+}
+
+fn a_wrong_flag_is_named_in_one_line(scene: &Scene) -> Outcome {
+    for arguments in [&["run", "--levitate", "x"][..], &["--levitate"], &["levitate"]] {
+        let ended = scene.call(arguments)?.expect_status(1)?;
+        ensure!(ended.stderr.contains("levitate"), "stderr {:?} does not name it", ended.stderr);
+        ensure_eq!(ended.stderr.lines().count(), 1, "lines of {:?}", ended.stderr);
+    }
+    Ok(())
+}

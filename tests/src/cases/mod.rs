@@ -1,0 +1,45 @@
+//! All tests, one module for each topic; the quick ones first.
+
+mod bad_input;
+mod command_line;
+mod crashes;
+mod exit_codes;
+mod files;
+mod isolation;
+mod load;
+mod namespaces;
+mod privileged;
+mod process;
+mod resources;
+mod stdio;
+mod terminal;
+
+use crate::Outcome;
+use crate::suite::{Case, Scene, Subject};
+
+/// The tests in the order they run in.
+pub const ALL: &[&[Case]] = &[
+    command_line::CASES,
+    exit_codes::CASES,
+    isolation::CASES,
+    namespaces::CASES,
+    process::CASES,
+    privileged::CASES,
+    terminal::CASES,
+    stdio::CASES,
+    files::CASES,
+    bad_input::CASES,
+    crashes::CASES,
+    resources::CASES,
+    load::CASES,
+];
+
+/// A test that holds for any OCI runtime.
+const fn oci(name: &'static str, run: fn(&Scene) -> Outcome) -> Case {
+    Case { name, subject: Subject::Oci, run }
+}
+
+/// A test of virtual machines, or of what only podhull promises.
+const fn podhull(name: &'static str, run: fn(&Scene) -> Outcome) -> Case {
+    Case { name, subject: Subject::Podhull, run }
+}

@@ -1,0 +1,207 @@
+//! Limits of resources, read from inside: the container's own cgroup says what it used.
+
+use serde_json::json;
+
+use super::{oci, podhull};
+use crate::suite::{Case, Scene};
+use crate::{Outcome, ensure, ensure_eq};
+
+pub const CASES: &[Case] = &[
+    oci("resources::limits_are_in_the_cgroup", limits_are_in_the_cgroup),
+    oci("resources::cgroup_path_nests", cgroup_path_nests),
+    oci("resources::too_much_memory_is_killed", too_much_memory_is_killed),
+    podhull("resources::the_run_says_out_of_memory", the_run_says_out_of_memory),
+    oci("resources::devices_are_denied_and_allowed", devices_are_denied_and_allowed),
+    oci("resources::a_fork_bomb_is_contained", a_fork_bomb_is_contained),
+    oci("resources::a_processor_quota_holds", a_processor_quota_holds),
+    oci("resources::a_parent_s_quota_binds_its_children", a_parent_s_quota_binds_its_children),
+];
+
+/// Share of one processor, in percent, that the cgroup of the container uses over ten seconds.
+const MEASURE: &str = "
+def measure():
+    def used():
+        line = open('/sys/fs/cgroup/cpu.stat').readline()
+        return int(line.split()[1]), time.monotonic()
+    first, began = used()
+    time.sleep(10)
+    last, ended = used()
+    print(100 * (last - first) / 1e6 / (ended - began))
+";
+
+fn limits_are_in_the_cgroup(scene: &Scene) -> Outcome {
+    let bundle = scene
+        .debian()?
+        .set(
+            "/linux/resources/cpu",
+            json!({ "shares": 2048, "quota": 25_000, "period": 50_000, "cpus": "0", "mems": "0" }),
+        )
+        .set("/linux/resources/memory", json!({ "limit": 100 << 20, "reservation": 50 << 20, "swap": 100 << 20 }))
+        .set("/linux/resources/pids", json!({ "limit": 33 }))
+        .set("/linux/resources/hugepageLimits", json!([{ "pageSize": "2MB", "limit": 4 << 20 }]))
+        .set("/linux/resources/unified", json!({ "memory.high": "90000000", "cgroup.max.depth": "7" }))
+        .sh("cd /sys/fs/cgroup; for f in cpu.max cpu.weight cpuset.cpus cpuset.mems memory.max memory.low pids.max \
+             hugetlb.2MB.max memory.high cgroup.max.depth; do echo $f $(cat $f); done");
+    let found = scene.run(&bundle)?.output()?;
+    // Shares 2 to 262144 become weights 1 to 10000: 1 + (2048 - 2) * 9999 / 262142 = 79. A memory limit is in whole pages.
+    let expected = "cpu.max 25000 50000\ncpu.weight 79\ncpuset.cpus 0\ncpuset.mems 0\nmemory.max 104857600\n\
+                    memory.low 52428800\npids.max 33\nhugetlb.2MB.max 4194304\nmemory.high 89997312\ncgroup.max.depth 7\n";
+    ensure_eq!(found, expected, "files of the cgroup");
+    Ok(())
+}
+
+fn cgroup_path_nests(scene: &Scene) -> Outcome {
+    let outer = scene.id();
+    let bundle = scene
+        .debian()?
+        .set("/linux/cgroupsPath", json!(format!("/{outer}/middle/inner")))
+        .namespaces(&["pid", "mount", "network", "ipc", "uts"])
+        .sh("cat /proc/self/cgroup");
+    let ended = scene.run(&bundle)?;
+    if !scene.runtime.is_virtual() {
+        // runc removes only the last; in a machine all of them go with it.
+        for path in [format!("/sys/fs/cgroup/{outer}/middle"), format!("/sys/fs/cgroup/{outer}")] {
+            std::fs::remove_dir(path)?;
+        }
+    }
+    let found = ended.output()?;
+    ensure!(found.trim().ends_with(&format!("/{outer}/middle/inner")), "cgroup {found:?}");
+    Ok(())
+}
+
+/// 128 MiB in a container of 64 MiB.
+const ALLOCATE: &str = "data = bytearray(128 << 20); print('survived', len(data))";
+
+fn too_much_memory_is_killed(scene: &Scene) -> Outcome {
+    let limit = json!({ "limit": 64 << 20, "swap": 64 << 20 });
+    let bundle = scene.debian()?.set("/linux/resources/memory", limit.clone());
+    let ended = scene.run(&bundle.python(ALLOCATE))?.expect_status(137)?;
+    ensure_eq!(ended.stdout, "", "stdout");
+    // Enough is enough: what fits is not killed, and a child that is killed does not take its parent with it.
+    let bundle = scene.debian()?.set("/linux/resources/memory", limit);
+    let script = format!(
+        "python3 -c 'data = bytearray(30 << 20); print(len(data))'; python3 -c \"{ALLOCATE}\"; echo $?; echo alive"
+    );
+    let found = scene.run(&bundle.sh(&script))?.output()?;
+    ensure_eq!(found, "31457280\n137\nalive\n", "stdout");
+    Ok(())
+}
+
+fn the_run_says_out_of_memory(scene: &Scene) -> Outcome {
+    let bundle = scene.debian()?.set("/linux/resources/memory", json!({ "limit": 64 << 20 }));
+    let ended = scene.run(&bundle.python(ALLOCATE))?.expect_status(137)?;
+    let said = ended.stderr.to_lowercase();
+    ensure!(said.contains("out of memory") || said.contains("oom"), "stderr {:?}", ended.stderr);
+    Ok(())
+}
+
+fn devices_are_denied_and_allowed(scene: &Scene) -> Outcome {
+    let script = "
+exec 2>&1
+mknod /dev/mem1 c 1 1; cat /dev/null; : >/dev/null; head -c 4 /dev/zero | wc -c; head -c 4 /dev/urandom | wc -c; : >/dev/full
+mknod /dev/kmsg1 c 1 11 && : </dev/kmsg1 && echo kmsg; (: >/dev/kmsg1) || echo kmsg not written
+mknod /dev/fuse1 c 10 229 && (: </dev/fuse1) || echo fuse not read";
+    let bundle = scene
+        .debian()?
+        .capabilities(&["CAP_MKNOD", "CAP_SYSLOG"])
+        .push(
+            "/linux/resources/devices",
+            json!({ "allow": true, "type": "c", "major": 1, "minor": 11, "access": "rm" }),
+        )
+        .push(
+            "/linux/resources/devices",
+            json!({ "allow": true, "type": "c", "major": 10, "minor": 229, "access": "m" }),
+        )
+        .push(
+            "/linux/resources/devices",
+            json!({ "allow": false, "type": "c", "major": 1, "minor": 1, "access": "rwm" }),
+        )
+        .sh(script);
+    let found = scene.run(&bundle)?.output()?;
+    ensure!(found.contains("/dev/mem1: Operation not permitted"), "mknod of a denied device:\n{found}");
+    ensure!(found.contains("\n4\n4\n"), "reading the usual devices:\n{found}");
+    ensure!(
+        found.contains("\nkmsg\n") && found.contains("kmsg not written"),
+        "a device that may only be read:\n{found}"
+    );
+    ensure!(found.contains("fuse not read"), "a device that may only be made:\n{found}");
+    Ok(())
+}
+
+fn a_fork_bomb_is_contained(scene: &Scene) -> Outcome {
+    let script = "
+import os, signal, subprocess, time
+# A bomb that no one stops: each process forks as long as it can.
+bomb = subprocess.Popen(['bash', '-c', 'bomb() { bomb | bomb & }; while :; do bomb; done'],
+    start_new_session=True, stderr=subprocess.DEVNULL)
+most = 0
+until = time.monotonic() + 5
+while time.monotonic() < until:
+    most = max(most, int(open('/sys/fs/cgroup/pids.current').read()))
+    refused = int(open('/sys/fs/cgroup/pids.events').readline().split()[1])
+    time.sleep(0.1)
+print('most', most, 'refused', refused > 0)
+for _ in range(1000):
+    others = [int(name) for name in os.listdir('/proc') if name.isdigit() and int(name) != os.getpid()]
+    if not others:
+        break
+    os.kill(-1, signal.SIGKILL)
+    try:
+        while os.waitpid(-1, os.WNOHANG)[0]:
+            pass
+    except ChildProcessError:
+        pass
+    time.sleep(0.01)
+# The machine answers again.
+print(subprocess.check_output(['echo', 'answers'], text=True).strip())
+";
+    let bundle = scene.debian()?.set("/linux/resources/pids", json!({ "limit": 20 })).python(script);
+    let found = scene.run(&bundle)?.output()?;
+    ensure_eq!(found, "most 20 refused True\nanswers\n", "around a fork bomb");
+    Ok(())
+}
+
+fn a_processor_quota_holds(scene: &Scene) -> Outcome {
+    let script = format!(
+        "import subprocess, time\n{MEASURE}
+worker = subprocess.Popen(['stress-ng', '--cpu', '1', '--timeout', '600', '--quiet', '--temp-path', '/dev/shm'])
+time.sleep(3)
+measure()
+worker.kill()
+"
+    );
+    let bundle = scene.debian()?.set("/linux/resources/cpu", json!({ "quota": 10_000, "period": 100_000 }));
+    percent(&scene.run(&bundle.python(&script))?.output()?)
+}
+
+/// The container is the parent: it has 10 %, and makes two children of 6 % each.
+fn a_parent_s_quota_binds_its_children(scene: &Scene) -> Outcome {
+    let script = format!(
+        "import os, subprocess, time\n{MEASURE}
+root = '/sys/fs/cgroup/'
+def put(path, text): open(root + path, 'w').write(text)
+# A cgroup with processes of its own cannot give controllers to children (cgroup-v2, no internal processes).
+os.mkdir(root + 'self')
+put('self/cgroup.procs', '0')
+put('cgroup.subtree_control', '+cpu')
+workers = []
+for name in ('a', 'b'):
+    os.mkdir(root + name)
+    put(name + '/cpu.max', '6000 100000')
+    workers.append(subprocess.Popen(['stress-ng', '--cpu', '1', '--timeout', '600', '--quiet', '--temp-path', '/dev/shm'],
+        preexec_fn=lambda: put(name + '/cgroup.procs', '0')))
+time.sleep(3)
+measure()
+for worker in workers: worker.kill()
+"
+    );
+    let bundle =
+        scene.debian()?.privileged().set("/linux/resources/cpu", json!({ "quota": 10_000, "period": 100_000 }));
+    percent(&scene.run(&bundle.python(&script))?.output()?)
+}
+
+fn percent(text: &str) -> Outcome {
+    let percent: f64 = text.trim().parse().map_err(|_| format!("no figure but {text:?}"))?;
+    ensure!((9.0..=11.0).contains(&percent), "{percent:.2} % of a processor instead of 10 %");
+    Ok(())
+}

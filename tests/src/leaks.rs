@@ -1,0 +1,143 @@
+//! What a run may leave behind, and must not: processes, mounts, cgroups, files, network and loop devices.
+
+use std::collections::BTreeSet;
+use std::fmt::Write as _;
+use std::fs;
+use std::path::Path;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use rustix::process::{Pid, Signal, WaitOptions, kill_process, waitpid};
+
+use crate::{Outcome, ensure, processes};
+
+/// The kernel takes mounts and cgroups of a process that was killed down in its own time, after it was reaped.
+const SETTLE: Duration = Duration::from_secs(5);
+
+/// Where files may appear while containers run.
+const WATCHED: [&str; 4] = ["/run", "/tmp", "/dev/shm", "/var/lib/podhull"];
+
+/// Directories that a runtime makes once, for the state of all its containers.
+const STATE_ROOTS: [&str; 5] = ["/run/podhull", "/run/podhull/pods", "/run/runc", "/run/crun", "/run/youki"];
+
+/// Everything that is there, at one moment.
+#[derive(Debug, Default, Clone)]
+pub struct Leaks(BTreeSet<String>);
+
+impl Leaks {
+    /// Looks around before a run.
+    pub fn watch() -> Self {
+        let mut there = BTreeSet::new();
+        // The suite is the reaper of all its descendants, so a daemon that someone left cannot hide.
+        for process in processes::descendants(std::process::id().cast_signed()) {
+            there.insert(format!("process {} {}", process.pid, process.command));
+        }
+        let mut namespaces = BTreeSet::new();
+        for process in processes::all() {
+            let Ok(namespace) = fs::read_link(format!("/proc/{}/ns/mnt", process.pid)) else { continue };
+            if namespaces.insert(namespace) {
+                let table = fs::read_to_string(format!("/proc/{}/mountinfo", process.pid)).unwrap_or_default();
+                there.extend(table.lines().map(|line| format!("mount {line}")));
+            }
+        }
+        for place in WATCHED {
+            files(Path::new(place), "file", &mut there);
+        }
+        directories(Path::new("/sys/fs/cgroup"), &mut there);
+        for device in fs::read_dir("/sys/class/net").into_iter().flatten().flatten() {
+            there.insert(format!("network device {}", device.file_name().display()));
+        }
+        for device in fs::read_dir("/sys/block").into_iter().flatten().flatten() {
+            if let Ok(file) = fs::read_to_string(device.path().join("loop/backing_file")) {
+                there.insert(format!("loop device {} of {}", device.file_name().display(), file.trim()));
+            }
+        }
+        Self(there)
+    }
+
+    /// What is there now and was not there before.
+    pub fn since(&self) -> Vec<String> {
+        Self::watch().0.difference(&self.0).cloned().collect()
+    }
+
+    /// Fails if anything is left that was not there before.
+    pub fn check(&self) -> Outcome {
+        let until = Instant::now() + SETTLE;
+        loop {
+            reap();
+            let left = self.since();
+            if left.is_empty() {
+                return Ok(());
+            }
+            if Instant::now() > until {
+                let mut text = format!("{} things left behind:", left.len());
+                for thing in left.iter().take(20) {
+                    let _ = write!(text, "\n    {thing}");
+                }
+                return Err(text.into());
+            }
+            thread::sleep(Duration::from_millis(20));
+        }
+    }
+}
+
+/// Kills what a failed test left running, so that the next one starts clean.
+pub fn kill_leftovers() {
+    for process in processes::descendants(std::process::id().cast_signed()) {
+        if let Some(pid) = Pid::from_raw(process.pid) {
+            let _ = kill_process(pid, Signal::KILL);
+        }
+    }
+    reap();
+}
+
+/// Reaps orphans that came to the suite as their reaper; no child of its own is waited for elsewhere at this moment.
+fn reap() {
+    while let Ok(Some(_)) = waitpid(None, WaitOptions::NOHANG) {}
+}
+
+fn files(directory: &Path, what: &str, found: &mut BTreeSet<String>) {
+    for entry in fs::read_dir(directory).into_iter().flatten().flatten() {
+        let path = entry.path();
+        let is_directory = entry.file_type().is_ok_and(|kind| kind.is_dir());
+        if !(is_directory && STATE_ROOTS.iter().any(|root| path == Path::new(root))) {
+            found.insert(format!("{what} {}", path.display()));
+        }
+        if is_directory {
+            files(&path, what, found);
+        }
+    }
+}
+
+fn directories(directory: &Path, found: &mut BTreeSet<String>) {
+    for entry in fs::read_dir(directory).into_iter().flatten().flatten() {
+        if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
+            found.insert(format!("cgroup {}", entry.path().display()));
+            directories(&entry.path(), found);
+        }
+    }
+}
+
+/// Open files of the whole host, and the bytes of memory that are available once caches are dropped.
+#[derive(Debug, Clone, Copy)]
+pub struct Totals {
+    /// First field of /proc/sys/fs/file-nr.
+    pub files: i64,
+    /// MemAvailable, in KiB.
+    pub available_kib: i64,
+}
+
+impl Totals {
+    /// Drops caches and counts.
+    pub fn now() -> Outcome<Self> {
+        rustix::fs::sync();
+        fs::write("/proc/sys/vm/drop_caches", "3")?;
+        let text = fs::read_to_string("/proc/sys/fs/file-nr")?;
+        let files = text.split_whitespace().next().ok_or("empty file-nr")?.parse()?;
+        let text = fs::read_to_string("/proc/meminfo")?;
+        let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:")).ok_or("no MemAvailable")?;
+        let available_kib = line.trim().trim_end_matches(" kB").parse()?;
+        ensure!(available_kib > 0, "MemAvailable is {available_kib}");
+        Ok(Self { files, available_kib })
+    }
+}
