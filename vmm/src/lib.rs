@@ -7,6 +7,7 @@
 pub mod arch;
 pub mod bus;
 pub mod control;
+pub mod host;
 pub mod jail;
 pub mod kernel;
 pub mod machine;
