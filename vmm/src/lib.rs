@@ -8,6 +8,7 @@ pub mod arch;
 pub mod bus;
 pub mod control;
 pub mod fault;
+pub mod host;
 pub mod jail;
 pub mod kernel;
 pub mod machine;
