@@ -3,7 +3,7 @@
 
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
-use std::sync::atomic::{Ordering, fence};
+use std::sync::atomic::{AtomicU32, Ordering, fence};
 use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
 
@@ -27,6 +27,8 @@ const PATIENCE: Duration = Duration::from_secs(20);
 const RX_BUFFER: u32 = 3776;
 const TX_BUFFER: u32 = 64 * 1024 + HEADER_LENGTH as u32;
 const QUEUE: u16 = 64;
+
+static DRIVERS: AtomicU32 = AtomicU32::new(0);
 
 struct Ring {
     base: u64,
@@ -108,6 +110,8 @@ pub struct Driver {
     /// Event buffers are given back only by [`Driver::acknowledge`].
     unacknowledged: Vec<u16>,
     pub device: Vsock,
+    /// Of the thread; each has its own.
+    name: String,
     running: Option<Running>,
     broken: mpsc::Receiver<String>,
     told: mpsc::Sender<String>,
@@ -179,6 +183,7 @@ impl Driver {
             events: Vec::new(),
             unacknowledged: Vec::new(),
             device,
+            name: format!("vsock-{}", DRIVERS.fetch_add(1, Ordering::Relaxed)),
             running: None,
             broken,
             told,
@@ -197,7 +202,7 @@ impl Driver {
     fn run(&mut self, worker: Box<dyn crate::virtio::Worker>) {
         let told = self.told.clone();
         let broken = move |error: crate::virtio::Broken| drop(told.send(error.to_string()));
-        self.running = Some(Running::start("vsock", worker, broken).unwrap());
+        self.running = Some(Running::start(&self.name, worker, broken).unwrap());
     }
 
     /// Stops the thread and starts it again, as a pause of the machine does.
@@ -371,9 +376,30 @@ impl Driver {
         }
     }
 
-    /// Waits until the device has taken all packets or is broken.
-    pub fn settle_down(&mut self) {
-        while self.free.len() < usize::from(QUEUE) && self.wait(Duration::from_millis(100)) {}
+    /// Waits until the device has taken all packets or is broken; true if it is.
+    pub fn settle_down(&mut self) -> bool {
+        let deadline = Instant::now() + PATIENCE;
+        while self.free.len() < usize::from(QUEUE) {
+            if self.broken.try_recv().is_ok() {
+                return true;
+            }
+            self.wait(Duration::from_millis(1));
+            assert!(Instant::now() < deadline, "the device takes no packets");
+        }
+        self.broken.try_recv().is_ok()
+    }
+
+    /// Processor time that the device's thread has used.
+    pub fn processor_time(&self) -> Duration {
+        for task in std::fs::read_dir("/proc/self/task").unwrap() {
+            let task = task.unwrap().path();
+            let name = std::fs::read_to_string(task.join("comm")).unwrap_or_default();
+            if name.trim_end() == self.name {
+                let times = std::fs::read_to_string(task.join("schedstat")).unwrap();
+                return Duration::from_nanos(times.split(' ').next().unwrap().parse().unwrap());
+            }
+        }
+        panic!("no thread {}", self.name)
     }
 
     /// Stops the thread.

@@ -577,6 +577,230 @@ fn a_clone_knows_that_the_agent_listens_and_uses_other_ports_than_its_template_d
     }
 }
 
+/// The device's thread uses no processor while nothing happens.
+fn assert_sleeps(guest: &mut Guest, state: &str) {
+    guest.idle(Duration::from_millis(50));
+    let before = guest.driver.processor_time();
+    thread::sleep(Duration::from_millis(200));
+    let used = guest.driver.processor_time() - before;
+    assert!(used < Duration::from_millis(20), "{state}: {used:?}");
+}
+
+#[test]
+fn the_thread_sleeps_while_it_can_do_nothing() {
+    let (path, listener) = Listening::new("sleep");
+    let driver = Driver::start(Given { listener: Some(listener.into()), ..Given::default() });
+    let mut guest = Guest::new(driver, &[PORT]);
+    assert_sleeps(&mut guest, "idle");
+
+    let fill = |guest: &mut Guest, mut ours: &UnixStream| {
+        ours.set_nonblocking(true).unwrap();
+        while ours.write(&[0; 4096]).is_ok() {
+            guest.idle(Duration::from_millis(2));
+        }
+    };
+    let (stuck, _) = connected(&mut guest);
+    fill(&mut guest, &stuck);
+    assert_sleeps(&mut guest, "bytes for a guest without room");
+    drop(stuck);
+    assert_sleeps(&mut guest, "bytes of a peer that closed for a guest without room");
+
+    let (stuck, ports) = connected(&mut guest);
+    while guest.write_some(ports, &[0; 60_000], 60_000) > 0 {
+        guest.idle(Duration::from_millis(2));
+    }
+    assert_sleeps(&mut guest, "bytes for a peer that does not read");
+    fill(&mut guest, &stuck);
+    stuck.shutdown(Half::Write).unwrap();
+    assert_sleeps(&mut guest, "the same, with a peer that half closed");
+    guest.shut_down(ports, Shutdown { receive: true, send: false });
+    assert_sleeps(&mut guest, "the same, and a guest that does not read either");
+    guest.shut_down(ports, Shutdown::BOTH);
+    assert_sleeps(&mut guest, "the same, and a guest that closed");
+
+    let (half, _) = connected(&mut guest);
+    half.shutdown(Half::Write).unwrap();
+    assert_sleeps(&mut guest, "a peer that half closed");
+    drop(half);
+    assert_sleeps(&mut guest, "a peer that closed, and a guest that does not answer");
+
+    let (half, ports) = connected(&mut guest);
+    guest.shut_down(ports, Shutdown { send: true, receive: false });
+    half.shutdown(Half::Write).unwrap();
+    assert_sleeps(&mut guest, "both half closed");
+
+    let _silent: Vec<_> = (0..70).map(|_| path.connect()).collect();
+    assert_sleeps(&mut guest, "more silent clients than there is room for");
+
+    let (mut unanswered, theirs) = UnixStream::pair().unwrap();
+    unanswered.write_all(b"x").unwrap();
+    guest.driver.hold = true;
+    guest.driver.handle().connect(theirs.into(), PORT);
+    let many: Vec<_> = (0..70).map(|_| connected_raw(&mut guest)).collect();
+    assert_sleeps(&mut guest, "no buffers of the driver");
+    drop((many, unanswered));
+    assert_sleeps(&mut guest, "no buffers of the driver, and peers that closed");
+}
+
+/// A connection asked for, with bytes waiting.
+fn connected_raw(guest: &mut Guest) -> UnixStream {
+    let (mut ours, theirs) = UnixStream::pair().unwrap();
+    ours.write_all(&[0; 10_000]).unwrap();
+    guest.driver.handle().connect(theirs.into(), PORT);
+    ours
+}
+
+/// One thing that happens to one of the connections.
+#[derive(Debug, Clone)]
+enum Happens {
+    HostWrites(usize),
+    HostReads(usize),
+    HostEnds,
+    GuestWrites { count: usize, size: usize },
+    GuestReads,
+    GuestEnds,
+    Hold,
+    Release,
+    Pause,
+    Idle,
+}
+
+fn happens() -> impl Strategy<Value = Happens> {
+    prop_oneof![
+        6 => (1usize..300_000).prop_map(Happens::HostWrites),
+        4 => (1usize..300_000).prop_map(Happens::HostReads),
+        1 => Just(Happens::HostEnds),
+        6 => (1usize..300_000, prop_oneof![1usize..100, 1000usize..=65_536])
+            .prop_map(|(count, size)| Happens::GuestWrites { count: count.min(60 * size), size }),
+        4 => Just(Happens::GuestReads),
+        1 => Just(Happens::GuestEnds),
+        1 => Just(Happens::Hold),
+        2 => Just(Happens::Release),
+        1 => Just(Happens::Pause),
+        3 => Just(Happens::Idle),
+    ]
+}
+
+/// What went into and came out of both ends of a connection.
+struct Ends {
+    stream: UnixStream,
+    ports: Ports,
+    host_wrote: usize,
+    host_ended: bool,
+    host_read: Vec<u8>,
+    guest_wrote: usize,
+    guest_ended: bool,
+    guest_read: Vec<u8>,
+}
+
+impl Ends {
+    fn host_writes(&mut self, data: &[u8], count: usize) {
+        let end = (self.host_wrote + count).min(data.len());
+        while !self.host_ended && self.host_wrote < end {
+            match self.stream.write(&data[self.host_wrote..end]) {
+                Ok(count) => self.host_wrote += count,
+                Err(error) => return assert_eq!(error.kind(), std::io::ErrorKind::WouldBlock),
+            }
+        }
+    }
+
+    /// False at the end.
+    fn host_reads(&mut self, count: usize) -> bool {
+        let mut bytes = vec![0; count];
+        match self.stream.read(&mut bytes) {
+            Ok(count) => {
+                self.host_read.extend(&bytes[..count]);
+                count > 0
+            }
+            Err(error) => {
+                assert_eq!(error.kind(), std::io::ErrorKind::WouldBlock);
+                true
+            }
+        }
+    }
+
+    fn host_ends(&mut self) {
+        self.host_ended = true;
+        self.stream.shutdown(Half::Write).unwrap();
+    }
+
+    fn guest_writes(&mut self, guest: &mut Guest, data: &[u8], count: usize, size: usize) {
+        if !self.guest_ended {
+            let end = (self.guest_wrote + count).min(data.len());
+            self.guest_wrote += guest.write_some(self.ports, &data[self.guest_wrote..end], size);
+        }
+    }
+
+    fn guest_ends(&mut self, guest: &mut Guest) {
+        if !std::mem::replace(&mut self.guest_ended, true) {
+            guest.shut_down(self.ports, Shutdown { send: true, receive: false });
+        }
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 64, failure_persistence: None, ..ProptestConfig::default() })]
+
+    #[test]
+    fn whatever_the_order_of_things_all_bytes_arrive_and_then_the_end(
+        event_idx in any::<bool>(),
+        script in prop::collection::vec((0usize..3, happens()), 1..80),
+    ) {
+        let mut guest = Guest::new(Driver::start(Given { event_idx, ..Given::default() }), &[PORT]);
+        let data = pattern(MIB, 7);
+        let mut all: Vec<_> = (0..3).map(|_| {
+            let (stream, ports) = connected(&mut guest);
+            stream.set_nonblocking(true).unwrap();
+            Ends {
+                stream,
+                ports,
+                host_wrote: 0,
+                host_ended: false,
+                host_read: Vec::new(),
+                guest_wrote: 0,
+                guest_ended: false,
+                guest_read: Vec::new(),
+            }
+        }).collect();
+        for (which, what) in script {
+            let ends = &mut all[which];
+            match what {
+                Happens::HostWrites(count) => ends.host_writes(&data, count),
+                Happens::HostReads(count) => drop(ends.host_reads(count)),
+                Happens::HostEnds => ends.host_ends(),
+                Happens::GuestWrites { count, size } => ends.guest_writes(&mut guest, &data, count, size),
+                Happens::GuestReads => ends.guest_read.extend(guest.read(ends.ports)),
+                Happens::GuestEnds => ends.guest_ends(&mut guest),
+                Happens::Hold => guest.driver.hold = true,
+                Happens::Release => guest.driver.release(),
+                Happens::Pause => guest.driver.pause(|| {}),
+                Happens::Idle => guest.idle(Duration::from_millis(1)),
+            }
+        }
+        guest.driver.release();
+        for ends in &mut all {
+            ends.host_ends();
+            ends.guest_ends(&mut guest);
+        }
+        let deadline = Instant::now() + Duration::from_secs(20);
+        let mut open = vec![true; all.len()];
+        while open.contains(&true) || all.iter().any(|ends| !guest.sockets[&ends.ports].host.send) {
+            assert!(Instant::now() < deadline, "an end did not arrive");
+            for (ends, open) in all.iter_mut().zip(&mut open) {
+                *open = *open && ends.host_reads(MIB);
+                ends.guest_read.extend(guest.read(ends.ports));
+            }
+            guest.idle(Duration::from_millis(1));
+        }
+        for ends in &mut all {
+            ends.guest_read.extend(guest.read(ends.ports));
+            prop_assert!(ends.guest_read == data[..ends.host_wrote]);
+            prop_assert!(ends.host_read == data[..ends.guest_wrote]);
+        }
+        guest.driver.stop();
+    }
+}
+
 /// A packet that is right in most of its fields.
 fn nearly_right(port: u32) -> impl Strategy<Value = Vec<u8>> {
     let op = prop_oneof![8 => 1u16..=7, 1 => any::<u16>()];
@@ -621,8 +845,7 @@ proptest! {
             guest.driver.try_send(bytes);
             let _ = (&ours).read(&mut [0; 100]);
         }
-        guest.driver.settle_down();
-        if !guest.driver.is_broken() {
+        if !guest.driver.settle_down() {
             let (mut ours, theirs) = UnixStream::pair().unwrap();
             guest.driver.handle().connect(theirs.into(), PORT);
             let request = loop {
