@@ -10,8 +10,6 @@ use crate::spec;
 pub enum CapabilityError {
     #[error("process.capabilities.{set}: unknown capability {name:?}")]
     Unknown { set: &'static str, name: String },
-    #[error("process.capabilities.ambient: {name} must be permitted and inheritable as well")]
-    Ambient { name: &'static str },
     #[error("drop {name} from the bounding set: {source}")]
     Bounding { name: &'static str, source: Errno },
     #[error("set the effective, permitted and inheritable capabilities: {0}")]
@@ -79,18 +77,16 @@ impl Capabilities {
     /// None is none at all.
     pub fn of(given: Option<&spec::Capabilities>) -> Result<Self, CapabilityError> {
         let Some(given) = given else { return Ok(Self::default()) };
-        let capabilities = Self {
+        let inheritable = bits("inheritable", &given.inheritable)?;
+        Ok(Self {
             bounding: bits("bounding", &given.bounding)?,
             effective: bits("effective", &given.effective)?,
-            inheritable: bits("inheritable", &given.inheritable)?,
             permitted: bits("permitted", &given.permitted)?,
-            ambient: bits("ambient", &given.ambient)?,
-        };
-        let loose = capabilities.ambient & !(capabilities.permitted & capabilities.inheritable);
-        match NAMES.get(loose.trailing_zeros() as usize) {
-            Some(name) => Err(CapabilityError::Ambient { name }),
-            None => Ok(capabilities),
-        }
+            // The kernel keeps the ambient set within the permitted and the inheritable one. runc's own default document
+            // asks for more than that, so what is beyond them is nothing, as with runc, and not an error.
+            ambient: bits("ambient", &given.ambient)? & bits("permitted", &given.permitted)? & inheritable,
+            inheritable,
+        })
     }
 
     /// Drops from the bounding set what is not in it; while the process still has CAP_SETPCAP.
@@ -165,8 +161,9 @@ mod tests {
     }
 
     #[test]
-    fn ambient_without_permitted_and_inheritable_is_refused() {
-        let error = of(r#"{"ambient":["CAP_KILL"],"permitted":["CAP_KILL"]}"#).unwrap_err();
-        assert!(matches!(error, CapabilityError::Ambient { name: "CAP_KILL" }));
+    fn ambient_is_what_is_permitted_and_inheritable_as_well() {
+        let given =
+            r#"{"ambient":["CAP_KILL","CAP_CHOWN"],"permitted":["CAP_KILL","CAP_CHOWN"],"inheritable":["CAP_CHOWN"]}"#;
+        assert_eq!(of(given).unwrap().ambient, 1);
     }
 }

@@ -117,7 +117,7 @@ impl InitError {
             Self::Sysctl(error) => error.is_invalid(),
             Self::Path(PathError::Relative { .. }) => true,
             Self::Scheduling(error) => error.is_invalid(),
-            Self::Capability(CapabilityError::Unknown { .. } | CapabilityError::Ambient { .. }) => true,
+            Self::Capability(CapabilityError::Unknown { .. }) => true,
             Self::Seccomp(error) => error.is_invalid(),
             Self::Process(error) => return process_kind(error),
             _ => false,
