@@ -42,6 +42,24 @@ pub fn lacks_controller(name: &str) -> bool {
     lacks
 }
 
+/// Number of the capability that raises limits, and sets those of other users' processes.
+pub const SYS_RESOURCE: u32 = 24;
+
+/// Says loudly that a test cannot be run here, because the tests themselves may not do what the guest's PID 1 may.
+pub fn lacks_capability(number: u32) -> bool {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap();
+    let effective = status.lines().find_map(|line| line.strip_prefix("CapEff:\t")).unwrap();
+    let lacks = u64::from_str_radix(effective, 16).unwrap() & 1 << number == 0;
+    if lacks {
+        assert!(
+            std::env::var_os("PODHULL_TEST_EVERYTHING").is_none(),
+            "capability {number} is missing, and PODHULL_TEST_EVERYTHING is set"
+        );
+        eprintln!("NOT TESTED: capability {number} is not available; run this in the software host");
+    }
+    lacks
+}
+
 fn agent_binary() -> std::ffi::OsString {
     std::env::var_os("PODHULL_AGENT").unwrap_or(env!("CARGO_BIN_EXE_podhull-agent").into())
 }

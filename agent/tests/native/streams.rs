@@ -4,7 +4,9 @@ use podhull_protocol::Stdio;
 use serde_json::json;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
-use crate::harness::{Agent, deadline, new_token, read_all, set, shell, with, without_namespace};
+use crate::harness::{
+    Agent, SYS_RESOURCE, deadline, lacks_capability, new_token, read_all, set, shell, with, without_namespace,
+};
 
 #[tokio::test(flavor = "current_thread")]
 async fn a_program_gets_its_streams_and_its_exit_code_comes_back() {
@@ -50,7 +52,7 @@ async fn streams_without_a_token_are_dev_null() {
     let token = new_token();
     let stderr = agent.stream(token).await;
     let stdio = Stdio { stderr: token, ..Stdio::default() };
-    let line = "cat; echo lost; readlink /proc/self/fd/0 /proc/self/fd/1 >&2";
+    let line = "cat; echo lost; readlink /proc/$$/fd/0 >&2; readlink /proc/$$/fd/1 >&2; true";
     agent.create("a", &agent.rootfs(), &shell(line), stdio).await.unwrap();
     agent.start_container("a").await.unwrap();
     assert_eq!(read_all(stderr).await, "/dev/null\n/dev/null\n");
@@ -128,6 +130,9 @@ async fn a_container_that_closes_its_input_stops_the_writer() {
 
 #[tokio::test(flavor = "current_thread")]
 async fn an_ordinary_user_can_open_its_streams_again() {
+    if lacks_capability(SYS_RESOURCE) {
+        return;
+    }
     let agent = Agent::start().await;
     let spec = with(
         shell("echo out > /dev/stdout; echo err > /dev/stderr; cat /dev/stdin"),

@@ -5,7 +5,7 @@ use serde_json::{Value, json};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
 
-use crate::harness::{Agent, DEADLINE, new_token, set, shell, with, without_namespace};
+use crate::harness::{Agent, DEADLINE, SYS_RESOURCE, lacks_capability, new_token, set, shell, with, without_namespace};
 
 fn on_terminal(line: &str) -> Value {
     with(shell(line), [("/process/terminal", json!(true))])
@@ -108,6 +108,9 @@ async fn the_end_of_input_alone_does_not_hang_up() {
 
 #[tokio::test(flavor = "current_thread")]
 async fn a_terminal_belongs_to_the_user_also_in_a_user_namespace() {
+    if lacks_capability(SYS_RESOURCE) {
+        return;
+    }
     let agent = Agent::start().await;
     let spec = with(
         on_terminal("tty; stat -c %u /dev/pts/0; echo x > /dev/tty"),
