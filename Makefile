@@ -34,25 +34,25 @@ help:
 	@echo 'machine with KVM, wherever hardware KVM is missing. From nothing, on two cores, `make run` takes about 20 minutes.'
 
 all: kernel programs
-	$(programs)/podhull-rootfs-builder --agent $(programs)/podhull-agent --output $(dist)/guest.img
+	@$(programs)/podhull-rootfs-builder --agent $(programs)/podhull-agent --output $(dist)/guest.img
 
 packages:
 	@tests/host/install-packages build
 
 kernel: packages
 	@mkdir -p $(dist)
-	guest-kernel/build $(dist)
+	@guest-kernel/build $(dist)
 
 # After the kernel, so that the two do not print across each other under -j.
 programs: packages kernel
-	@echo 'Rust programs: about 5 minutes the first time' >&2
-	cargo build --release -p podhull -p podhull-agent -p podhull-rootfs-builder
+	@[ -e $(programs)/podhull ] || echo 'Rust programs: about 4 minutes the first time' >&2
+	@cargo build --release -p podhull -p podhull-agent -p podhull-rootfs-builder
 
 # $(call install_into,ROOT)
 define install_into
-	install -D -m 755 $(programs)/podhull $(1)/bin/podhull
-	install -D -m 644 $(dist)/vmlinux $(1)/lib/podhull/vmlinux
-	install -D -m 644 $(dist)/guest.img $(1)/lib/podhull/guest.img
+	@install -D -m 755 $(programs)/podhull $(1)/bin/podhull
+	@install -D -m 644 $(dist)/vmlinux $(1)/lib/podhull/vmlinux
+	@install -D -m 644 $(dist)/guest.img $(1)/lib/podhull/guest.img
 endef
 
 install: all
@@ -61,18 +61,20 @@ install: all
 # What the software host gets: the installed files as a package would have them, and the tests.
 stage: all
 	@tests/host/install-packages host
-	cargo build --release -p podhull-tests
-	rm -rf $(staged)
+	@cargo build --release -p podhull-tests
+	@rm -rf $(staged)
 	$(call install_into,$(staged)/usr)
-	install -D -t $(staged)$(installed_tests) $(programs)/podhull-e2e $(programs)/podhull-bench tests/host/demo
+	@install -D -t $(staged)$(installed_tests) $(programs)/podhull-e2e $(programs)/podhull-bench tests/host/demo
 
 run: stage
-	$(host) $(installed_tests)/demo
+	@echo "Hardware KVM: $$(tests/host/has-kvm)" >&2
+	@$(host) $(installed_tests)/demo
 
 test: stage
-	@echo 'unit tests: about 5 minutes the first time' >&2
+	@echo 'Unit tests: about 4 minutes the first time' >&2
 	cargo test --workspace
-	@echo 'end-to-end tests' >&2
+	@echo "Hardware KVM: $$(tests/host/has-kvm)" >&2
+	@echo 'End-to-end tests: about 10 minutes in the software host' >&2
 	TIMEOUT=3600 $(host) 'PODHULL_TEST_REPEAT=$(repeat_test) $(installed_tests)/podhull-e2e'
 
 soak: stage
@@ -89,7 +91,7 @@ lint:
 	@tests/host/install-packages build lint
 	cargo fmt --all --check
 	cargo clippy --workspace --all-targets -- -D warnings
-	shellcheck .ci/run guest-kernel/build guest-kernel/check-config $(filter-out %/packages %/fstab,$(wildcard tests/host/*[!/]))
+	shellcheck -S warning .ci/run guest-kernel/build guest-kernel/check-config $(filter-out %/packages %/fstab %/image %/job,$(wildcard tests/host/* tests/host/job/*))
 
 clean:
 	rm -rf target

@@ -1,3 +1,20 @@
-//! podhull
+//! podhull: an OCI runtime that gives every pod a KVM virtual machine of its own.
+//!
+//! `cli` has one file per subcommand and decides exit codes; `bundle` and `spec` read and check what the caller wants;
+//! `pod` makes it so, with `machine` (the VMM process), `agent` (the guest's PID 1), `stdio` and `signals` as its hands;
+//! `state` owns what lies under `/run/podhull`.
 
-fn main() {}
+mod agent;
+mod bundle;
+mod cli;
+mod log;
+mod machine;
+mod pod;
+mod signals;
+mod spec;
+mod state;
+mod stdio;
+
+fn main() -> std::process::ExitCode {
+    cli::main()
+}

@@ -107,7 +107,7 @@ pub enum Resource {
 pub enum Device {
     /// virtio-fs with tag [`SHARE_TAG`], serving the machine's share.
     Share,
-    /// virtio-mem, carrying the memory between `memory_bytes` and `memory_max_bytes`.
+    /// virtio-mem, carrying the memory between `memory_bytes` and `memory_max_bytes`; none if they are equal.
     Memory,
     /// virtio-rng.
     Entropy,

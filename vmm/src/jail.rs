@@ -41,22 +41,20 @@ fn step<T>(step: &str, result: Result<T, Errno>) -> Result<T, JailError> {
 pub struct Jail {
     /// The root's file system, writable, for mount points; the guest sees the read-only mount.
     root: OwnedFd,
-    /// `/proc/self/fd` and `/proc/self/mountinfo`, opened while there was a `/proc`: the file server works by them.
+    /// `/proc/self/fd`, opened while there was a `/proc`.
     proc_self_fd: File,
-    mountinfo: File,
 }
 
 impl Jail {
     /// Enters: no path of the host can be named afterwards. Call it while the process has one thread.
     pub fn enter() -> Result<Self, JailError> {
-        let proc = |path: &str, flags| step(path, rustix::fs::open(path, flags | OFlags::CLOEXEC, Mode::empty()));
-        let proc_self_fd = proc("/proc/self/fd", OFlags::PATH)?.into();
+        let path = "/proc/self/fd";
+        let proc_self_fd = step(path, rustix::fs::open(path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty()))?.into();
         // SAFETY: mount namespaces are per process here; no descriptor table is unshared.
         step("unshare", unsafe { unshare_unsafe(UnshareFlags::NEWNS) })?;
         // Nothing of what follows may reach the namespace we come from.
         let private = MountPropagationFlags::PRIVATE | MountPropagationFlags::REC;
         step("private mounts", mount_change("/", private))?;
-        let mountinfo = proc("/proc/self/mountinfo", OFlags::RDONLY)?.into();
 
         let context = step("fsopen", fsopen("tmpfs", FsOpenFlags::FSOPEN_CLOEXEC))?;
         for (key, value) in [("size", ROOT_SIZE), ("nr_inodes", ROOT_INODES), ("mode", "0755")] {
@@ -76,7 +74,7 @@ impl Jail {
         step("pivot_root", pivot_root(".", "."))?;
         step("umount of the old root", unmount(".", UnmountFlags::DETACH))?;
         step("chdir", chdir("/"))?;
-        Ok(Self { root, proc_self_fd, mountinfo })
+        Ok(Self { root, proc_self_fd })
     }
 
     /// Attaches a detached mount at a relative path of the share.
@@ -108,9 +106,9 @@ impl Jail {
         attach(mount, rustix::fs::CWD, &format!("/{path}"))
     }
 
-    /// What the file server needs of `/proc`: the directory `self/fd`, and `self/mountinfo`.
-    pub fn proc_files(&self) -> io::Result<(File, File)> {
-        Ok((self.proc_self_fd.try_clone()?, self.mountinfo.try_clone()?))
+    /// `/proc/self/fd`, by which the file server reopens what it knows.
+    pub fn proc_self_fd(&self) -> io::Result<File> {
+        self.proc_self_fd.try_clone()
     }
 }
 

@@ -12,7 +12,7 @@ use rustix::mm::{MapFlags, ProtFlags, mmap};
 use vm_memory::{Bytes, GuestAddress, GuestMemory as _};
 
 use crate::arch::layout::HIGH_MEMORY;
-use crate::memory::{FileRanges, GuestMemory};
+use crate::memory::GuestMemory;
 
 const PAGE: u64 = 4096;
 const ELF_HEADER: usize = 64;
@@ -52,14 +52,24 @@ struct Segment {
     memory_size: u64,
 }
 
-/// Maps the kernel into `memory` and returns its entry point. The mapped ranges are noted in `file_ranges`.
-pub fn load(file: &File, memory: &GuestMemory, file_ranges: &mut FileRanges) -> Result<u64, KernelError> {
+/// A kernel in guest memory.
+#[derive(Debug)]
+pub struct Kernel {
+    /// Where it is entered.
+    pub entry: u64,
+    /// What of guest memory maps its file: address and length.
+    pub mapped: Vec<(GuestAddress, u64)>,
+}
+
+/// Maps the kernel into `memory`.
+pub fn load(file: &File, memory: &GuestMemory) -> Result<Kernel, KernelError> {
     let length = file.metadata()?.len();
     let (entry, segments) = read_headers(file, length)?;
+    let mut mapped = Vec::new();
     for segment in &segments {
-        map(file, segment, memory, file_ranges)?;
+        mapped.extend(map(file, segment, memory)?);
     }
-    Ok(entry)
+    Ok(Kernel { entry, mapped })
 }
 
 fn read_headers(file: &File, length: u64) -> Result<(u64, Vec<Segment>), KernelError> {
@@ -107,7 +117,8 @@ fn read_headers(file: &File, length: u64) -> Result<(u64, Vec<Segment>), KernelE
     Ok((entry, segments))
 }
 
-fn map(file: &File, segment: &Segment, memory: &GuestMemory, ranges: &mut FileRanges) -> Result<(), KernelError> {
+/// Puts one segment into memory; returns the range that is a mapping of the file now, if any.
+fn map(file: &File, segment: &Segment, memory: &GuestMemory) -> Result<Option<(GuestAddress, u64)>, KernelError> {
     let &Segment { offset, address, file_size, memory_size } = segment;
     let outside = KernelError::OutsideMemory { start: address, size: memory_size };
     let end = address.checked_add(memory_size).filter(|_| address >= HIGH_MEMORY);
@@ -115,13 +126,14 @@ fn map(file: &File, segment: &Segment, memory: &GuestMemory, ranges: &mut FileRa
         return Err(outside);
     }
     if file_size == 0 {
-        return Ok(());
+        return Ok(None);
     }
     if !address.is_multiple_of(PAGE) || !offset.is_multiple_of(PAGE) {
         // Copied, for want of a page boundary: correct, and unknown among the kernels we build.
         let mut bytes = vec![0; file_size as usize];
         file.read_exact_at(&mut bytes, offset)?;
-        return Ok(memory.write_slice(&bytes, GuestAddress(address))?);
+        memory.write_slice(&bytes, GuestAddress(address))?;
+        return Ok(None);
     }
     let mapped = file_size.next_multiple_of(PAGE);
     if !memory.check_range(GuestAddress(address), mapped as usize) {
@@ -143,8 +155,7 @@ fn map(file: &File, segment: &Segment, memory: &GuestMemory, ranges: &mut FileRa
     .map_err(io::Error::from)?;
     // What follows the segment in its last page is another part of the file; in memory it is zero.
     memory.write_slice(&vec![0; (mapped - file_size) as usize], GuestAddress(address + file_size))?;
-    ranges.insert(address, mapped);
-    Ok(())
+    Ok(Some((GuestAddress(address), mapped)))
 }
 
 fn u16_at(bytes: &[u8], at: usize) -> u16 {

@@ -7,6 +7,8 @@
 pub mod arch;
 pub mod bus;
 pub mod control;
+pub mod fault;
+pub mod host;
 pub mod jail;
 pub mod kernel;
 pub mod machine;

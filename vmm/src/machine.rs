@@ -19,7 +19,8 @@ use crate::arch::state::{StateContext, StateError};
 use crate::bus::Bus;
 use crate::control::{End, MachineConfig};
 use crate::kernel::{self, KernelError};
-use crate::memory::{self, FileRanges, MemoryError, SharedMemory};
+use crate::memory::discard::FileBacked;
+use crate::memory::{self, MemoryError, SharedMemory};
 use crate::pci;
 use crate::vcpu::{Shared, Vcpu, lock};
 use crate::virtio::pci::{OnBroken, VirtioPci};
@@ -34,9 +35,10 @@ pub const CPUS_MAX: u32 = 64;
 const CONFIG_ADDRESS: IoEventAddress = IoEventAddress::Pio(0xcf8);
 
 /// Kernel command line of every machine:
-/// `reboot=k panic=-1` make a panic one write to port 0x64; `noreplace-smp` keeps the kernel's text as it is on disk, and
+/// `reboot=k panic=-1` make a panic one write to port 0x64; `pci=noearly` leaves out the search for quirky chipsets (a fifth
+/// of all exits to user space); `noreplace-smp` keeps the kernel's text as it is on disk, and
 /// so shared; `maxcpus=1` leaves the other CPUs to the agent; what virtio-mem brings can be taken away again.
-const CMDLINE: &str = "reboot=k panic=-1 noreplace-smp maxcpus=1 memhp_default_state=online_movable \
+const CMDLINE: &str = "reboot=k panic=-1 pci=noearly noreplace-smp maxcpus=1 memhp_default_state=online_movable \
     root=/dev/pmem0 rootfstype=erofs rootflags=dax=always ro init=/sbin/podhull-agent";
 
 /// Why a machine could not be made.
@@ -105,7 +107,7 @@ pub struct Listeners {
 pub struct Machine {
     pub(crate) vm: Arc<VmFd>,
     memory: SharedMemory,
-    file_ranges: Arc<FileRanges>,
+    file_backed: Arc<FileBacked>,
     cpuid: CpuId,
     cpus_max: u8,
     pub(crate) shared: Shared,
@@ -121,12 +123,11 @@ impl Machine {
         let (ram, hotplug, cpus) = check(config)?;
         let image_size = parts.image.metadata().map_err(|e| BuildError::Image(e.to_string()))?.len();
         let memory = memory::build(ram, hotplug)?;
-        let mut file_ranges = FileRanges::default();
-        let entry = kernel::load(&parts.kernel, &memory, &mut file_ranges)?;
+        let kernel::Kernel { entry, mapped } = kernel::load(&parts.kernel, &memory)?;
         let cmdline = cmdline(config, parts.console.is_some());
         boot::write_tables(&memory, &Boot { ram, image: image_size, cpus, cmdline: &cmdline, entry })?;
 
-        let mut machine = Self::assemble(parts.kvm, memory, file_ranges, cpus, parts.console, listeners)?;
+        let mut machine = Self::assemble(parts.kvm, memory, FileBacked::new(mapped), cpus, parts.console, listeners)?;
         machine.map_image(&parts.image, image_size)?;
         machine.prepare_vm()?;
         let first = machine.create_vcpu(0)?;
@@ -141,7 +142,7 @@ impl Machine {
     fn assemble(
         kvm_fd: OwnedFd,
         memory: memory::GuestMemory,
-        file_ranges: FileRanges,
+        file_backed: FileBacked,
         cpus_max: u8,
         console: Option<File>,
         listeners: Listeners,
@@ -167,7 +168,7 @@ impl Machine {
         Ok(Self {
             vm: Arc::new(vm),
             memory: Arc::new(memory),
-            file_ranges: Arc::new(file_ranges),
+            file_backed: Arc::new(file_backed),
             cpuid,
             cpus_max,
             shared: Shared {
@@ -284,8 +285,8 @@ impl Machine {
     }
 
     /// Which of it comes from files.
-    pub fn file_ranges(&self) -> &Arc<FileRanges> {
-        &self.file_ranges
+    pub fn file_backed(&self) -> &Arc<FileBacked> {
+        &self.file_backed
     }
 
     /// Exits to user space so far.

@@ -1,5 +1,7 @@
 //! Guest memory: private to this process, so that nothing of a guest outlives it.
 
+pub mod discard;
+
 use std::io;
 use std::sync::Arc;
 
@@ -40,25 +42,6 @@ pub enum MemoryError {
     /// The regions do not fit together.
     #[error("guest memory regions: {0}")]
     Collection(#[from] GuestRegionCollectionError),
-}
-
-/// Ranges of guest memory that are private mappings of a file: dropping their pages would show the file again, so they are
-/// covered by fresh memory instead (guest physical addresses, sorted, not overlapping).
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct FileRanges(Vec<(u64, u64)>);
-
-impl FileRanges {
-    /// Notes that `length` bytes from `start` come from a file.
-    pub fn insert(&mut self, start: u64, length: u64) {
-        let at = self.0.partition_point(|range| range.0 < start);
-        self.0.insert(at, (start, length));
-    }
-
-    /// Whether any of the range comes from a file.
-    pub fn overlap(&self, start: u64, length: u64) -> bool {
-        let end = start.saturating_add(length);
-        self.0.iter().any(|&(from, size)| from < end && start < from.saturating_add(size))
-    }
 }
 
 /// Memory for a machine: `ram` bytes from address 0, and `hotplug` bytes of inaccessible address space for its memory

@@ -9,13 +9,20 @@ use std::sync::{Arc, Mutex};
 
 use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
 use rustix::io::Errno;
+use vm_memory::{GuestAddress, GuestMemory as _};
 use vmm_sys_util::eventfd::EventFd;
 
+use crate::arch::layout::HOTPLUG;
 use crate::control::{self, ChannelError, Device, End, MachineConfig, Notice, Request, Resource, SHARE_TAG};
+use crate::fault;
 use crate::jail::{Jail, remove_tree};
 use crate::machine::{Listeners, Machine, Parts};
 use crate::vcpu::{install_kick_handler, lock};
+use crate::virtio::balloon::Balloon;
+use crate::virtio::block::Block;
 use crate::virtio::entropy::Entropy;
+use crate::virtio::fs::{Share, ShareConfig};
+use crate::virtio::mem::{Memory, MemoryHandle};
 use crate::virtio::{Broken, vsock};
 
 /// The control channel is this descriptor of the process.
@@ -24,6 +31,8 @@ pub const CONTROL_FD: i32 = 3;
 /// Port on which the agent of a machine listens, and host port by which it says so. `podhull-protocol` names the same.
 const AGENT_PORT: u32 = 1024;
 const READY_PORT: u32 = 1024;
+/// File requests served at a time: one that waits for a disk does not hold up the others.
+const SHARE_THREADS: usize = 4;
 /// What every guest is called: the socket that leads into it tells machines apart, not this.
 const GUEST_CID: u64 = 3;
 
@@ -62,6 +71,7 @@ struct Process {
     /// Devices the machine gets when its agent is ready.
     devices: Vec<Device>,
     memory_bytes: u64,
+    memory: Option<MemoryHandle>,
     ready: EventFd,
     events: Arc<Events>,
 }
@@ -87,6 +97,9 @@ pub fn main() -> i32 {
         Ok(_) => return fail(&channel, "the first request must start the machine"),
         Err(error) => return fail(&channel, &error.to_string()),
     };
+    if let Err(error) = fault::install_handlers(CONTROL_FD) {
+        return fail(&channel, &format!("signal handlers: {error}"));
+    }
     let mut leftovers = Leftovers::new();
     let started = Process::start(config, fds, &mut leftovers);
     let stop = match started {
@@ -225,6 +238,7 @@ impl Process {
             jail,
             devices: config.devices,
             memory_bytes: config.memory_bytes,
+            memory: None,
             ready,
             events,
         };
@@ -316,7 +330,10 @@ impl Process {
                 leftovers.push((fd, name));
                 Ok(())
             }
-            Resource::Disk { .. } => Err("TODO".into()),
+            Resource::Disk { read_only, serial } => {
+                let disk = Block::new(fd, read_only, &serial).map_err(line)?;
+                self.machine.add_device("blk", Box::new(disk)).map_err(line)
+            }
             other => Err(format!("{other:?} is given at the start or not at all")),
         }
     }
@@ -324,12 +341,41 @@ impl Process {
     fn add_device(&mut self, device: Device) -> Result<(), Line> {
         match device {
             Device::Entropy => self.machine.add_device("rng", Box::new(Entropy)).map_err(line),
-            _ => Ok(()),
+            Device::Share => {
+                let proc_self_fd = self.jail.proc_self_fd().map_err(|e| format!("/proc/self/fd: {e}"))?;
+                let share = Share::new(ShareConfig {
+                    tag: SHARE_TAG.into(),
+                    root: "/".into(),
+                    proc_self_fd,
+                    threads: SHARE_THREADS,
+                    confine: Box::new(|| Ok(())),
+                });
+                self.machine.add_device("fs", Box::new(share.map_err(line)?)).map_err(line)
+            }
+            Device::Memory if self.machine.memory().num_regions() == 1 => Ok(()),
+            Device::Memory => {
+                let memory = self.machine.memory().clone();
+                let device = Memory::new(memory, GuestAddress(HOTPLUG), true).map_err(line)?;
+                self.memory = Some(device.handle());
+                self.machine.add_device("mem", Box::new(device)).map_err(line)
+            }
+            Device::Balloon => {
+                let balloon = Balloon::new(self.machine.file_backed().clone());
+                self.machine.add_device("balloon", Box::new(balloon)).map_err(line)
+            }
         }
     }
 
-    fn set_memory(&mut self, _bytes: u64) -> Result<(), Line> {
-        Ok(())
+    fn set_memory(&mut self, bytes: u64) -> Result<(), Line> {
+        let begun = self.memory_bytes;
+        let more = bytes
+            .checked_sub(begun)
+            .ok_or_else(|| format!("{bytes} bytes of memory are less than the {begun} that the machine began with"))?;
+        match &self.memory {
+            Some(memory) => memory.resize(more).map_err(line),
+            None if more == 0 => Ok(()),
+            None => Err("the machine has no memory device".into()),
+        }
     }
 }
 

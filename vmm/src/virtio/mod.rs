@@ -4,10 +4,17 @@
 //! returns a [`Worker`], which owns them and runs on a thread of its own until the device is reset or the machine paused.
 //! So nothing that the driver may write before activation can reach a queue that runs: it is not the same type.
 
+pub mod balloon;
+pub mod block;
 pub mod buffers;
+pub mod console;
 pub mod entropy;
+pub mod fs;
+pub mod mem;
 pub mod pci;
 pub mod queue;
+#[cfg(test)]
+mod test_driver;
 pub mod vsock;
 pub mod worker;
 
@@ -71,6 +78,14 @@ pub trait Device: Send {
     }
 }
 
+/// Answers a read of the configuration space whose bytes are `config`; beyond its end there are zeros.
+pub fn copy_config(config: &[u8], offset: u64, data: &mut [u8]) {
+    data.fill(0);
+    let Some(rest) = usize::try_from(offset).ok().and_then(|offset| config.get(offset..)) else { return };
+    let count = rest.len().min(data.len());
+    data[..count].copy_from_slice(&rest[..count]);
+}
+
 /// A device's own state as a plain value; each device says what its bytes are (JSON).
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DeviceState(pub Vec<u8>);
@@ -106,6 +121,9 @@ pub enum ActivateError {
     /// The driver has not given the device's registers an address.
     #[error("registers are not decoded")]
     NotDecoded,
+    /// The driver did not accept a feature that the device cannot do without.
+    #[error("driver without {0}")]
+    FeatureMissing(&'static str),
     /// The host refused something.
     #[error("{0}: {1}")]
     Host(&'static str, #[source] std::io::Error),

@@ -113,6 +113,29 @@ impl ActiveQueue {
         self.queue.disable_notification(&*self.memory).map_err(Broken::Ring)
     }
 
+    /// Serves the chains that are available, after a kick, with `serve`, which returns how many bytes of the writable part
+    /// it wrote. At most as many as the queue holds at a time, so that a driver which keeps on offering cannot keep the
+    /// worker from being stopped; if there is more the queue kicks itself.
+    pub fn serve(&mut self, mut serve: impl FnMut(&GuestMemory, &Chain) -> Result<u32, Broken>) -> Result<(), Broken> {
+        self.clear_kick();
+        self.disable_notification()?;
+        let memory = self.memory.clone();
+        for _ in 0..self.queue.size() {
+            match self.pop()? {
+                Some(chain) => {
+                    let written = serve(&memory, &chain)?;
+                    self.complete(&chain, written)?;
+                    self.notify()?;
+                }
+                None if self.enable_notification()? => self.disable_notification()?,
+                None => return Ok(()),
+            }
+        }
+        self.enable_notification()?;
+        self.kick_self();
+        Ok(())
+    }
+
     /// Ring addresses and positions, as a plain value.
     pub fn state(&self) -> QueueState {
         self.queue.state()
@@ -184,6 +207,11 @@ impl Chain {
     /// What the driver wrote for the device.
     pub fn readable<'a>(&self, memory: &'a GuestMemory) -> Buffers<'a> {
         buffers(&self.readable, memory)
+    }
+
+    /// Where the writable part lies, for a device that deals in memory itself.
+    pub fn writable_ranges(&self) -> &[(GuestAddress, usize)] {
+        &self.writable
     }
 
     /// Where the device may write.

@@ -23,6 +23,12 @@ pub trait Worker: Send {
     /// The file descriptor registered with `token` has `events`. Must not block longer than one request takes.
     fn handle(&mut self, token: u64, events: EventSet, poll: &Poll) -> Result<(), Broken>;
 
+    /// The thread is about to end, because it was told to or because a rule was broken: finish what is in flight, so that
+    /// nothing touches the queues or guest memory any more.
+    fn stop(&mut self) -> Result<(), Broken> {
+        Ok(())
+    }
+
     /// The active queues by index, to save them while the worker is stopped.
     fn queues(&self) -> Vec<Option<&ActiveQueue>>;
 }
@@ -68,7 +74,9 @@ impl Running {
         let poll = Poll { epoll: Epoll::new()? };
         poll.add(stop.as_raw_fd(), STOP, EventSet::IN)?;
         let thread = std::thread::Builder::new().name(name.into()).stack_size(256 * 1024).spawn(move || {
-            if let Err(error) = serve(&mut *worker, &poll) {
+            let served = serve(&mut *worker, &poll);
+            let stopping = worker.stop();
+            if let Err(error) = served.and(stopping) {
                 broken(error);
                 wait_for_stop(&stopped);
             }

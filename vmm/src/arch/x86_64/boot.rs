@@ -129,7 +129,7 @@ fn write_page_tables(memory: &GuestMemory) -> Result<(), GuestMemoryError> {
     memory.write_obj(PD | PRESENT_WRITABLE, GuestAddress(PDPT))?;
     let mut table = Vec::with_capacity(0x1000);
     for index in 0..512u64 {
-        table.extend((index * HUGE_PAGE | PRESENT_WRITABLE | HUGE).to_le_bytes());
+        table.extend(((index * HUGE_PAGE) | PRESENT_WRITABLE | HUGE).to_le_bytes());
     }
     memory.write_slice(&table, GuestAddress(PD))
 }

@@ -249,3 +249,275 @@ impl Connection {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::collections::VecDeque;
+
+    use proptest::prelude::*;
+
+    use super::*;
+
+    const ALLOC: u32 = 64 * 1024;
+    const GUEST_ALLOC: u32 = 10_000;
+
+    fn asked() -> Connection {
+        let mut connection = Connection::new(3, 1 << 30, 1024, ALLOC);
+        assert_eq!(connection.next_packet().unwrap().op(), Some(Op::Request));
+        assert!(!connection.owes());
+        connection
+    }
+
+    fn accepted() -> Connection {
+        let mut connection = asked();
+        assert_eq!(receive(&mut connection, Op::Response, 0, 0), Ok(Received::Accepted));
+        connection
+    }
+
+    fn receive(connection: &mut Connection, op: Op, flags: u32, len: u32) -> Result<Received, Violation> {
+        let header = Header { flags, len, buf_alloc: GUEST_ALLOC, op: op as u16, ..Header::default() };
+        connection.receive(op, &header)
+    }
+
+    #[test]
+    fn a_header_names_both_ends_and_carries_the_credit() {
+        let mut connection = accepted();
+        receive(&mut connection, Op::ReadWrite, 0, 300).unwrap();
+        connection.forward(200);
+        let header = Header {
+            src_cid: 2,
+            dst_cid: 3,
+            src_port: 1 << 30,
+            dst_port: 1024,
+            len: 77,
+            kind: 1,
+            op: 5,
+            flags: 0,
+            buf_alloc: ALLOC,
+            fwd_cnt: 200,
+        };
+        assert_eq!(connection.data_packet(77), header);
+        assert_eq!(connection.reset_packet(), Header { op: 3, len: 0, ..header });
+    }
+
+    #[test]
+    fn before_it_is_accepted_only_an_answer_to_the_request_is_allowed() {
+        for op in [Op::Request, Op::Shutdown, Op::ReadWrite, Op::CreditUpdate, Op::CreditRequest] {
+            assert_eq!(receive(&mut asked(), op, 0, 0), Err(Violation), "{op:?}");
+        }
+        let mut unasked = Connection::new(3, 1 << 30, 1024, ALLOC);
+        assert_eq!(receive(&mut unasked, Op::Response, 0, 0), Err(Violation));
+        let mut refused = asked();
+        assert_eq!(receive(&mut refused, Op::Reset, 0, 0), Ok(Received::Noted));
+        assert!(refused.is_reset() && !refused.owes());
+        assert_eq!(asked().credit(), 0);
+    }
+
+    #[test]
+    fn once_accepted_it_is_neither_asked_for_nor_accepted_again() {
+        for op in [Op::Request, Op::Response] {
+            assert_eq!(receive(&mut accepted(), op, 0, 0), Err(Violation), "{op:?}");
+        }
+    }
+
+    #[test]
+    fn the_guest_may_send_exactly_what_it_was_promised_room_for() {
+        let mut connection = accepted();
+        assert_eq!(receive(&mut connection, Op::ReadWrite, 0, ALLOC), Ok(Received::Data));
+        assert_eq!(receive(&mut connection, Op::ReadWrite, 0, 0), Ok(Received::Data));
+        assert_eq!(receive(&mut connection, Op::ReadWrite, 0, 1), Err(Violation));
+        connection.forward(10);
+        assert_eq!(receive(&mut connection, Op::ReadWrite, 0, 11), Err(Violation));
+        assert_eq!(receive(&mut connection, Op::ReadWrite, 0, 10), Ok(Received::Data));
+        assert_eq!(receive(&mut accepted(), Op::ReadWrite, 0, u32::MAX), Err(Violation));
+    }
+
+    #[test]
+    fn the_guest_is_told_of_room_when_half_of_it_came_free_or_when_it_asks() {
+        let mut connection = accepted();
+        receive(&mut connection, Op::ReadWrite, 0, ALLOC).unwrap();
+        connection.forward(ALLOC / 2 - 1);
+        assert!(!connection.owes());
+        connection.forward(1);
+        let update = connection.next_packet().unwrap();
+        assert_eq!((update.op(), update.fwd_cnt), (Some(Op::CreditUpdate), ALLOC / 2));
+        assert!(!connection.owes());
+        receive(&mut connection, Op::CreditRequest, 0, 0).unwrap();
+        assert_eq!(connection.next_packet().unwrap().op(), Some(Op::CreditUpdate));
+    }
+
+    #[test]
+    fn a_guest_without_room_is_asked_once_until_it_has_some() {
+        let mut connection = accepted();
+        connection.send(GUEST_ALLOC);
+        assert_eq!(connection.next_packet().unwrap().op(), Some(Op::CreditRequest));
+        receive(&mut connection, Op::CreditUpdate, 0, 0).unwrap();
+        assert!(!connection.owes());
+        let update = Header { buf_alloc: GUEST_ALLOC, fwd_cnt: 5, ..Header::default() };
+        connection.receive(Op::CreditUpdate, &update).unwrap();
+        assert_eq!(connection.credit(), 5);
+        connection.send(5);
+        assert_eq!(connection.next_packet().unwrap().op(), Some(Op::CreditRequest));
+    }
+
+    #[test]
+    fn a_guest_that_shrinks_its_room_below_what_is_in_flight_gets_nothing() {
+        let mut connection = accepted();
+        connection.send(1000);
+        let update = Header { buf_alloc: 10, ..Header::default() };
+        connection.receive(Op::CreditUpdate, &update).unwrap();
+        assert_eq!(connection.credit(), 0);
+    }
+
+    #[test]
+    fn what_either_side_will_no_longer_do_adds_up_and_is_told_once() {
+        let mut connection = accepted();
+        connection.shut_down(Shutdown { send: true, receive: false });
+        assert_eq!(connection.credit(), 0);
+        assert_eq!(connection.next_packet().unwrap().flags, 2);
+        connection.shut_down(Shutdown { send: true, receive: false });
+        assert!(!connection.owes());
+        connection.shut_down(Shutdown { send: false, receive: true });
+        assert_eq!(connection.next_packet().unwrap().flags, 3);
+        assert_eq!(receive(&mut connection, Op::ReadWrite, 0, 1), Ok(Received::Discarded));
+
+        receive(&mut connection, Op::Shutdown, 2, 0).unwrap();
+        assert_eq!(connection.guest_shutdown(), Shutdown { send: true, receive: false });
+        assert_eq!(receive(&mut connection, Op::ReadWrite, 0, 1), Err(Violation));
+        receive(&mut connection, Op::Shutdown, 1, 0).unwrap();
+        assert_eq!(connection.guest_shutdown(), Shutdown::BOTH);
+    }
+
+    #[test]
+    fn a_guest_that_no_longer_receives_is_sent_nothing() {
+        let mut connection = accepted();
+        assert_eq!(connection.credit(), GUEST_ALLOC as usize);
+        receive(&mut connection, Op::Shutdown, 1, 0).unwrap();
+        assert_eq!(connection.credit(), 0);
+    }
+
+    /// What a guest's kernel keeps, and the packets that are on their way.
+    struct Model {
+        connection: Connection,
+        guest_sent: u32,
+        guest_received: u32,
+        guest_read: u32,
+        host_alloc: u32,
+        host_forwarded: u32,
+        to_host: VecDeque<Header>,
+        to_guest: VecDeque<Header>,
+    }
+
+    impl Model {
+        /// All counters begin here, so that they wrap.
+        fn new(start: u32) -> Self {
+            let mut connection = accepted();
+            connection.sent = start;
+            connection.guest_forwarded = start;
+            connection.received = start;
+            connection.forwarded = start;
+            connection.reported = start;
+            Self {
+                connection,
+                guest_sent: start,
+                guest_received: start,
+                guest_read: start,
+                host_alloc: ALLOC,
+                host_forwarded: start,
+                to_host: VecDeque::new(),
+                to_guest: VecDeque::new(),
+            }
+        }
+
+        fn guest_credit(&self) -> u32 {
+            self.host_alloc - self.guest_sent.wrapping_sub(self.host_forwarded)
+        }
+
+        fn guest_sends(&mut self, op: Op, len: u32) {
+            let header =
+                Header { op: op as u16, len, buf_alloc: GUEST_ALLOC, fwd_cnt: self.guest_read, ..Header::default() };
+            self.to_host.push_back(header);
+        }
+
+        fn held(&self) -> u32 {
+            self.connection.received.wrapping_sub(self.connection.forwarded)
+        }
+
+        fn step(&mut self, action: u8, count: u32) {
+            match action {
+                0 => {
+                    let len = count.min(self.guest_credit());
+                    self.guest_sent = self.guest_sent.wrapping_add(len);
+                    self.guest_sends(Op::ReadWrite, len);
+                }
+                1 => {
+                    if let Some(header) = self.to_host.pop_front() {
+                        self.connection.receive(header.op().unwrap(), &header).unwrap();
+                        assert!(self.held() <= ALLOC);
+                    }
+                }
+                2 => self.connection.forward(count.min(self.held())),
+                3 => {
+                    let len = count.min(self.connection.credit() as u32);
+                    if len > 0 {
+                        self.to_guest.push_back(self.connection.data_packet(len));
+                        self.connection.send(len);
+                    }
+                }
+                4 => self.to_guest.extend(self.connection.next_packet()),
+                5 => {
+                    if let Some(header) = self.to_guest.pop_front() {
+                        (self.host_alloc, self.host_forwarded) = (header.buf_alloc, header.fwd_cnt);
+                        self.guest_received = self.guest_received.wrapping_add(header.len);
+                        assert!(self.guest_received.wrapping_sub(self.guest_read) <= GUEST_ALLOC);
+                        if header.op() == Some(Op::CreditRequest) {
+                            self.guest_sends(Op::CreditUpdate, 0);
+                        }
+                    }
+                }
+                6 => {
+                    let unread = self.guest_received.wrapping_sub(self.guest_read);
+                    self.guest_read = self.guest_read.wrapping_add(count.min(unread));
+                    self.guest_sends(Op::CreditUpdate, 0);
+                }
+                // Another thread of the guest overtakes, with an older or newer idea of its buffers.
+                _ => {
+                    if let [.., one, two] = self.to_host.make_contiguous()
+                        && (one.len == 0 || two.len == 0)
+                    {
+                        std::mem::swap(one, two);
+                    }
+                }
+            }
+        }
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::default() })]
+
+        #[test]
+        fn neither_side_is_sent_more_than_it_has_room_for_and_none_starves(
+            start in prop_oneof![Just(0u32), u32::MAX - 200_000..=u32::MAX, any::<u32>()],
+            steps in prop::collection::vec((0u8..8, 0u32..=ALLOC), 0..400),
+        ) {
+            let mut model = Model::new(start);
+            for (action, count) in steps {
+                model.step(action, count);
+            }
+            // Everything arrives and is read: both sides may send again.
+            for _ in 0..4 {
+                while !model.to_host.is_empty() || !model.to_guest.is_empty() || model.connection.owes() {
+                    for action in [1, 4, 5] {
+                        model.step(action, 0);
+                    }
+                }
+                model.step(2, u32::MAX);
+                model.step(6, u32::MAX);
+            }
+            prop_assert!(model.guest_credit() > ALLOC / 2);
+            prop_assert_eq!(model.connection.credit(), GUEST_ALLOC as usize);
+            prop_assert_eq!(model.connection.received, model.guest_sent);
+            prop_assert_eq!(model.guest_received, model.connection.sent);
+        }
+    }
+}

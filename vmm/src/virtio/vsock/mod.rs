@@ -18,4 +18,9 @@ mod packet;
 mod socket;
 mod to_guest;
 
+#[cfg(test)]
+mod driver;
+#[cfg(test)]
+mod tests;
+
 pub use device::{Options, Vsock, VsockHandle};

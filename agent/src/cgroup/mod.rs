@@ -1,0 +1,364 @@
+//! Control groups (cgroup v2) of the containers.
+//!
+//! All containers live below one group of the guest. `cgroupsPath` names a container's group below that; the groups on the
+//! way hand every controller down, so that a parent's limit binds the sum of its children.
+
+mod devices;
+mod events;
+mod resources;
+
+use std::io;
+use std::os::fd::OwnedFd;
+use std::path::{Component, Path, PathBuf};
+use std::time::Duration;
+
+use rustix::fs::{CWD, Mode, OFlags};
+use rustix::io::Errno;
+
+use crate::spec::Resources;
+pub use events::Watch;
+
+/// How long killed processes may take to be gone. A process stuck in the kernel longer stays, and the error says so.
+const KILL_DEADLINE: Duration = Duration::from_secs(10);
+
+/// What cannot be done with a control group.
+#[derive(Debug, thiserror::Error)]
+pub enum CgroupError {
+    #[error("cgroupsPath {0:?}: expected a path without \"..\", or slice:prefix:name")]
+    Path(String),
+    #[error("make the control group {path}: {source}")]
+    Make { path: PathBuf, source: io::Error },
+    #[error(
+        "{path}: the control group has processes already: it belongs to another container, or name another one in cgroupsPath"
+    )]
+    Occupied { path: PathBuf },
+    #[error("read {path}: {source}")]
+    Read { path: PathBuf, source: io::Error },
+    #[error("write {value:?} to {path}: {source}")]
+    Write { path: PathBuf, value: String, source: io::Error },
+    #[error("{path}: the kernel has no such control file; {needed_for} cannot be enforced")]
+    NoControl { path: PathBuf, needed_for: &'static str },
+    #[error(transparent)]
+    Resources(#[from] resources::ResourcesError),
+    #[error(transparent)]
+    Devices(#[from] devices::DevicesError),
+    #[error("watch {path}: {source}")]
+    Watch { path: PathBuf, source: io::Error },
+    #[error("{path}: processes still there {} s after they were killed", KILL_DEADLINE.as_secs())]
+    StillThere { path: PathBuf },
+    #[error("remove the control group {path}: {source}")]
+    Remove { path: PathBuf, source: io::Error },
+}
+
+impl CgroupError {
+    /// Whether the specification is at fault, not the machine.
+    pub fn is_invalid(&self) -> bool {
+        matches!(
+            self,
+            Self::Path(_) | Self::Resources(_) | Self::Devices(devices::DevicesError::Rule(_)) | Self::NoControl { .. }
+        ) || matches!(self, Self::Write { source, .. } if source.kind() == io::ErrorKind::InvalidInput)
+    }
+}
+
+/// The group that holds all containers.
+pub struct Hierarchy {
+    top: PathBuf,
+}
+
+impl Hierarchy {
+    /// Makes the group `name` in the hierarchy mounted at `mount_point`, with every controller there is.
+    pub fn new(mount_point: impl AsRef<Path>, name: &str) -> Result<Self, CgroupError> {
+        let mount_point = mount_point.as_ref();
+        hand_down_controllers(mount_point)?;
+        let top = mount_point.join(name);
+        make(&top)?;
+        hand_down_controllers(&top)?;
+        Ok(Self { top })
+    }
+
+    /// Holds all containers together back at `bytes`, or no more.
+    pub fn set_memory_high(&self, bytes: Option<u64>) -> Result<(), CgroupError> {
+        write(&self.top.join("memory.high"), &bytes.map_or("max".into(), |bytes| bytes.to_string()))
+    }
+
+    /// Makes a container's group and sets its limits. A group that exists already is taken if it is empty.
+    pub fn create(&self, cgroups_path: &str, id: &str, limits: &Resources) -> Result<Cgroup, CgroupError> {
+        let mut cgroup = Cgroup { path: self.top.clone(), made: Vec::new() };
+        for name in names(cgroups_path, id)? {
+            hand_down_controllers(&cgroup.path)?;
+            cgroup.path.push(name);
+            if make(&cgroup.path)? {
+                cgroup.made.push(cgroup.path.clone());
+            }
+        }
+        let made = cgroup.prepare(limits);
+        match made {
+            Ok(()) => Ok(cgroup),
+            Err(error) => {
+                // The reason is the error to tell; what cannot be removed now is the pod's, and goes with it.
+                let _ = cgroup.remove_empty();
+                Err(error)
+            }
+        }
+    }
+}
+
+/// A container's group.
+#[derive(Debug)]
+pub struct Cgroup {
+    path: PathBuf,
+    /// The groups this container made on the way, outermost first.
+    made: Vec<PathBuf>,
+}
+
+impl Cgroup {
+    fn prepare(&self, limits: &Resources) -> Result<(), CgroupError> {
+        if !read(&self.path.join("cgroup.procs"))?.is_empty() {
+            return Err(CgroupError::Occupied { path: self.path.clone() });
+        }
+        self.set_limits(limits)?;
+        devices::Program::new(&limits.devices)?.attach(&self.open()?)?;
+        Ok(())
+    }
+
+    fn set_limits(&self, limits: &Resources) -> Result<(), CgroupError> {
+        let current = || read(&self.path.join("memory.current")).ok().and_then(|text| text.trim().parse().ok());
+        for setting in resources::settings(limits, current)? {
+            let written = setting.files.iter().find_map(|file| {
+                let path = self.path.join(file.as_ref());
+                match write(&path, &setting.value) {
+                    Err(CgroupError::Write { source, .. }) if source.kind() == io::ErrorKind::NotFound => None,
+                    other => Some(other),
+                }
+            });
+            match written {
+                Some(result) => result?,
+                None if setting.optional => {}
+                None => {
+                    let path = self.path.join(setting.files[0].as_ref());
+                    return Err(CgroupError::NoControl { path, needed_for: setting.needed_for });
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// A descriptor of the group, for `CLONE_INTO_CGROUP`.
+    pub fn open(&self) -> Result<OwnedFd, CgroupError> {
+        rustix::fs::openat(CWD, &self.path, OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())
+            .map_err(|errno| CgroupError::Read { path: self.path.clone(), source: errno.into() })
+    }
+
+    /// Gives the group to the root user of a container that has user and cgroup namespaces of its own, as far as
+    /// `/sys/kernel/cgroup/delegate` says it may be given.
+    pub fn delegate(&self, uid: u32) -> Result<(), CgroupError> {
+        let own = |path: PathBuf| {
+            std::os::unix::fs::chown(&path, Some(uid), None).map_err(|source| CgroupError::Make { path, source })
+        };
+        own(self.path.clone())?;
+        let files = read(Path::new("/sys/kernel/cgroup/delegate"))?;
+        for file in files.lines() {
+            match own(self.path.join(file)) {
+                Err(CgroupError::Make { source, .. }) if source.kind() == io::ErrorKind::NotFound => {}
+                other => other?,
+            }
+        }
+        Ok(())
+    }
+
+    /// Count of processes killed for lack of memory; none without the controller.
+    pub fn oom_kills(&self) -> u64 {
+        let events = read(&self.path.join("memory.events")).unwrap_or_default();
+        field(&events, "oom_kill").unwrap_or_default()
+    }
+
+    /// Watches for out-of-memory kills; none without the controller.
+    pub fn watch_memory(&self) -> Result<Option<Watch>, CgroupError> {
+        let path = self.path.join("memory.events");
+        match Watch::new(&path) {
+            Ok(watch) => Ok(Some(watch)),
+            Err(source) if source.kind() == io::ErrorKind::NotFound => Ok(None),
+            Err(source) => Err(CgroupError::Watch { path, source }),
+        }
+    }
+
+    /// Every process of the group and the groups below.
+    pub fn processes(&self) -> Result<Vec<i32>, CgroupError> {
+        let mut processes = Vec::new();
+        for group in self.groups()? {
+            processes.extend(read(&group.join("cgroup.procs"))?.lines().filter_map(|pid| pid.parse::<i32>().ok()));
+        }
+        Ok(processes)
+    }
+
+    /// Kills every process of the group and the groups below, newborn ones included.
+    pub fn kill(&self) -> Result<(), CgroupError> {
+        write(&self.path.join("cgroup.kill"), "1")
+    }
+
+    /// Kills what is left, waits for its end, and removes the groups.
+    pub async fn remove(&self) -> Result<(), CgroupError> {
+        let events = self.path.join("cgroup.events");
+        if !self.path.exists() {
+            return Ok(());
+        }
+        self.kill()?;
+        let mut watch = Watch::new(&events).map_err(|source| CgroupError::Watch { path: events.clone(), source })?;
+        let deadline = tokio::time::Instant::now() + KILL_DEADLINE;
+        while field(&read(&events)?, "populated") != Some(0) {
+            match tokio::time::timeout_at(deadline, watch.changed()).await {
+                Ok(changed) => changed.map_err(|source| CgroupError::Watch { path: events.clone(), source })?,
+                Err(_) => return Err(CgroupError::StillThere { path: self.path.clone() }),
+            }
+        }
+        self.remove_empty()
+    }
+
+    fn remove_empty(&self) -> Result<(), CgroupError> {
+        for group in self.groups()?.iter().rev() {
+            std::fs::remove_dir(group).map_err(|source| CgroupError::Remove { path: group.clone(), source })?;
+        }
+        for group in self.made.iter().rev().filter(|group| **group != self.path) {
+            // Another container may be in it by now; then it is that one's.
+            if std::fs::remove_dir(group).is_err() {
+                break;
+            }
+        }
+        Ok(())
+    }
+
+    /// The group and the groups below, parents first.
+    fn groups(&self) -> Result<Vec<PathBuf>, CgroupError> {
+        let mut groups = vec![self.path.clone()];
+        let mut next = 0;
+        while let Some(group) = groups.get(next).cloned() {
+            next += 1;
+            let unreadable = |source| CgroupError::Read { path: group.clone(), source };
+            for entry in std::fs::read_dir(&group).map_err(unreadable)? {
+                let entry = entry.map_err(unreadable)?;
+                if entry.file_type().map_err(unreadable)?.is_dir() {
+                    groups.push(entry.path());
+                }
+            }
+        }
+        Ok(groups)
+    }
+}
+
+/// The names of the groups from the top down to the container's. `slice:prefix:name` is the systemd form of the path.
+fn names(cgroups_path: &str, id: &str) -> Result<Vec<String>, CgroupError> {
+    let bad = || CgroupError::Path(cgroups_path.to_owned());
+    if let [slice, prefix, name] = cgroups_path.split(':').collect::<Vec<_>>()[..] {
+        let mut names = slice_names(slice).ok_or_else(bad)?;
+        if name.is_empty() || name.contains('/') || prefix.contains('/') {
+            return Err(bad());
+        }
+        names.push(if prefix.is_empty() { format!("{name}.scope") } else { format!("{prefix}-{name}.scope") });
+        return Ok(names);
+    }
+    let path = if cgroups_path.trim_matches('/').is_empty() { id } else { cgroups_path };
+    let mut names = Vec::new();
+    for component in Path::new(path).components() {
+        match component {
+            Component::RootDir | Component::CurDir => {}
+            Component::Normal(name) => names.push(name.to_str().ok_or_else(bad)?.to_owned()),
+            Component::ParentDir | Component::Prefix(_) => return Err(bad()),
+        }
+    }
+    if names.is_empty() { Err(bad()) } else { Ok(names) }
+}
+
+/// `a-b.slice` is `a.slice/a-b.slice` (`systemd.slice(5)`).
+fn slice_names(slice: &str) -> Option<Vec<String>> {
+    let slice = if slice.is_empty() { "system.slice" } else { slice };
+    let stem = slice.strip_suffix(".slice")?;
+    if stem == "-" {
+        return Some(Vec::new());
+    }
+    if stem.contains('/') || stem.split('-').any(|part| part.is_empty() || part == "..") {
+        return None;
+    }
+    let ends = stem.match_indices('-').map(|(at, _)| at).chain([stem.len()]);
+    Some(ends.map(|end| format!("{}.slice", &stem[..end])).collect())
+}
+
+/// Makes a group; false if it was there.
+fn make(path: &Path) -> Result<bool, CgroupError> {
+    match std::fs::create_dir(path) {
+        Ok(()) => Ok(true),
+        Err(source) if source.kind() == io::ErrorKind::AlreadyExists => Ok(false),
+        Err(source) => Err(CgroupError::Make { path: path.into(), source }),
+    }
+}
+
+/// Gives the children of a group every controller it has.
+fn hand_down_controllers(path: &Path) -> Result<(), CgroupError> {
+    let (available, control) = (read(&path.join("cgroup.controllers"))?, path.join("cgroup.subtree_control"));
+    let enabled = read(&control)?;
+    let missing: Vec<String> = available
+        .split_ascii_whitespace()
+        .filter(|name| !enabled.split_ascii_whitespace().any(|enabled| enabled == *name))
+        .map(|name| format!("+{name}"))
+        .collect();
+    if missing.is_empty() {
+        return Ok(());
+    }
+    write(&control, &missing.join(" ")).map_err(|error| match error {
+        CgroupError::Write { source, .. } if source.raw_os_error() == Some(Errno::BUSY.raw_os_error()) => {
+            CgroupError::Occupied { path: path.into() }
+        }
+        other => other,
+    })
+}
+
+fn read(path: &Path) -> Result<String, CgroupError> {
+    std::fs::read_to_string(path).map_err(|source| CgroupError::Read { path: path.into(), source })
+}
+
+fn write(path: &Path, value: &str) -> Result<(), CgroupError> {
+    use std::io::Write as _;
+    // Without O_CREAT and O_TRUNC, and in one write: each is one change to the kernel.
+    let file = std::fs::OpenOptions::new().write(true).open(path);
+    file.and_then(|mut file| file.write_all(value.as_bytes())).map_err(|source| CgroupError::Write {
+        path: path.into(),
+        value: value.into(),
+        source,
+    })
+}
+
+/// A line `name value` of a flat keyed file.
+fn field(text: &str, name: &str) -> Option<u64> {
+    text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' ')?.parse().ok())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_path_nests_and_none_is_the_id() {
+        assert_eq!(names("/a/b", "id").unwrap(), ["a", "b"]);
+        assert_eq!(names("a/./b/", "id").unwrap(), ["a", "b"]);
+        assert_eq!(names("", "id").unwrap(), ["id"]);
+        assert_eq!(names("/", "id").unwrap(), ["id"]);
+        assert!(names("/a/../../b", "id").is_err());
+    }
+
+    #[test]
+    fn the_systemd_form_becomes_its_path() {
+        assert_eq!(
+            names("machine-a.slice:podhull:x", "id").unwrap(),
+            ["machine.slice", "machine-a.slice", "podhull-x.scope"]
+        );
+        assert_eq!(names(":podhull:x", "id").unwrap(), ["system.slice", "podhull-x.scope"]);
+        assert_eq!(names("-.slice::x", "id").unwrap(), ["x.scope"]);
+        assert!(names("a/b.slice:podhull:x", "id").is_err());
+        assert!(names("a.slice:podhull:../x", "id").is_err());
+    }
+
+    #[test]
+    fn a_flat_keyed_file_is_read_by_whole_names() {
+        assert_eq!(field("low 0\noom 3\noom_kill 2\n", "oom_kill"), Some(2));
+        assert_eq!(field("oom_kill_x 2\n", "oom_kill"), None);
+    }
+}

@@ -1,0 +1,389 @@
+//! The first process of a container, from `execve` of the agent to `execve` of the container's program.
+//!
+//! It is in its namespaces and its control group from the start ([`super::launch`]); descriptors 0 to 2 are its standard
+//! streams, [`SOCKET`] leads to the agent and [`CONFIG`] holds what to do. What follows is one sequence of steps, each a few
+//! system calls with an error of its own; order matters and is said at each step.
+
+use std::io::{IoSlice, Read};
+use std::os::fd::{AsFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::path::PathBuf;
+
+use rustix::io::Errno;
+use rustix::net::{RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags};
+use serde::{Deserialize, Serialize};
+use serde_json::value::RawValue;
+
+use super::capabilities::{self, Capabilities, CapabilityError};
+use super::devices::DeviceError;
+use super::hooks::HookError;
+use super::mounts::MountError;
+use super::namespaces::{NamespaceError, Namespaces};
+use super::paths::PathError;
+use super::process::{ProcessError, Program};
+use super::report::{ErrorKind, Report};
+use super::rootfs::{Rootfs, RootfsError};
+use super::scheduling::SchedulingError;
+use super::seccomp::{Filter, SeccompError};
+use super::sysctl::SysctlError;
+use super::terminal::{Terminal, TerminalError};
+use super::{devices, hooks, mounts, namespaces, paths, process, scheduling, sysctl};
+use crate::spec::Spec;
+
+/// Descriptor of the socket to the agent, packets in both directions.
+pub const SOCKET: i32 = 3;
+/// Descriptor of the file with the [`Config`].
+pub const CONFIG: i32 = 4;
+/// What the agent says when the program is to be executed.
+pub const START: &[u8] = b"start";
+
+/// What the agent has its init do.
+#[derive(Serialize, Deserialize)]
+pub struct Config<'a> {
+    pub id: String,
+    /// Where the root filesystem is.
+    pub rootfs: PathBuf,
+    #[serde(borrow)]
+    pub spec: &'a RawValue,
+    pub rows: u16,
+    pub columns: u16,
+}
+
+/// The step that failed.
+#[derive(Debug, thiserror::Error)]
+pub enum InitError {
+    #[error("read the configuration of the container's init: {0}")]
+    ReadConfig(std::io::Error),
+    #[error("configuration of the container's init: {0}")]
+    ParseConfig(serde_json::Error),
+    #[error("config.json: {0}")]
+    ParseSpec(serde_json::Error),
+    #[error(transparent)]
+    Namespace(#[from] NamespaceError),
+    #[error("cgroup namespace: {0}")]
+    CgroupNamespace(Errno),
+    #[error("time namespace: {0}")]
+    TimeNamespace(Errno),
+    #[error("linux.timeOffsets: {0}")]
+    TimeOffsets(std::io::Error),
+    #[error("new session: {0}")]
+    Session(Errno),
+    #[error("session keyring: {0}")]
+    Keyring(Errno),
+    #[error("bring up the loopback interface: {0}")]
+    Loopback(std::io::Error),
+    #[error(transparent)]
+    Rootfs(#[from] RootfsError),
+    #[error(transparent)]
+    Mount(#[from] MountError),
+    #[error(transparent)]
+    Device(#[from] DeviceError),
+    #[error(transparent)]
+    Terminal(#[from] TerminalError),
+    #[error(transparent)]
+    Sysctl(#[from] SysctlError),
+    #[error("hostname {name:?}: {source}")]
+    Hostname { name: String, source: Errno },
+    #[error("domainname {name:?}: {source}")]
+    Domainname { name: String, source: Errno },
+    #[error(transparent)]
+    Path(#[from] PathError),
+    #[error(transparent)]
+    Scheduling(#[from] SchedulingError),
+    #[error(transparent)]
+    Capability(#[from] CapabilityError),
+    #[error("no_new_privs: {0}")]
+    NoNewPrivileges(Errno),
+    #[error(transparent)]
+    Seccomp(#[from] SeccompError),
+    #[error(transparent)]
+    Process(#[from] ProcessError),
+    #[error("keep descriptors from the program: {0}")]
+    CloseDescriptors(Errno),
+    #[error("report to the agent: {0}")]
+    Report(Errno),
+    #[error("wait for the start: {0}")]
+    Wait(Errno),
+    #[error(transparent)]
+    Hook(#[from] HookError),
+}
+
+impl InitError {
+    fn kind(&self) -> ErrorKind {
+        let invalid = match self {
+            Self::ParseConfig(_) | Self::ParseSpec(_) | Self::Namespace(_) => true,
+            Self::Rootfs(RootfsError::UnknownPropagation(_)) => true,
+            Self::Mount(error) => error.is_invalid(),
+            Self::Device(error) => error.is_invalid(),
+            Self::Sysctl(error) => error.is_invalid(),
+            Self::Path(PathError::Relative { .. }) => true,
+            Self::Scheduling(error) => error.is_invalid(),
+            Self::Capability(CapabilityError::Unknown { .. }) => true,
+            Self::Seccomp(error) => error.is_invalid(),
+            Self::Process(error) => return process_kind(error),
+            _ => false,
+        };
+        if invalid { ErrorKind::Invalid } else { ErrorKind::Internal }
+    }
+}
+
+/// The codes by which callers tell a program that is missing from one that may not be executed.
+fn process_kind(error: &ProcessError) -> ErrorKind {
+    match error {
+        ProcessError::NotInPath(_) => ErrorKind::NotFound,
+        ProcessError::Stat { source, .. } | ProcessError::Exec { source, .. }
+            if matches!(*source, Errno::NOENT | Errno::NOTDIR) =>
+        {
+            ErrorKind::NotFound
+        }
+        ProcessError::Stat { .. }
+        | ProcessError::NotExecutable { .. }
+        | ProcessError::Exec { .. }
+        | ProcessError::RelativeInPath(_) => ErrorKind::PermissionDenied,
+        ProcessError::NoArgs
+        | ProcessError::RelativeCwd(_)
+        | ProcessError::Nul { .. }
+        | ProcessError::Env(_)
+        | ProcessError::Umask(_) => ErrorKind::Invalid,
+        _ => ErrorKind::Internal,
+    }
+}
+
+/// Entry of `podhull-agent init`. Returns only if the program could not be executed.
+pub fn main() -> i32 {
+    // SAFETY: the agent starts us with this descriptor open, and nothing else uses it.
+    let socket = unsafe { OwnedFd::from_raw_fd(SOCKET) };
+    match run(&socket) {
+        Ok(never) => match never {},
+        Err(error) => {
+            let report = Report::Failed { kind: error.kind(), message: error.to_string() };
+            // Without the agent there is nobody to tell.
+            let _ = rustix::net::send(&socket, &report.encode(), SendFlags::NOSIGNAL);
+            1
+        }
+    }
+}
+
+fn run(socket: &OwnedFd) -> Result<std::convert::Infallible, InitError> {
+    let text = read_config().map_err(InitError::ReadConfig)?;
+    let config: Config = serde_json::from_str(&text).map_err(InitError::ParseConfig)?;
+    let spec: Spec = serde_json::from_str(config.spec.get()).map_err(InitError::ParseSpec)?;
+    let namespaces = Namespaces::of(&spec)?;
+    let capabilities = Capabilities::of(spec.process.capabilities.as_ref())?;
+    let filter = spec.linux.seccomp.as_ref().map(Filter::compile).transpose()?;
+
+    join_namespaces(&spec, namespaces)?;
+    rustix::process::setsid().map_err(InitError::Session)?;
+    new_keyring(&config.id)?;
+    // Files are made with the modes that are said.
+    rustix::process::umask(rustix::fs::Mode::empty());
+    // Through the guest's /proc, which is the one to trust.
+    sysctl::write(&sysctl::check(&spec.linux.sysctl, namespaces)?)?;
+    name_host(&spec)?;
+    let terminal = enter_root(&config, &spec, namespaces)?;
+
+    // Only now, because what is read-only to the container had to be written, and before the capabilities go.
+    process::make_cwd(&spec.process.cwd)?;
+    let env = process::environment(&spec.process)?;
+    let master = match terminal {
+        Some(terminal) => Some(take_terminal(terminal)?),
+        None => None,
+    };
+    if let Some(personality) = &spec.linux.personality {
+        scheduling::set_personality(personality)?;
+    }
+    if let Some(scheduler) = &spec.process.scheduler {
+        scheduling::set_scheduler(scheduler)?;
+    }
+    if let Some(priority) = &spec.process.io_priority {
+        scheduling::set_io_priority(priority)?;
+    }
+
+    // A filter may be loaded by who has CAP_SYS_ADMIN, or by who gains no privileges any more. The first must be before the
+    // capabilities go, and so the filter sees the steps that follow; the second is the last step of all.
+    if spec.process.no_new_privileges {
+        capabilities::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0).map_err(InitError::NoNewPrivileges)?;
+    } else if let Some(filter) = &filter {
+        filter.load()?;
+    }
+    capabilities.bound()?;
+    process::become_user(&spec.process.user)?;
+    capabilities.set()?;
+    process::enter_cwd(&spec.process.cwd)?;
+    let program = Program::find(&spec.process, env)?;
+    keep_descriptors_from_program()?;
+
+    report_created(socket, master)?;
+    wait_for_start(socket)?;
+    hooks::run(&spec, &config.id)?;
+    if spec.process.no_new_privileges {
+        if let Some(filter) = &filter {
+            filter.load()?;
+        }
+    }
+    // Ignored signals stay ignored in the program.
+    // SAFETY: restores a default; no handler is involved.
+    unsafe { libc::signal(libc::SIGPIPE, libc::SIG_DFL) };
+    Err(program.exec().into())
+}
+
+fn read_config() -> std::io::Result<String> {
+    // SAFETY: the agent starts us with this descriptor open, and nothing else uses it.
+    let mut file = std::fs::File::from(unsafe { OwnedFd::from_raw_fd(CONFIG) });
+    let mut text = String::new();
+    file.read_to_string(&mut text)?;
+    Ok(text)
+}
+
+/// The namespaces that a process makes for itself, and what is set up in new ones.
+fn join_namespaces(spec: &Spec, namespaces: Namespaces) -> Result<(), InitError> {
+    if namespaces.cgroup {
+        unshare(libc::CLONE_NEWCGROUP).map_err(InitError::CgroupNamespace)?;
+    }
+    if namespaces.time {
+        // The process itself moves in with execve.
+        unshare(libc::CLONE_NEWTIME).map_err(InitError::TimeNamespace)?;
+        let offsets: String = spec
+            .linux
+            .time_offsets
+            .iter()
+            .map(|(clock, offset)| format!("{clock} {} {}\n", offset.secs, offset.nanosecs))
+            .collect();
+        if !offsets.is_empty() {
+            std::fs::write("/proc/self/timens_offsets", offsets).map_err(InitError::TimeOffsets)?;
+        }
+    }
+    if spec.has_namespace("network") {
+        namespaces::loopback_up().map_err(InitError::Loopback)?;
+    }
+    Ok(())
+}
+
+fn unshare(flag: libc::c_int) -> Result<(), Errno> {
+    // SAFETY: the flags used are about namespaces of the process, not about memory or descriptors.
+    if unsafe { libc::unshare(flag) } < 0 { Err(super::rootfs::last_errno()) } else { Ok(()) }
+}
+
+/// A session keyring of its own, so that containers do not see one another's keys. A kernel without keys has none to hide.
+fn new_keyring(id: &str) -> Result<(), InitError> {
+    const JOIN_SESSION_KEYRING: libc::c_int = 1;
+    const DESCRIBE: libc::c_int = 6;
+    const SETPERM: libc::c_int = 5;
+    /// Whoever finds the keyring by its number may search it (`KEY_USR_SEARCH`).
+    const USER_SEARCH: u64 = 0x08_0000;
+    // A name that does not fit is cut: it is for people.
+    let mut name = format!("_ses.{id}").into_bytes();
+    name.truncate(255);
+    name.push(0);
+    // SAFETY: the name ends with a zero byte and outlives the call.
+    let ring = unsafe { libc::syscall(libc::SYS_keyctl, JOIN_SESSION_KEYRING, name.as_ptr()) };
+    if ring < 0 {
+        return match super::rootfs::last_errno() {
+            Errno::NOSYS => Ok(()),
+            errno => Err(InitError::Keyring(errno)),
+        };
+    }
+    let mut description = [0u8; 512];
+    // SAFETY: the buffer is as long as is said.
+    let length =
+        unsafe { libc::syscall(libc::SYS_keyctl, DESCRIBE, ring, description.as_mut_ptr(), description.len()) };
+    if length < 0 {
+        return Err(InitError::Keyring(super::rootfs::last_errno()));
+    }
+    // type;uid;gid;permissions;description
+    let permissions = std::str::from_utf8(&description)
+        .ok()
+        .and_then(|text| u64::from_str_radix(text.split(';').nth(3)?, 16).ok())
+        .ok_or(InitError::Keyring(Errno::INVAL))?;
+    // SAFETY: the call takes no pointers.
+    if unsafe { libc::syscall(libc::SYS_keyctl, SETPERM, ring, permissions | USER_SEARCH) } < 0 {
+        return Err(InitError::Keyring(super::rootfs::last_errno()));
+    }
+    Ok(())
+}
+
+/// Makes everything below the container's root from outside of it, and goes in.
+fn enter_root(config: &Config, spec: &Spec, namespaces: Namespaces) -> Result<Option<Terminal>, InitError> {
+    if !spec.has_namespace("mount") {
+        Rootfs::open_shared(&config.rootfs)?.change_root()?;
+        return Ok(None);
+    }
+    let root = Rootfs::prepare(&config.rootfs, &spec.linux.rootfs_propagation)?;
+    for mount in &spec.mounts {
+        mounts::mount(&root, mount)?;
+    }
+    let own_dev = devices::wanted(spec);
+    if own_dev {
+        devices::make(&root, spec, namespaces.user)?;
+        devices::reopen_null(&root)?;
+    }
+    let mut terminal = None;
+    if spec.process.terminal {
+        let opened = Terminal::open(&root, config.rows, config.columns, spec.process.user.uid)?;
+        if own_dev {
+            opened.mount_console(&root)?;
+        }
+        terminal = Some(opened);
+    }
+    paths::make_readonly(&root, &spec.linux.readonly_paths)?;
+    paths::mask(&root, &spec.linux.masked_paths)?;
+    root.finish(&spec.linux.rootfs_propagation, spec.root.as_ref().is_some_and(|root| root.readonly))?;
+    root.pivot()?;
+    Ok(terminal)
+}
+
+fn name_host(spec: &Spec) -> Result<(), InitError> {
+    if !spec.hostname.is_empty() {
+        rustix::system::sethostname(spec.hostname.as_bytes())
+            .map_err(|source| InitError::Hostname { name: spec.hostname.clone(), source })?;
+    }
+    if !spec.domainname.is_empty() {
+        rustix::system::setdomainname(spec.domainname.as_bytes())
+            .map_err(|source| InitError::Domainname { name: spec.domainname.clone(), source })?;
+    }
+    Ok(())
+}
+
+/// The container's side becomes the standard streams; the other is for the agent.
+fn take_terminal(terminal: Terminal) -> Result<OwnedFd, InitError> {
+    let master = terminal.master.try_clone().map_err(|error| {
+        InitError::Terminal(TerminalError::Control(Errno::from_io_error(&error).unwrap_or(Errno::IO)))
+    })?;
+    terminal.control()?;
+    Ok(master)
+}
+
+/// Everything but the standard streams is closed by `execve`.
+fn keep_descriptors_from_program() -> Result<(), InitError> {
+    const CLOSE_RANGE_CLOEXEC: libc::c_int = 4;
+    // SAFETY: the call takes no pointers, and marking descriptors invalidates none.
+    if unsafe { libc::syscall(libc::SYS_close_range, 3, libc::c_uint::MAX, CLOSE_RANGE_CLOEXEC) } < 0 {
+        return Err(InitError::CloseDescriptors(super::rootfs::last_errno()));
+    }
+    Ok(())
+}
+
+fn report_created(socket: &OwnedFd, master: Option<OwnedFd>) -> Result<(), InitError> {
+    let mut space = [std::mem::MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+    let mut ancillary = SendAncillaryBuffer::new(&mut space);
+    let descriptors: Vec<BorrowedFd<'_>> = master.iter().map(AsFd::as_fd).collect();
+    if !descriptors.is_empty() {
+        ancillary.push(SendAncillaryMessage::ScmRights(&descriptors));
+    }
+    let report = Report::Created.encode();
+    rustix::net::sendmsg(socket, &[IoSlice::new(&report)], &mut ancillary, SendFlags::NOSIGNAL)
+        .map_err(InitError::Report)?;
+    Ok(())
+}
+
+/// Waits for the agent's word. Its end without one means that the container is given up.
+fn wait_for_start(socket: &OwnedFd) -> Result<(), InitError> {
+    let mut word = [0; START.len()];
+    loop {
+        match rustix::net::recv(socket, &mut word[..], RecvFlags::empty()) {
+            Ok((_, length)) if word[..length.min(word.len())] == *START => return Ok(()),
+            Ok(_) => return Err(InitError::Wait(Errno::CONNRESET)),
+            Err(Errno::INTR) => {}
+            Err(errno) => return Err(InitError::Wait(errno)),
+        }
+    }
+}

@@ -1,0 +1,212 @@
+//! From the agent to the container's init: one `clone3` into all namespaces and the control group, one `execve` of the agent
+//! itself.
+
+use std::ffi::CString;
+use std::io::{self, IoSliceMut, Write};
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+
+use rustix::fs::{CWD, MemfdFlags, Mode, OFlags};
+use rustix::io::Errno;
+use rustix::net::{
+    AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendFlags, SocketFlags, SocketType, socketpair,
+};
+use rustix::process::Pid;
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
+use tokio::sync::oneshot;
+
+use super::init::{CONFIG, Config, SOCKET};
+use super::namespaces::{self, NamespaceError, Namespaces};
+use super::report::Report;
+use crate::readiness;
+use crate::reaper::{ExitStatus, Reaper};
+use crate::spec::Spec;
+use crate::stdio::ContainerEnds;
+
+/// Why there is no init.
+#[derive(Debug, thiserror::Error)]
+pub enum LaunchError {
+    #[error("pass the configuration to the container's init: {0}")]
+    Config(io::Error),
+    #[error("open the agent's own program: {0}")]
+    OwnProgram(Errno),
+    #[error("make a socket for the container's init: {0}")]
+    Socket(io::Error),
+    #[error("make the container's init in its namespaces: {0}")]
+    Clone(io::Error),
+    #[error(transparent)]
+    Mappings(#[from] NamespaceError),
+    #[error("let the container's init go on: {0}")]
+    Release(Errno),
+}
+
+/// An init on its way.
+pub struct Launched {
+    pub id: String,
+    pub pid: Pid,
+    pub pidfd: OwnedFd,
+    pub socket: AsyncFd<OwnedFd>,
+    pub exit: oneshot::Receiver<ExitStatus>,
+}
+
+/// Descriptors of the child, from the numbers they have here to the numbers they get there.
+struct Handover {
+    program: RawFd,
+    standard: [RawFd; 3],
+    socket: RawFd,
+    config: RawFd,
+    waits_for_mappings: bool,
+}
+
+/// Makes the init of a container. On an error after the clone the init ends by itself, because its socket is closed.
+pub fn launch(
+    config: &Config<'_>,
+    spec: &Spec,
+    namespaces: Namespaces,
+    cgroup: &OwnedFd,
+    ends: ContainerEnds,
+    reaper: &Reaper,
+) -> Result<Launched, LaunchError> {
+    let program = rustix::fs::openat(CWD, "/proc/self/exe", OFlags::PATH | OFlags::CLOEXEC, Mode::empty())
+        .map_err(LaunchError::OwnProgram)?;
+    let file = config_file(config).map_err(LaunchError::Config)?;
+    let (ours, theirs) = socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)
+        .map_err(|errno| LaunchError::Socket(errno.into()))?;
+    let handover = Handover {
+        program: program.as_raw_fd(),
+        standard: [ends.stdin.as_raw_fd(), ends.stdout.as_raw_fd(), ends.stderr.as_raw_fd()],
+        socket: theirs.as_raw_fd(),
+        config: file.as_raw_fd(),
+        waits_for_mappings: namespaces.user,
+    };
+    let (pid, pidfd) = clone(namespaces.clone_flags, cgroup, &handover).map_err(LaunchError::Clone)?;
+    let exit = reaper.exit_of(pid);
+    if namespaces.user {
+        namespaces::write_mappings(pid, spec)?;
+        rustix::net::send(&ours, b"mapped", SendFlags::NOSIGNAL).map_err(LaunchError::Release)?;
+    }
+    rustix::io::ioctl_fionbio(&ours, true).map_err(|errno| LaunchError::Socket(errno.into()))?;
+    let socket = readiness::watch(ours, Interest::READABLE | Interest::WRITABLE).map_err(LaunchError::Socket)?;
+    Ok(Launched { id: config.id.clone(), pid, pidfd, socket, exit })
+}
+
+fn config_file(config: &Config<'_>) -> io::Result<OwnedFd> {
+    let mut file = std::fs::File::from(rustix::fs::memfd_create("container", MemfdFlags::CLOEXEC)?);
+    file.write_all(&serde_json::to_vec(config)?)?;
+    rustix::fs::seek(&file, rustix::fs::SeekFrom::Start(0))?;
+    Ok(file.into())
+}
+
+fn clone(flags: u64, cgroup: &OwnedFd, handover: &Handover) -> io::Result<(Pid, OwnedFd)> {
+    /// `struct clone_args` of `linux/sched.h`.
+    #[repr(C)]
+    #[derive(Default)]
+    struct CloneArgs {
+        flags: u64,
+        pidfd: u64,
+        child_tid: u64,
+        parent_tid: u64,
+        exit_signal: u64,
+        stack: u64,
+        stack_size: u64,
+        tls: u64,
+        set_tid: u64,
+        set_tid_size: u64,
+        cgroup: u64,
+    }
+    const CLONE_PIDFD: u64 = 0x1000;
+    const CLONE_INTO_CGROUP: u64 = 0x2_0000_0000;
+    let mut pidfd: RawFd = -1;
+    let args = CloneArgs {
+        flags: flags | CLONE_PIDFD | CLONE_INTO_CGROUP,
+        pidfd: (&raw mut pidfd) as u64,
+        exit_signal: libc::SIGCHLD as u64,
+        cgroup: cgroup.as_raw_fd() as u64,
+        ..CloneArgs::default()
+    };
+    let arguments = [c"podhull-agent".to_owned(), CString::new(super::INIT_ARGUMENT).unwrap_or_default()];
+    let argv = [arguments[0].as_ptr(), arguments[1].as_ptr(), std::ptr::null()];
+    // SAFETY: the arguments are of the given size. Without CLONE_VM the child has a copy of this process and this stack; it
+    // makes only system calls until execve or its end, so it does not matter what other threads held when it was copied.
+    let pid = unsafe { libc::syscall(libc::SYS_clone3, &raw const args, size_of_val(&args)) };
+    if pid == 0 {
+        // SAFETY: this is the child; the descriptors are open, and the arguments outlive the call.
+        unsafe { become_init(handover, argv.as_ptr()) }
+    }
+    if pid < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    let pid = Pid::from_raw(pid as i32).ok_or_else(|| io::Error::from(io::ErrorKind::InvalidData))?;
+    // SAFETY: with CLONE_PIDFD the kernel put a new descriptor there.
+    Ok((pid, unsafe { OwnedFd::from_raw_fd(pidfd) }))
+}
+
+/// The child between clone and execve: system calls alone.
+///
+/// # Safety
+///
+/// To be called only in a new process. `argv` is a list of strings, both ended by zero.
+unsafe fn become_init(handover: &Handover, argv: *const *const libc::c_char) -> ! {
+    const FIRST_FREE: RawFd = 16;
+    // SAFETY: plain system calls; their pointers are to what the caller vouches for or to the stack.
+    unsafe {
+        if handover.waits_for_mappings {
+            let mut word = [0u8; 8];
+            if libc::recv(handover.socket, word.as_mut_ptr().cast(), word.len(), 0) <= 0 {
+                libc::_exit(125);
+            }
+            // Root in the namespace: execve takes the capabilities of everybody else.
+            if libc::syscall(libc::SYS_setresgid, 0, 0, 0) < 0 || libc::syscall(libc::SYS_setresuid, 0, 0, 0) < 0 {
+                libc::_exit(126);
+            }
+        }
+        // Out of the way of the numbers they are to get, first.
+        let high = |fd| libc::fcntl(fd, libc::F_DUPFD_CLOEXEC, FIRST_FREE);
+        let [stdin, stdout, stderr] = handover.standard.map(high);
+        let (socket, config, program) = (high(handover.socket), high(handover.config), high(handover.program));
+        for (from, to) in [(stdin, 0), (stdout, 1), (stderr, 2), (socket, SOCKET), (config, CONFIG)] {
+            if libc::dup2(from, to) < 0 {
+                libc::_exit(126);
+            }
+        }
+        // Descriptors are close-on-exec as a rule; a rule is not enough here.
+        const CLOSE_RANGE_CLOEXEC: libc::c_int = 4;
+        libc::syscall(libc::SYS_close_range, CONFIG + 1, libc::c_uint::MAX, CLOSE_RANGE_CLOEXEC);
+        let environment: [*const libc::c_char; 1] = [std::ptr::null()];
+        libc::syscall(libc::SYS_execveat, program, c"".as_ptr(), argv, environment.as_ptr(), libc::AT_EMPTY_PATH);
+        libc::_exit(127)
+    }
+}
+
+/// The next packet of an init, with the descriptor it carries; none at the end.
+pub async fn receive(socket: &AsyncFd<OwnedFd>) -> io::Result<(Option<Report>, Option<OwnedFd>)> {
+    socket
+        .async_io(Interest::READABLE, |socket| {
+            let mut packet = [0; Report::MAX];
+            let mut space = [std::mem::MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+            let mut ancillary = RecvAncillaryBuffer::new(&mut space);
+            let received = rustix::net::recvmsg(
+                socket,
+                &mut [IoSliceMut::new(&mut packet)],
+                &mut ancillary,
+                RecvFlags::CMSG_CLOEXEC,
+            )?;
+            let descriptor = ancillary
+                .drain()
+                .filter_map(|message| match message {
+                    RecvAncillaryMessage::ScmRights(mut descriptors) => descriptors.next(),
+                    _ => None,
+                })
+                .next();
+            Ok((Report::decode(&packet[..received.bytes.min(packet.len())]), descriptor))
+        })
+        .await
+}
+
+/// Sends a packet to an init.
+pub async fn send(socket: &AsyncFd<OwnedFd>, packet: &[u8]) -> io::Result<()> {
+    socket
+        .async_io(Interest::WRITABLE, |socket| Ok(rustix::net::send(socket, packet, SendFlags::NOSIGNAL)?))
+        .await
+        .map(drop)
+}

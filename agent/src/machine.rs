@@ -1,0 +1,278 @@
+//! The virtual machine itself: clock, entropy, devices, CPUs, memory.
+
+use std::io;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::path::PathBuf;
+use std::time::Duration;
+
+use rustix::fs::{CWD, Mode, OFlags};
+use rustix::io::Errno;
+use rustix::mount::{MountFlags, mount};
+use rustix::net::netlink::{self, SocketAddrNetlink};
+use rustix::net::{AddressFamily, RecvFlags, SocketFlags, SocketType};
+use rustix::time::{ClockId, Timespec};
+use tokio::io::Interest;
+
+use crate::readiness;
+
+/// Bytes of entropy that a pod starts with.
+pub const ENTROPY_BYTES: usize = 64;
+
+/// How long memory may take to arrive. The host adds it while the pod starts; a host so slow is one that has none.
+const MEMORY_DEADLINE: Duration = Duration::from_secs(30);
+
+/// What the host's sum of memory may be above ours when all has arrived: the holes of the first megabyte, which no PC counts as
+/// memory, and the last part of a device's block.
+const MEMORY_SLACK: u64 = 4 << 20;
+
+/// What the kernel and the agent keep for themselves while containers are held back for lack of memory.
+const MEMORY_RESERVE: u64 = 48 << 20;
+
+/// What could not be done to the machine.
+#[derive(Debug, thiserror::Error)]
+pub enum MachineError {
+    #[error("set the clock: {0}")]
+    Clock(Errno),
+    #[error("entropy: expected {ENTROPY_BYTES} bytes, not {0}")]
+    EntropyLength(usize),
+    #[error("open /dev/random: {0}")]
+    Random(Errno),
+    #[error("add entropy: {0}")]
+    AddEntropy(io::Error),
+    #[error("reseed the random number generator: {0}")]
+    Reseed(io::Error),
+    #[error("set the host name: {0}")]
+    Hostname(Errno),
+    #[error("write {path}: {source}")]
+    Write { path: PathBuf, source: io::Error },
+    #[error("read {path}: {source}")]
+    Read { path: &'static str, source: io::Error },
+    #[error("{path} has no {what}")]
+    Format { path: &'static str, what: &'static str },
+    #[error("mount the share {tag:?} on {target}: {source}")]
+    Share { tag: String, target: &'static str, source: Errno },
+    #[error("CPU {cpu} does not exist: the machine has {present}")]
+    NoSuchCpu { cpu: u32, present: String },
+    #[error("listen for kernel events: {0}")]
+    Uevents(io::Error),
+    #[error("the machine has {have} bytes of memory after {seconds} s, not {want}", seconds = MEMORY_DEADLINE.as_secs())]
+    MemoryMissing { have: u64, want: u64 },
+}
+
+/// Proof that the agent is PID 1 of a virtual machine, whose clock, devices and memory are its to set.
+#[derive(Clone, Copy)]
+pub struct Machine;
+
+impl Machine {
+    /// Sets the wall clock, in nanoseconds since the epoch.
+    pub fn set_clock(self, realtime_ns: u64) -> Result<(), MachineError> {
+        let time =
+            Timespec { tv_sec: (realtime_ns / 1_000_000_000) as i64, tv_nsec: (realtime_ns % 1_000_000_000) as i64 };
+        rustix::time::clock_settime(ClockId::Realtime, time).map_err(MachineError::Clock)
+    }
+
+    /// Credits the host's entropy and makes the kernel use it from now on: clones of one template must not share a state.
+    pub fn add_entropy(self, entropy: &[u8]) -> Result<(), MachineError> {
+        /// `RNDADDENTROPY` and `struct rand_pool_info` of `linux/random.h`.
+        const ADD_ENTROPY: libc::Ioctl = 0x4008_5203_u32 as libc::Ioctl;
+        const RESEED_CRNG: libc::Ioctl = 0x5207;
+        #[repr(C)]
+        struct PoolInfo {
+            entropy_bits: libc::c_int,
+            bytes: libc::c_int,
+            pool: [u8; ENTROPY_BYTES],
+        }
+        let pool = entropy.try_into().map_err(|_| MachineError::EntropyLength(entropy.len()))?;
+        let info = PoolInfo { entropy_bits: (ENTROPY_BYTES * 8) as i32, bytes: ENTROPY_BYTES as i32, pool };
+        let random = rustix::fs::openat(CWD, "/dev/random", OFlags::RDWR | OFlags::CLOEXEC, Mode::empty())
+            .map_err(MachineError::Random)?;
+        // SAFETY: the kernel reads `bytes` bytes of the pool behind the two numbers, which is what the structure holds.
+        if unsafe { libc::ioctl(random.as_raw_fd(), ADD_ENTROPY, &raw const info) } < 0 {
+            return Err(MachineError::AddEntropy(io::Error::last_os_error()));
+        }
+        // SAFETY: the call has no argument.
+        if unsafe { libc::ioctl(random.as_raw_fd(), RESEED_CRNG) } < 0 {
+            return Err(MachineError::Reseed(io::Error::last_os_error()));
+        }
+        Ok(())
+    }
+
+    /// Sets the name of the guest's own UTS namespace.
+    pub fn set_hostname(self, name: &str) -> Result<(), MachineError> {
+        rustix::system::sethostname(name.as_bytes()).map_err(MachineError::Hostname)
+    }
+
+    /// Finds the devices the host has added. Their drivers are built in and probe within the write, so that on return they are
+    /// there; memory alone arrives later, because its driver asks the host for one block after the other.
+    pub fn rescan(self) -> Result<(), MachineError> {
+        // New memory is to be used, whatever the kernel was built for; a kernel without hotplug has no such file.
+        match write("/sys/devices/system/memory/auto_online_blocks", "online") {
+            Err(MachineError::Write { source, .. }) if source.kind() == io::ErrorKind::NotFound => {}
+            other => other?,
+        }
+        write("/sys/bus/pci/rescan", "1")
+    }
+
+    /// Mounts the share of the pod.
+    pub fn mount_share(self, tag: &str) -> Result<(), MachineError> {
+        let target = podhull_protocol::SHARE_DIR;
+        mount(tag, target, "virtiofs", MountFlags::empty(), None).map_err(|source| MachineError::Share {
+            tag: tag.into(),
+            target,
+            source,
+        })
+    }
+
+    /// Brings CPUs online until `count` are, and says how many are then. Takes milliseconds a CPU; not for the agent's thread.
+    pub fn online_cpus(self, count: u32) -> Result<u32, MachineError> {
+        for cpu in 1..count {
+            let path = format!("/sys/devices/system/cpu/cpu{cpu}/online");
+            match std::fs::read(&path) {
+                Ok(state) if state.starts_with(b"1") => {}
+                Ok(_) => write(path, "1")?,
+                Err(_) => {
+                    let present = read("/sys/devices/system/cpu/present")?.trim().to_owned();
+                    return Err(MachineError::NoSuchCpu { cpu, present });
+                }
+            }
+        }
+        let online = read("/sys/devices/system/cpu/online")?;
+        cpu_count(&online).ok_or(MachineError::Format { path: "/sys/devices/system/cpu/online", what: "list of CPUs" })
+    }
+
+    /// The memory the machine has now.
+    pub fn memory(self) -> Result<MemoryState, MachineError> {
+        let (iomem, meminfo) = (read("/proc/iomem")?, read("/proc/meminfo")?);
+        let installed = installed_bytes(&iomem);
+        let usable =
+            usable_bytes(&meminfo).ok_or(MachineError::Format { path: "/proc/meminfo", what: "line MemTotal" })?;
+        // The kernel counts what is left of the memory it was booted with; what comes later it counts whole.
+        Ok(MemoryState { reserved: installed.saturating_sub(usable), usable })
+    }
+
+    /// Waits until the machine has `bytes` of memory, from block to block as the kernel reports them.
+    pub async fn wait_for_memory(self, boot: MemoryState, bytes: u64) -> Result<u64, MachineError> {
+        // Before the first look, so that no block can come between look and wait unseen.
+        let events = readiness::watch(kernel_events()?, Interest::READABLE).map_err(MachineError::Uevents)?;
+        let deadline = tokio::time::Instant::now() + MEMORY_DEADLINE;
+        loop {
+            let have = self.memory()?.usable + boot.reserved;
+            if have + MEMORY_SLACK >= bytes {
+                return Ok(have);
+            }
+            let mut ready = match tokio::time::timeout_at(deadline, events.readable()).await {
+                Ok(ready) => ready.map_err(MachineError::Uevents)?,
+                Err(_) => return Err(MachineError::MemoryMissing { have, want: bytes }),
+            };
+            // What they say does not matter, only that something changed; lost ones (ENOBUFS) neither.
+            let mut message = [0; 4096];
+            loop {
+                match rustix::net::recv(&events, &mut message[..], RecvFlags::DONTWAIT) {
+                    Ok(_) | Err(Errno::NOBUFS | Errno::INTR) => {}
+                    Err(Errno::AGAIN) => break,
+                    Err(errno) => return Err(MachineError::Uevents(errno.into())),
+                }
+            }
+            ready.clear_ready();
+        }
+    }
+}
+
+/// Memory of the machine, bytes.
+#[derive(Debug, Clone, Copy)]
+pub struct MemoryState {
+    /// What the kernel took for itself at boot and does not count.
+    pub reserved: u64,
+    /// What there is for everything else.
+    pub usable: u64,
+}
+
+impl MemoryState {
+    /// Where containers are to be held back while the pod waits for the rest of its `bytes`; nothing if all is there.
+    pub fn guard(self, bytes: u64) -> Option<u64> {
+        (self.usable + self.reserved + MEMORY_SLACK < bytes)
+            .then(|| self.usable.saturating_sub(MEMORY_RESERVE).max(self.usable / 2))
+    }
+}
+
+fn write(path: impl Into<PathBuf>, value: &str) -> Result<(), MachineError> {
+    let path = path.into();
+    std::fs::write(&path, value).map_err(|source| MachineError::Write { path, source })
+}
+
+fn read(path: &'static str) -> Result<String, MachineError> {
+    std::fs::read_to_string(path).map_err(|source| MachineError::Read { path, source })
+}
+
+/// Messages of the kernel about its objects (group 1 of `NETLINK_KOBJECT_UEVENT`).
+fn kernel_events() -> Result<OwnedFd, MachineError> {
+    let socket = rustix::net::socket_with(
+        AddressFamily::NETLINK,
+        SocketType::DGRAM,
+        SocketFlags::CLOEXEC | SocketFlags::NONBLOCK,
+        Some(netlink::KOBJECT_UEVENT),
+    )
+    .map_err(|errno| MachineError::Uevents(errno.into()))?;
+    rustix::net::bind(&socket, &SocketAddrNetlink::new(0, 1)).map_err(|errno| MachineError::Uevents(errno.into()))?;
+    Ok(socket)
+}
+
+/// Length of a kernel's list of CPUs, as `0-3,6`.
+fn cpu_count(list: &str) -> Option<u32> {
+    list.trim().split(',').try_fold(0u32, |count, part| {
+        let (first, last) = part.split_once('-').unwrap_or((part, part));
+        let (first, last): (u32, u32) = (first.parse().ok()?, last.parse().ok()?);
+        count.checked_add(last.checked_sub(first)?.checked_add(1)?)
+    })
+}
+
+/// Bytes of `System RAM` at the top level of `/proc/iomem`, which is what the firmware's memory map gave.
+fn installed_bytes(iomem: &str) -> u64 {
+    iomem
+        .lines()
+        .filter_map(|line| {
+            let (range, "System RAM") = line.split_once(" : ")? else { return None };
+            let (start, end) = range.split_once('-')?;
+            let (start, end) = (u64::from_str_radix(start, 16).ok()?, u64::from_str_radix(end, 16).ok()?);
+            (end - start).checked_add(1)
+        })
+        .sum()
+}
+
+fn usable_bytes(meminfo: &str) -> Option<u64> {
+    let line = meminfo.lines().find_map(|line| line.strip_prefix("MemTotal:"))?;
+    line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()?.checked_mul(1024)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn cpu_lists_are_counted() {
+        assert_eq!(cpu_count("0\n"), Some(1));
+        assert_eq!(cpu_count("0-3,6\n"), Some(5));
+        assert_eq!(cpu_count("3-0"), None);
+        assert_eq!(cpu_count(""), None);
+    }
+
+    #[test]
+    fn installed_memory_is_the_system_ram_of_the_top_level() {
+        let iomem = "00000000-00000fff : Reserved\n00001000-0009fbff : System RAM\n00100000-0fffffff : System RAM\n  \
+                     01000000-01ffffff : Kernel code\n100000000-107ffffff : virtio0\n  100000000-107ffffff : System RAM (virtio_mem)\n";
+        assert_eq!(installed_bytes(iomem), 0x9fc00 - 0x1000 + 0x1000_0000 - 0x10_0000);
+    }
+
+    #[test]
+    fn containers_are_held_back_only_while_memory_is_missing() {
+        let state = MemoryState { reserved: 30 << 20, usable: 226 << 20 };
+        assert_eq!(state.guard(256 << 20), None);
+        assert_eq!(state.guard(2 << 30), Some(178 << 20));
+    }
+
+    #[test]
+    fn total_memory_is_read_in_bytes() {
+        assert_eq!(usable_bytes("MemTotal:        231132 kB\nMemFree: 1 kB\n"), Some(231_132 * 1024));
+        assert_eq!(usable_bytes("MemFree: 1 kB\n"), None);
+    }
+}

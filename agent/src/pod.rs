@@ -1,0 +1,312 @@
+//! The pod: its containers, and the machine they share.
+
+use std::collections::HashMap;
+use std::path::{Component, Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use podhull_protocol::{
+    CreateContainerRequest, CreateContainerResponse, CreatePodRequest, CreatePodResponse, GrowRequest, GrowResponse,
+    Stdio, VERSION,
+};
+use tokio::sync::OnceCell;
+
+use crate::cgroup::{CgroupError, Hierarchy};
+use crate::container::report::ErrorKind;
+use crate::container::{self, Container, ContainerError};
+use crate::events::Events;
+use crate::machine::{Machine, MachineError, MemoryState};
+use crate::reaper::Reaper;
+use crate::stdio::{StdioError, Streams};
+
+/// Longest name of a container.
+const MAX_ID: usize = 1024;
+
+/// A call that cannot be done.
+#[derive(Debug, thiserror::Error)]
+pub enum PodError {
+    #[error(
+        "the agent speaks version {VERSION} of the protocol, not {0}: install podhull and its guest image together"
+    )]
+    Version(u32),
+    #[error("the pod exists already")]
+    PodExists,
+    #[error("the pod does not exist yet")]
+    NoPod,
+    #[error("invalid container id {0:?}: expected up to {MAX_ID} letters, digits and _+-., not \".\" or \"..\"")]
+    Id(String),
+    #[error("container with id {0:?} exists already")]
+    Exists(String),
+    #[error("container {0:?} does not exist")]
+    NoContainer(String),
+    #[error("root filesystem {0:?}: expected a relative path without \"..\"")]
+    RootfsPath(String),
+    #[error("window size {rows}x{columns}: expected at most 65535")]
+    WindowSize { rows: u32, columns: u32 },
+    #[error("this agent is not in a virtual machine")]
+    NoMachine,
+    #[error("bring up CPUs: {0}")]
+    CpuTask(tokio::task::JoinError),
+    #[error(transparent)]
+    Machine(#[from] MachineError),
+    #[error(transparent)]
+    Cgroup(#[from] CgroupError),
+    #[error(transparent)]
+    Stdio(#[from] StdioError),
+    #[error(transparent)]
+    Container(#[from] ContainerError),
+}
+
+impl PodError {
+    /// The code of the answer.
+    pub fn code(&self) -> ttrpc::Code {
+        match self {
+            Self::Version(_) | Self::PodExists | Self::NoPod | Self::NoMachine => ttrpc::Code::FAILED_PRECONDITION,
+            Self::Id(_) | Self::RootfsPath(_) | Self::WindowSize { .. } => ttrpc::Code::INVALID_ARGUMENT,
+            Self::Stdio(StdioError::TokenTwice(_)) => ttrpc::Code::INVALID_ARGUMENT,
+            Self::Machine(MachineError::EntropyLength(_) | MachineError::NoSuchCpu { .. }) => {
+                ttrpc::Code::INVALID_ARGUMENT
+            }
+            Self::Exists(_) => ttrpc::Code::ALREADY_EXISTS,
+            Self::NoContainer(_) => ttrpc::Code::NOT_FOUND,
+            Self::Container(
+                ContainerError::NotCreated | ContainerError::NotRunning | ContainerError::NoTerminalToResize,
+            ) => ttrpc::Code::FAILED_PRECONDITION,
+            Self::Container(error) => match error.kind() {
+                ErrorKind::Invalid => ttrpc::Code::INVALID_ARGUMENT,
+                ErrorKind::NotFound => ttrpc::Code::NOT_FOUND,
+                ErrorKind::PermissionDenied => ttrpc::Code::PERMISSION_DENIED,
+                ErrorKind::Internal => ttrpc::Code::INTERNAL,
+            },
+            Self::CpuTask(_) | Self::Machine(_) | Self::Cgroup(_) | Self::Stdio(_) => ttrpc::Code::INTERNAL,
+        }
+    }
+}
+
+/// A name that is taken, by a container that is there or one that is being made or removed.
+enum Entry {
+    Busy,
+    There(Arc<Container>),
+}
+
+/// The one pod of a machine.
+pub struct Pod {
+    share: PathBuf,
+    cgroups: Hierarchy,
+    machine: Option<Machine>,
+    reaper: Reaper,
+    streams: Arc<Streams>,
+    pub events: Arc<Events>,
+    /// Memory as it was when the pod was made. Set once, by the call that made it.
+    made: OnceCell<Option<MemoryState>>,
+    containers: Mutex<HashMap<String, Entry>>,
+}
+
+impl Pod {
+    pub fn new(
+        share: PathBuf,
+        cgroups: Hierarchy,
+        machine: Option<Machine>,
+        reaper: Reaper,
+        streams: Arc<Streams>,
+    ) -> Self {
+        Self {
+            share,
+            cgroups,
+            machine,
+            reaper,
+            streams,
+            events: Arc::default(),
+            made: OnceCell::new(),
+            containers: Mutex::default(),
+        }
+    }
+
+    /// Sets the machine up, and makes the first container.
+    pub async fn create(&self, request: CreatePodRequest) -> Result<CreatePodResponse, PodError> {
+        if request.protocol_version != VERSION {
+            return Err(PodError::Version(request.protocol_version));
+        }
+        if self.made.initialized() {
+            return Err(PodError::PodExists);
+        }
+        // In this order: what runs later may look at the clock and draw random numbers.
+        let memory = match self.machine {
+            Some(machine) => {
+                machine.set_clock(request.realtime_ns)?;
+                machine.add_entropy(&request.entropy)?;
+                if !request.hostname.is_empty() {
+                    machine.set_hostname(&request.hostname)?;
+                }
+                // Before the scan, with which memory begins to arrive.
+                let memory = machine.memory()?;
+                machine.rescan()?;
+                if !request.share_tag.is_empty() {
+                    machine.mount_share(&request.share_tag)?;
+                }
+                if let Some(bytes) = memory.guard(request.memory_bytes) {
+                    self.cgroups.set_memory_high(Some(bytes))?;
+                }
+                Some(memory)
+            }
+            None => None,
+        };
+        self.made.set(memory).map_err(|_| PodError::PodExists)?;
+        let container = match request.container.into_option() {
+            Some(container) => Some(self.create_container(container).await?),
+            None => None,
+        };
+        Ok(CreatePodResponse {
+            agent_version: env!("CARGO_PKG_VERSION").into(),
+            kernel_release: rustix::system::uname().release().to_string_lossy().into_owned(),
+            container: container.into(),
+            ..CreatePodResponse::default()
+        })
+    }
+
+    pub async fn create_container(&self, request: CreateContainerRequest) -> Result<CreateContainerResponse, PodError> {
+        self.made.get().ok_or(PodError::NoPod)?;
+        if !is_valid_id(&request.id) {
+            return Err(PodError::Id(request.id));
+        }
+        let rootfs = relative(&request.rootfs).ok_or_else(|| PodError::RootfsPath(request.rootfs.clone()))?;
+        let streams = self.streams_of(request.stdio.into_option().unwrap_or_default())?;
+        let mut reservation = self.reserve(&request.id)?;
+        let around =
+            container::Surroundings { cgroups: &self.cgroups, reaper: &self.reaper, events: self.events.clone() };
+        let id = request.id.clone();
+        let asked = container::Request { id, spec: &request.spec, rootfs: self.share.join(rootfs), streams };
+        let container = Container::create(asked, around).await?;
+        let pid = container.pid.as_raw_nonzero().get();
+        reservation.becomes = Some(Arc::new(container));
+        Ok(CreateContainerResponse { pid, ..CreateContainerResponse::default() })
+    }
+
+    fn streams_of(&self, stdio: Stdio) -> Result<container::Streams, PodError> {
+        let claim = |token| if token == 0 { Ok(None) } else { self.streams.claim(token).map(Some) };
+        let (rows, columns) = window_size(stdio.rows, stdio.columns)?;
+        Ok(container::Streams {
+            terminal: stdio.terminal,
+            stdin: claim(if stdio.terminal { 0 } else { stdio.stdin })?,
+            stdout: claim(stdio.stdout)?,
+            stderr: claim(if stdio.terminal { 0 } else { stdio.stderr })?,
+            rows,
+            columns,
+        })
+    }
+
+    pub async fn start(&self, id: &str) -> Result<(), PodError> {
+        Ok(self.container(id)?.start().await?)
+    }
+
+    pub fn signal(&self, id: &str, signal: i32, all: bool) -> Result<(), PodError> {
+        Ok(self.container(id)?.signal(signal, all)?)
+    }
+
+    pub fn resize(&self, id: &str, rows: u32, columns: u32) -> Result<(), PodError> {
+        let (rows, columns) = window_size(rows, columns)?;
+        Ok(self.container(id)?.resize(rows, columns)?)
+    }
+
+    pub async fn delete(&self, id: &str) -> Result<(), PodError> {
+        let container = self.container(id)?;
+        let mut reservation = Reservation { pod: self, id: id.into(), becomes: Some(container.clone()) };
+        self.containers.lock().unwrap_or_else(PoisonError::into_inner).insert(id.into(), Entry::Busy);
+        container.delete().await?;
+        reservation.becomes = None;
+        Ok(())
+    }
+
+    /// Takes devices, CPUs and memory that the machine was given.
+    pub async fn grow(&self, request: GrowRequest) -> Result<GrowResponse, PodError> {
+        let machine = self.machine.ok_or(PodError::NoMachine)?;
+        let boot = self.made.get().copied().flatten().ok_or(PodError::NoPod)?;
+        // Both wait in the kernel, for milliseconds; the agent's thread has containers to serve.
+        let grown = tokio::task::spawn_blocking(move || {
+            if request.rescan {
+                machine.rescan()?;
+            }
+            machine.online_cpus(request.cpus)
+        });
+        let cpus_online = grown.await.map_err(PodError::CpuTask)??;
+        let memory_bytes = machine.wait_for_memory(boot, request.memory_bytes).await?;
+        if boot.guard(memory_bytes).is_some() {
+            self.cgroups.set_memory_high(None)?;
+        }
+        Ok(GrowResponse { cpus_online, memory_bytes, ..GrowResponse::default() })
+    }
+
+    fn container(&self, id: &str) -> Result<Arc<Container>, PodError> {
+        match self.containers.lock().unwrap_or_else(PoisonError::into_inner).get(id) {
+            Some(Entry::There(container)) => Ok(container.clone()),
+            Some(Entry::Busy) | None => Err(PodError::NoContainer(id.into())),
+        }
+    }
+
+    fn reserve(&self, id: &str) -> Result<Reservation<'_>, PodError> {
+        let mut containers = self.containers.lock().unwrap_or_else(PoisonError::into_inner);
+        if containers.contains_key(id) {
+            return Err(PodError::Exists(id.into()));
+        }
+        containers.insert(id.into(), Entry::Busy);
+        Ok(Reservation { pod: self, id: id.into(), becomes: None })
+    }
+}
+
+/// A name that is busy, and what it becomes when the work on it ends, in whatever way.
+struct Reservation<'a> {
+    pod: &'a Pod,
+    id: String,
+    becomes: Option<Arc<Container>>,
+}
+
+impl Drop for Reservation<'_> {
+    fn drop(&mut self) {
+        let mut containers = self.pod.containers.lock().unwrap_or_else(PoisonError::into_inner);
+        match self.becomes.take() {
+            Some(container) => containers.insert(std::mem::take(&mut self.id), Entry::There(container)),
+            None => containers.remove(&self.id),
+        };
+    }
+}
+
+fn window_size(rows: u32, columns: u32) -> Result<(u16, u16), PodError> {
+    match (u16::try_from(rows), u16::try_from(columns)) {
+        (Ok(rows), Ok(columns)) => Ok((rows, columns)),
+        _ => Err(PodError::WindowSize { rows, columns }),
+    }
+}
+
+fn is_valid_id(id: &str) -> bool {
+    let letter = |byte: u8| byte.is_ascii_alphanumeric() || b"_+-.".contains(&byte);
+    (1..=MAX_ID).contains(&id.len()) && id.bytes().all(letter) && id != "." && id != ".."
+}
+
+/// A path that stays below the directory it is joined to.
+fn relative(path: &str) -> Option<&Path> {
+    let path = Path::new(path);
+    let stays = path.components().all(|part| matches!(part, Component::Normal(_) | Component::CurDir));
+    (stays && !path.as_os_str().is_empty()).then_some(path)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ids_are_names_and_not_paths() {
+        for id in ["a", "A-b_c+d.e", "...", &"x".repeat(MAX_ID)] {
+            assert!(is_valid_id(id), "{id}");
+        }
+        for id in ["", ".", "..", "a/b", "../a", "a b", "é", "a\0", &"x".repeat(MAX_ID + 1)] {
+            assert!(!is_valid_id(id), "{id}");
+        }
+    }
+
+    #[test]
+    fn a_root_filesystem_is_below_the_share() {
+        assert!(relative("id/rootfs").is_some());
+        for path in ["", "/etc", "../x", "a/../../x"] {
+            assert!(relative(path).is_none(), "{path}");
+        }
+    }
+}

@@ -1,0 +1,91 @@
+//! The agent's one thread: listeners, ready signal, server.
+
+use std::io;
+use std::os::fd::{IntoRawFd, OwnedFd};
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use podhull_protocol::READY_PORT;
+use tokio::io::Interest;
+
+use crate::machine::Machine;
+use crate::readiness;
+use crate::service::Service;
+use crate::{cgroup, pod, reaper, stdio, vsock};
+
+/// Why the agent cannot serve, or could not go on.
+#[derive(Debug, thiserror::Error)]
+pub enum ServeError {
+    #[error("start the runtime: {0}")]
+    Runtime(io::Error),
+    #[error("watch for ended processes: {0}")]
+    Reaper(io::Error),
+    #[error("serve ttrpc: {0}")]
+    Ttrpc(ttrpc::Error),
+    #[error("accept a standard stream: {0}")]
+    Stdio(io::Error),
+    #[error("tell the host that the agent is ready: {0}")]
+    Ready(io::Error),
+}
+
+/// Where the host's calls and the standard streams come in.
+pub enum Listeners {
+    /// In a virtual machine.
+    Vsock { agent: OwnedFd, stdio: OwnedFd },
+    /// On an ordinary machine, for tests; paths below `share` stand for the pod's share.
+    Unix { agent: OwnedFd, stdio: OwnedFd, share: PathBuf },
+}
+
+/// Serves until something breaks that nothing can be served without.
+pub fn serve(listeners: Listeners, cgroups: cgroup::Hierarchy) -> ServeError {
+    let runtime = match tokio::runtime::Builder::new_current_thread().enable_io().enable_time().build() {
+        Ok(runtime) => runtime,
+        Err(error) => return ServeError::Runtime(error),
+    };
+    match runtime.block_on(serve_forever(listeners, cgroups)) {
+        Ok(never) => match never {},
+        Err(error) => error,
+    }
+}
+
+async fn serve_forever(
+    listeners: Listeners,
+    cgroups: cgroup::Hierarchy,
+) -> Result<std::convert::Infallible, ServeError> {
+    let reaper = reaper::Reaper::start().map_err(ServeError::Reaper)?;
+    let server = ttrpc::r#async::Server::new();
+    let (server, stdio, machine, share) = match listeners {
+        Listeners::Vsock { agent, stdio } => {
+            // SAFETY: the descriptor is an open vsock listener and is given away here.
+            let server = unsafe { server.add_vsock_listener(agent.into_raw_fd()) };
+            (server, stdio, Some(Machine), PathBuf::from(podhull_protocol::SHARE_DIR))
+        }
+        Listeners::Unix { agent, stdio, share } => {
+            // SAFETY: the descriptor is an open Unix listener and is given away here.
+            let server = unsafe { server.add_unix_listener(agent.into_raw_fd()) };
+            (server, stdio, None, share)
+        }
+    };
+    let in_machine = machine.is_some();
+    let streams = Arc::new(stdio::Streams::default());
+    let pod = Arc::new(pod::Pod::new(share, cgroups, machine, reaper, streams.clone()));
+    let mut server = server
+        .map_err(ServeError::Ttrpc)?
+        .register_service(podhull_protocol::create_agent(Arc::new(Service::new(pod))));
+    server.start().await.map_err(ServeError::Ttrpc)?;
+    let listener = readiness::watch(stdio, Interest::READABLE).map_err(ServeError::Stdio)?;
+    if in_machine {
+        signal_ready().map_err(ServeError::Ready)?;
+    }
+    streams.accept_from(listener).await.map_err(ServeError::Stdio)
+}
+
+/// The connection request is the signal; the host refuses it, and that refusal is nobody's business.
+fn signal_ready() -> io::Result<()> {
+    let fd = vsock::begin_connect(vsock::HOST, READY_PORT)?;
+    let fd = readiness::watch(fd, Interest::WRITABLE)?;
+    tokio::spawn(async move {
+        let _ = fd.writable().await;
+    });
+    Ok(())
+}

@@ -1,0 +1,93 @@
+//! The calls of `agent.proto`, each handed to the pod.
+
+use std::sync::Arc;
+
+use podhull_protocol::{
+    Agent, CreateContainerRequest, CreateContainerResponse, CreatePodRequest, CreatePodResponse,
+    DeleteContainerRequest, Empty, Event, GrowRequest, GrowResponse, ResizeTerminalRequest, SignalContainerRequest,
+    StartContainerRequest,
+};
+use ttrpc::r#async::{ServerStreamSender, TtrpcContext};
+
+use crate::pod::{Pod, PodError};
+
+/// The service.
+pub struct Service {
+    pod: Arc<Pod>,
+}
+
+impl Service {
+    pub fn new(pod: Arc<Pod>) -> Self {
+        Self { pod }
+    }
+
+    /// Runs a call to its end even if its caller gives up: what it began is finished or removed.
+    async fn run<T: Send + 'static>(
+        &self,
+        call: impl Future<Output = Result<T, PodError>> + Send + 'static,
+    ) -> ttrpc::Result<T> {
+        match tokio::spawn(call).await {
+            Ok(result) => result.map_err(status),
+            Err(error) => Err(ttrpc::Error::RpcStatus(ttrpc::get_status(ttrpc::Code::INTERNAL, error))),
+        }
+    }
+}
+
+fn status(error: PodError) -> ttrpc::Error {
+    ttrpc::Error::RpcStatus(ttrpc::get_status(error.code(), error))
+}
+
+fn empty(_: ()) -> Empty {
+    Empty::default()
+}
+
+#[async_trait::async_trait]
+impl Agent for Service {
+    async fn create_pod(&self, _: &TtrpcContext, request: CreatePodRequest) -> ttrpc::Result<CreatePodResponse> {
+        let pod = self.pod.clone();
+        self.run(async move { pod.create(request).await }).await
+    }
+
+    async fn create_container(
+        &self,
+        _: &TtrpcContext,
+        request: CreateContainerRequest,
+    ) -> ttrpc::Result<CreateContainerResponse> {
+        let pod = self.pod.clone();
+        self.run(async move { pod.create_container(request).await }).await
+    }
+
+    async fn start_container(&self, _: &TtrpcContext, request: StartContainerRequest) -> ttrpc::Result<Empty> {
+        let pod = self.pod.clone();
+        self.run(async move { pod.start(&request.id).await }).await.map(empty)
+    }
+
+    async fn signal_container(&self, _: &TtrpcContext, request: SignalContainerRequest) -> ttrpc::Result<Empty> {
+        self.pod.signal(&request.id, request.signal, request.all).map(empty).map_err(status)
+    }
+
+    async fn resize_terminal(&self, _: &TtrpcContext, request: ResizeTerminalRequest) -> ttrpc::Result<Empty> {
+        self.pod.resize(&request.id, request.rows, request.columns).map(empty).map_err(status)
+    }
+
+    async fn delete_container(&self, _: &TtrpcContext, request: DeleteContainerRequest) -> ttrpc::Result<Empty> {
+        let pod = self.pod.clone();
+        self.run(async move { pod.delete(&request.id).await }).await.map(empty)
+    }
+
+    async fn grow(&self, _: &TtrpcContext, request: GrowRequest) -> ttrpc::Result<GrowResponse> {
+        let pod = self.pod.clone();
+        self.run(async move { pod.grow(request).await }).await
+    }
+
+    async fn events(&self, _: &TtrpcContext, _: Empty, stream: ServerStreamSender<Event>) -> ttrpc::Result<()> {
+        let mut reader = self.pod.events.reader();
+        while let Some(event) = reader.next().await {
+            if let Err(error) = stream.send(&event).await {
+                reader.put_back(event);
+                return Err(error);
+            }
+        }
+        Ok(())
+    }
+}

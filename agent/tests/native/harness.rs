@@ -1,0 +1,298 @@
+//! An agent on this machine, and what to do with it.
+
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use podhull_protocol::{
+    AgentClient, CreateContainerRequest, CreatePodRequest, DeleteContainerRequest, Empty, Event, Exit,
+    ResizeTerminalRequest, SignalContainerRequest, StartContainerRequest, Stdio, VERSION,
+};
+use serde_json::{Value, json};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::UnixStream;
+use ttrpc::r#async::Client;
+use ttrpc::context;
+
+/// Longer than anything here takes, emulated or not.
+pub const DEADLINE: Duration = Duration::from_secs(120);
+
+static NUMBER: AtomicU64 = AtomicU64::new(1);
+
+/// Where cgroup v2 is mounted: alone, or beside version 1.
+pub fn cgroup2() -> PathBuf {
+    let mounts = std::fs::read_to_string("/proc/self/mounts").unwrap();
+    let line = mounts.lines().find(|line| line.split(' ').nth(2) == Some("cgroup2"));
+    PathBuf::from(line.expect("these tests need cgroup2 mounted").split(' ').nth(1).unwrap())
+}
+
+/// Says loudly that a test cannot be run here, and why; then the caller returns.
+pub fn lacks_controller(name: &str) -> bool {
+    let controllers = std::fs::read_to_string(cgroup2().join("cgroup.controllers")).unwrap();
+    let lacks = !controllers.split_ascii_whitespace().any(|controller| controller == name);
+    if lacks {
+        assert!(
+            std::env::var_os("PODHULL_TEST_EVERYTHING").is_none(),
+            "the controller {name} of cgroup v2 is missing, and PODHULL_TEST_EVERYTHING is set"
+        );
+        eprintln!("NOT TESTED: the controller {name} of cgroup v2 is not available; run this in the software host");
+    }
+    lacks
+}
+
+/// A running agent, and the directory it serves.
+pub struct Agent {
+    pub dir: tempfile::TempDir,
+    pub client: AgentClient,
+    pub cgroup: PathBuf,
+    child: Child,
+}
+
+/// How a container ended.
+#[derive(Debug)]
+pub struct Outcome {
+    pub stdout: String,
+    pub stderr: String,
+    pub exit: Exit,
+}
+
+impl Outcome {
+    /// The output of a program that succeeded.
+    #[track_caller]
+    pub fn ok(self) -> String {
+        assert!(self.exit.code == 0 && self.exit.signal == 0, "{self:?}");
+        self.stdout
+    }
+}
+
+impl Agent {
+    pub async fn start() -> Self {
+        assert!(rustix::process::geteuid().is_root(), "these tests make namespaces and mounts: run them as root");
+        let dir = tempfile::tempdir_in("/var/tmp").unwrap();
+        std::fs::set_permissions(dir.path(), std::fs::Permissions::from_mode(0o755)).unwrap();
+        std::fs::create_dir(dir.path().join("share")).unwrap();
+        let name = format!("podhull-test-{}-{}", std::process::id(), NUMBER.fetch_add(1, Ordering::Relaxed));
+        let child = Command::new(env!("CARGO_BIN_EXE_podhull-agent"))
+            .arg("native")
+            .arg("--dir")
+            .arg(dir.path())
+            .arg("--cgroup2")
+            .arg(cgroup2())
+            .args(["--cgroup", &name])
+            .spawn()
+            .unwrap();
+        let socket = dir.path().join("agent.sock");
+        let begin = std::time::Instant::now();
+        while !socket.exists() || !dir.path().join("stdio.sock").exists() {
+            assert!(begin.elapsed() < DEADLINE, "the agent does not listen");
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        let client = Client::connect(&format!("unix://{}", socket.display())).await.unwrap();
+        let agent = Self { dir, client: AgentClient::new(client), cgroup: cgroup2().join(name), child };
+        let request = CreatePodRequest { protocol_version: VERSION, ..CreatePodRequest::default() };
+        agent.client.create_pod(deadline(), &request).await.unwrap();
+        agent
+    }
+
+    /// A root filesystem of busybox below the share, and its name there.
+    pub fn rootfs(&self) -> String {
+        let name = format!("root{}", NUMBER.fetch_add(1, Ordering::Relaxed));
+        let root = self.dir.path().join("share").join(&name);
+        for dir in ["bin", "etc", "dev", "proc", "sys", "tmp", "root"] {
+            std::fs::create_dir_all(root.join(dir)).unwrap();
+        }
+        std::fs::copy("/bin/busybox", root.join("bin/busybox")).expect("these tests need the package busybox-static");
+        let applets = Command::new("/bin/busybox").arg("--list").output().unwrap().stdout;
+        for applet in String::from_utf8(applets).unwrap().lines().filter(|applet| *applet != "busybox") {
+            std::os::unix::fs::symlink("busybox", root.join("bin").join(applet)).unwrap();
+        }
+        std::fs::write(root.join("etc/passwd"), "root:x:0:0::/root:/bin/sh\nuser:x:1000:1000::/home/user:/bin/sh\n")
+            .unwrap();
+        name
+    }
+
+    pub fn root_path(&self, rootfs: &str) -> PathBuf {
+        self.dir.path().join("share").join(rootfs)
+    }
+
+    /// Makes, starts and removes a container; its three streams are connected.
+    pub async fn run(&self, spec: &Value) -> Outcome {
+        self.run_in(&self.rootfs(), spec, b"").await
+    }
+
+    pub async fn run_in(&self, rootfs: &str, spec: &Value, input: &[u8]) -> Outcome {
+        let id = new_id();
+        let tokens = [new_token(), new_token(), new_token()];
+        let stdio = Stdio { stdin: tokens[0], stdout: tokens[1], stderr: tokens[2], ..Stdio::default() };
+        let (mut stdin, stdout, stderr) =
+            (self.stream(tokens[0]).await, self.stream(tokens[1]).await, self.stream(tokens[2]).await);
+        self.create(&id, rootfs, spec, stdio).await.unwrap();
+        self.start_container(&id).await.unwrap();
+        let feed = async {
+            // A container that does not read its input to the end is no error.
+            let _ = stdin.write_all(input).await;
+            let _ = stdin.shutdown().await;
+        };
+        let ((), stdout, stderr) = tokio::join!(feed, read_all(stdout), read_all(stderr));
+        let exit = self.exit_of(&id).await;
+        self.delete(&id).await;
+        Outcome { stdout, stderr, exit }
+    }
+
+    pub async fn create(&self, id: &str, rootfs: &str, spec: &Value, stdio: Stdio) -> ttrpc::Result<i32> {
+        let request = CreateContainerRequest {
+            id: id.into(),
+            spec: serde_json::to_vec(spec).unwrap(),
+            rootfs: rootfs.into(),
+            stdio: Some(stdio).into(),
+            ..CreateContainerRequest::default()
+        };
+        self.client.create_container(deadline(), &request).await.map(|response| response.pid)
+    }
+
+    /// The error of a container that cannot be made.
+    pub async fn refusal(&self, spec: &Value) -> (ttrpc::Code, String) {
+        let id = new_id();
+        let error = match self.create(&id, &self.rootfs(), spec, Stdio::default()).await {
+            Ok(_) => self.start_container(&id).await.expect_err("the container is refused"),
+            Err(error) => {
+                assert!(!self.cgroup.join(&id).exists(), "a failed creation leaves no cgroup");
+                error
+            }
+        };
+        match error {
+            ttrpc::Error::RpcStatus(status) => (status.code(), status.message),
+            other => panic!("{other}"),
+        }
+    }
+
+    pub async fn start_container(&self, id: &str) -> ttrpc::Result<Empty> {
+        let request = StartContainerRequest { id: id.into(), ..StartContainerRequest::default() };
+        self.client.start_container(deadline(), &request).await
+    }
+
+    pub async fn signal(&self, id: &str, signal: i32, all: bool) -> ttrpc::Result<Empty> {
+        let request = SignalContainerRequest { id: id.into(), signal, all, ..SignalContainerRequest::default() };
+        self.client.signal_container(deadline(), &request).await
+    }
+
+    pub async fn resize(&self, id: &str, rows: u32, columns: u32) {
+        let request = ResizeTerminalRequest { id: id.into(), rows, columns, ..ResizeTerminalRequest::default() };
+        self.client.resize_terminal(deadline(), &request).await.unwrap();
+    }
+
+    pub async fn delete(&self, id: &str) {
+        let request = DeleteContainerRequest { id: id.into(), ..DeleteContainerRequest::default() };
+        self.client.delete_container(deadline(), &request).await.unwrap();
+        assert!(!self.cgroup.join(id).exists(), "a removed container leaves no cgroup");
+    }
+
+    /// Connects a stream, as the host does.
+    pub async fn stream(&self, token: u64) -> UnixStream {
+        let mut stream = UnixStream::connect(self.dir.path().join("stdio.sock")).await.unwrap();
+        stream.write_all(&token.to_le_bytes()).await.unwrap();
+        stream
+    }
+
+    /// Waits for the exit of a container, whose events are the only ones.
+    pub async fn exit_of(&self, id: &str) -> Exit {
+        let mut events = self.client.events(deadline(), &Empty::default()).await.unwrap();
+        loop {
+            let event: Event = tokio::time::timeout(DEADLINE, events.recv()).await.unwrap().unwrap().unwrap();
+            assert_eq!(event.container_id, id);
+            if event.has_exit() {
+                return event.exit().clone();
+            }
+        }
+    }
+}
+
+impl Drop for Agent {
+    fn drop(&mut self) {
+        let _ = std::fs::write(self.cgroup.join("cgroup.kill"), "1");
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+        remove_cgroups(&self.cgroup);
+    }
+}
+
+/// Killed processes take a moment to leave.
+fn remove_cgroups(path: &Path) {
+    for entry in std::fs::read_dir(path).into_iter().flatten().flatten() {
+        if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
+            remove_cgroups(&entry.path());
+        }
+    }
+    for _ in 0..500 {
+        if std::fs::remove_dir(path).is_ok() || !path.exists() {
+            return;
+        }
+        std::thread::sleep(Duration::from_millis(10));
+    }
+}
+
+pub async fn read_all(mut stream: UnixStream) -> String {
+    let mut bytes = Vec::new();
+    tokio::time::timeout(DEADLINE, stream.read_to_end(&mut bytes)).await.expect("the stream is closed").unwrap();
+    String::from_utf8_lossy(&bytes).into_owned()
+}
+
+pub fn new_id() -> String {
+    format!("c{}", NUMBER.fetch_add(1, Ordering::Relaxed))
+}
+
+pub fn new_token() -> u64 {
+    NUMBER.fetch_add(1, Ordering::Relaxed) << 32 | 0xabcd
+}
+
+pub fn deadline() -> context::Context {
+    context::with_duration(DEADLINE)
+}
+
+/// The specification that `runc spec` prints, for a program without terminal.
+pub fn spec(args: &[&str]) -> Value {
+    let capabilities = ["CAP_AUDIT_WRITE", "CAP_KILL", "CAP_NET_BIND_SERVICE"];
+    json!({
+        "ociVersion": "1.2.0",
+        "process": {
+            "terminal": false,
+            "user": {"uid": 0, "gid": 0},
+            "args": args,
+            "env": ["PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "TERM=xterm"],
+            "cwd": "/",
+            "capabilities": {"bounding": capabilities, "effective": capabilities, "permitted": capabilities},
+            "rlimits": [{"type": "RLIMIT_NOFILE", "hard": 1024, "soft": 1024}],
+            "noNewPrivileges": true
+        },
+        "root": {"path": "rootfs", "readonly": true},
+        "hostname": "runc",
+        "mounts": [
+            {"destination": "/proc", "type": "proc", "source": "proc"},
+            {"destination": "/dev", "type": "tmpfs", "source": "tmpfs",
+             "options": ["nosuid", "strictatime", "mode=755", "size=65536k"]},
+            {"destination": "/dev/pts", "type": "devpts", "source": "devpts",
+             "options": ["nosuid", "noexec", "newinstance", "ptmxmode=0666", "mode=0620", "gid=5"]},
+            {"destination": "/dev/shm", "type": "tmpfs", "source": "shm",
+             "options": ["nosuid", "noexec", "nodev", "mode=1777", "size=65536k"]},
+            {"destination": "/dev/mqueue", "type": "mqueue", "source": "mqueue", "options": ["nosuid", "noexec", "nodev"]},
+            {"destination": "/sys", "type": "sysfs", "source": "sysfs", "options": ["nosuid", "noexec", "nodev", "ro"]},
+            {"destination": "/sys/fs/cgroup", "type": "cgroup", "source": "cgroup",
+             "options": ["nosuid", "noexec", "nodev", "relatime", "ro"]}
+        ],
+        "linux": {
+            "resources": {"devices": [{"allow": false, "access": "rwm"}]},
+            "namespaces": [{"type": "pid"}, {"type": "network"}, {"type": "ipc"}, {"type": "uts"}, {"type": "mount"},
+                           {"type": "cgroup"}],
+            "maskedPaths": ["/proc/acpi", "/proc/asound", "/proc/kcore", "/proc/keys", "/proc/latency_stats",
+                            "/proc/timer_list", "/proc/timer_stats", "/proc/sched_debug", "/sys/firmware", "/proc/scsi"],
+            "readonlyPaths": ["/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger"]
+        }
+    })
+}
+
+/// The same for a line of shell.
+pub fn shell(line: &str) -> Value {
+    spec(&["/bin/sh", "-c", line])
+}

@@ -1,0 +1,202 @@
+//! The agent's client. Every call has a deadline, and every answer is checked: the guest is hostile.
+
+use std::io;
+use std::os::unix::net::UnixStream;
+use std::time::Duration;
+
+use podhull_protocol::{
+    AgentClient, CreateContainerRequest, CreatePodRequest, DeleteContainerRequest, Empty, Event, GrowRequest,
+    ResizeTerminalRequest, SignalContainerRequest, StartContainerRequest, event,
+};
+use ttrpc::r#async::ClientStreamReceiver;
+use ttrpc::r#async::transport::Socket;
+use ttrpc::context::{Context, with_duration};
+
+/// For calls that the agent answers at once, on a host that is very busy.
+const PROMPT: Duration = Duration::from_secs(30);
+
+/// For calls in which the guest works: making a container, plugging memory.
+const WORK: Duration = Duration::from_secs(120);
+
+/// Longest text of the agent that is shown, in characters.
+const MAX_TEXT: usize = 1000;
+
+/// What went wrong with the agent.
+#[derive(Debug, thiserror::Error)]
+pub enum AgentError {
+    /// It answered with an error.
+    #[error("{0}")]
+    Refused(String),
+    /// It did not answer in time.
+    #[error("the agent in the guest did not answer {0} in time")]
+    Silent(&'static str),
+    /// The connection ended.
+    #[error("the agent in the guest is gone: {0}")]
+    Gone(String),
+    /// It said something that cannot be.
+    #[error("the agent in the guest answered nonsense: {0}")]
+    Nonsense(&'static str),
+    /// The connection could not be made.
+    #[error("cannot connect to the agent: {0}")]
+    Connect(#[source] io::Error),
+}
+
+impl AgentError {
+    fn of(call: &'static str, error: ttrpc::Error) -> Self {
+        let text = |text: &str| text.chars().take(MAX_TEXT).collect::<String>();
+        match error {
+            ttrpc::Error::RpcStatus(status) if status.code() == ttrpc::Code::DEADLINE_EXCEEDED => Self::Silent(call),
+            ttrpc::Error::RpcStatus(status) => Self::Refused(text(status.message())),
+            other => Self::Gone(text(&other.to_string())),
+        }
+    }
+}
+
+/// How a container ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Exit {
+    /// As a shell reports it: the exit code, or 128 and the signal.
+    pub status: u8,
+    /// A process of it was killed for lack of memory.
+    pub out_of_memory: bool,
+    /// It was ended by SIGKILL.
+    pub killed: bool,
+}
+
+/// Connection to the agent of a pod.
+#[derive(Clone)]
+pub struct Agent {
+    client: AgentClient,
+}
+
+impl Agent {
+    /// Speaks on this stream; needs a runtime.
+    pub fn new(stream: UnixStream) -> Result<Self, AgentError> {
+        stream.set_nonblocking(true).map_err(AgentError::Connect)?;
+        let stream = tokio::net::UnixStream::from_std(stream).map_err(AgentError::Connect)?;
+        Ok(Self { client: AgentClient::new(ttrpc::r#async::Client::new(Socket::new(stream))) })
+    }
+
+    /// Makes the pod and its first container; returns the guest's kernel release.
+    pub async fn create_pod(&self, request: &CreatePodRequest) -> Result<String, AgentError> {
+        let answer =
+            self.client.create_pod(with_duration(WORK), request).await.map_err(|e| AgentError::of("CreatePod", e))?;
+        if request.container.is_some() && answer.container.pid <= 1 {
+            return Err(AgentError::Nonsense("the process id of the container"));
+        }
+        Ok(answer.kernel_release.chars().filter(|c| c.is_ascii_graphic()).take(64).collect())
+    }
+
+    /// Executes the container's program.
+    pub async fn start_container(&self, id: &str) -> Result<(), AgentError> {
+        let request = StartContainerRequest { id: id.into(), ..Default::default() };
+        self.client
+            .start_container(with_duration(WORK), &request)
+            .await
+            .map(drop)
+            .map_err(|e| AgentError::of("StartContainer", e))
+    }
+
+    /// Sends a signal to the container's init.
+    pub async fn signal(&self, id: &str, signal: i32) -> Result<(), AgentError> {
+        let request = SignalContainerRequest { id: id.into(), signal, ..Default::default() };
+        self.client
+            .signal_container(with_duration(PROMPT), &request)
+            .await
+            .map(drop)
+            .map_err(|e| AgentError::of("SignalContainer", e))
+    }
+
+    /// Sets the size of the container's terminal.
+    pub async fn resize(&self, id: &str, rows: u32, columns: u32) -> Result<(), AgentError> {
+        let request = ResizeTerminalRequest { id: id.into(), rows, columns, ..Default::default() };
+        self.client
+            .resize_terminal(with_duration(PROMPT), &request)
+            .await
+            .map(drop)
+            .map_err(|e| AgentError::of("ResizeTerminal", e))
+    }
+
+    /// Removes what is left of the container; unmounting is what writes its last pages back.
+    pub async fn delete_container(&self, id: &str) -> Result<(), AgentError> {
+        let request = DeleteContainerRequest { id: id.into(), ..Default::default() };
+        self.client
+            .delete_container(with_duration(PROMPT), &request)
+            .await
+            .map(drop)
+            .map_err(|e| AgentError::of("DeleteContainer", e))
+    }
+
+    /// Takes new devices, CPUs and memory into use.
+    pub async fn grow(&self, cpus: u32, memory_bytes: u64) -> Result<(), AgentError> {
+        let request = GrowRequest { cpus, memory_bytes, rescan: true, ..Default::default() };
+        self.client.grow(with_duration(WORK), &request).await.map(drop).map_err(|e| AgentError::of("Grow", e))
+    }
+
+    /// Events of the pod from now on, and those nobody received yet.
+    pub async fn events(&self) -> Result<Events, AgentError> {
+        // Without a deadline: it lasts as long as the pod, and ends with the connection.
+        let receiver = self.client.events(Context::default(), &Empty::new()).await;
+        receiver.map(|receiver| Events { receiver }).map_err(|e| AgentError::of("Events", e))
+    }
+}
+
+/// The stream of events.
+pub struct Events {
+    receiver: ClientStreamReceiver<Event>,
+}
+
+impl Events {
+    /// Waits for the end of a container.
+    pub async fn exit_of(&mut self, id: &str) -> Result<Exit, AgentError> {
+        loop {
+            let event = match self.receiver.recv().await {
+                Ok(Some(event)) => event,
+                Ok(None) => return Err(AgentError::Gone("its events ended".into())),
+                Err(error) => return Err(AgentError::of("Events", error)),
+            };
+            if event.container_id != id {
+                continue;
+            }
+            if let Some(event::Kind::Exit(exit)) = event.kind {
+                return exit_status(exit.code, exit.signal, exit.oom_killed);
+            }
+        }
+    }
+}
+
+fn exit_status(code: u32, signal: u32, out_of_memory: bool) -> Result<Exit, AgentError> {
+    let status = match (code, signal) {
+        (_, 1..=64) => 128 + signal,
+        (0..=255, 0) => code,
+        _ => return Err(AgentError::Nonsense("the exit status of the container")),
+    };
+    let status = u8::try_from(status).map_err(|_| AgentError::Nonsense("the exit status of the container"))?;
+    Ok(Exit { status, out_of_memory, killed: signal == libc::SIGKILL as u32 })
+}
+
+/// The request for a container.
+pub fn container(id: &str, spec: Vec<u8>, rootfs: String, stdio: podhull_protocol::Stdio) -> CreateContainerRequest {
+    CreateContainerRequest { id: id.into(), spec, rootfs, stdio: Some(stdio).into(), ..Default::default() }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_end_by_a_signal_is_128_and_its_number() {
+        let status = |code, signal| exit_status(code, signal, false).map(|exit| exit.status).ok();
+        assert_eq!(status(42, 0), Some(42));
+        assert_eq!(status(255, 0), Some(255));
+        assert_eq!(status(0, 9), Some(137));
+        assert_eq!(status(0, 64), Some(192));
+    }
+
+    #[test]
+    fn a_status_that_cannot_be_is_refused() {
+        for (code, signal) in [(256, 0), (u32::MAX, 0), (0, 65), (0, u32::MAX)] {
+            assert!(matches!(exit_status(code, signal, false), Err(AgentError::Nonsense(_))), "{code} {signal}");
+        }
+    }
+}

@@ -1,0 +1,180 @@
+//! The command line: global flags, one file per subcommand, and the one place where errors become exit codes.
+
+mod check;
+mod run;
+mod spec;
+mod vmm;
+
+use std::ffi::OsString;
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::error::ErrorKind;
+use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
+
+use crate::log::{Format, Log};
+
+/// Version of the OCI runtime specification that `spec` writes and `run` reads.
+pub const OCI_VERSION: &str = "1.2.0";
+
+/// The exit status of every failure of ours. A container's own status is passed on as it is.
+const FAILURE: u8 = 1;
+
+#[derive(Parser)]
+#[command(
+    name = "podhull",
+    about = "Runs OCI containers, each pod in a KVM virtual machine of its own",
+    disable_version_flag = true
+)]
+#[command(after_help = "Examples:
+  podhull check                              can this host run pods?
+  podhull spec -b DIR                        write a config.json to begin with
+  podhull run -b DIR hello                   run the bundle in DIR as container \"hello\"")]
+struct Arguments {
+    /// Directory that holds the state of containers
+    #[arg(long, value_name = "DIR", default_value = "/run/podhull")]
+    root: PathBuf,
+
+    /// File that errors (and with --debug, what is done) are appended to; the default is standard error
+    #[arg(long, value_name = "FILE")]
+    log: Option<PathBuf>,
+
+    /// How lines of the log are written
+    #[arg(long, value_name = "FORMAT", value_enum, default_value_t = Format::Text)]
+    log_format: Format,
+
+    /// Log what is done, not only what fails
+    #[arg(long)]
+    debug: bool,
+
+    /// Print the version
+    #[arg(long, short = 'v')]
+    version: bool,
+
+    #[command(subcommand)]
+    command: Option<Command>,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    Run(run::Arguments),
+    Spec(spec::Arguments),
+    Check(check::Arguments),
+    #[command(hide = true)]
+    Vmm(vmm::Arguments),
+}
+
+/// What a subcommand may need from the global flags.
+pub struct Context {
+    /// `--root`.
+    pub root: PathBuf,
+    /// Where errors and debug lines go.
+    pub log: Log,
+}
+
+/// Why a command failed.
+#[derive(Debug, thiserror::Error)]
+enum Failure {
+    #[error(transparent)]
+    Run(#[from] crate::pod::RunError),
+    #[error(transparent)]
+    Spec(#[from] spec::SpecError),
+    #[error(transparent)]
+    Output(#[from] std::io::Error),
+}
+
+/// Parses the command line, carries it out, and returns the status to exit with.
+pub fn main() -> ExitCode {
+    let arguments = match parse(std::env::args_os()) {
+        Ok(arguments) => arguments,
+        Err(error) => return usage(&error),
+    };
+    if arguments.version {
+        return status(version().map(|()| 0).map_err(Failure::from), &Log::stderr());
+    }
+    let log = match Log::open(arguments.log.as_deref(), arguments.log_format, arguments.debug) {
+        Ok(log) => log,
+        Err(error) => {
+            Log::stderr().error(&error.to_string());
+            return ExitCode::from(FAILURE);
+        }
+    };
+    let context = Context { root: arguments.root, log };
+    let result = match arguments.command {
+        Some(Command::Run(run)) => run.execute(&context).map_err(Failure::from),
+        Some(Command::Spec(spec)) => spec.execute().map(|()| 0).map_err(Failure::from),
+        Some(Command::Check(check)) => check.execute().map_err(Failure::from),
+        Some(Command::Vmm(vmm)) => return vmm.execute(),
+        None => Arguments::command().print_help().map(|()| 0).map_err(Failure::from),
+    };
+    status(result, &context.log)
+}
+
+fn parse(arguments: impl Iterator<Item = OsString>) -> Result<Arguments, clap::Error> {
+    Arguments::from_arg_matches(&Arguments::command().try_get_matches_from(arguments)?)
+}
+
+fn status(result: Result<u8, Failure>, log: &Log) -> ExitCode {
+    match result {
+        Ok(status) => ExitCode::from(status),
+        Err(failure) => {
+            log.error(&failure.to_string());
+            ExitCode::from(FAILURE)
+        }
+    }
+}
+
+/// Help goes out as it is; what is wrong with the arguments is said in one line.
+fn usage(error: &clap::Error) -> ExitCode {
+    if matches!(error.kind(), ErrorKind::DisplayHelp | ErrorKind::DisplayVersion) {
+        return match error.print() {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(_) => ExitCode::from(FAILURE),
+        };
+    }
+    let text = error.render().to_string();
+    let first = text.split("\n\n").next().unwrap_or_default();
+    let line = first.split_whitespace().collect::<Vec<_>>().join(" ");
+    Log::stderr().error(&format!("{}; see podhull --help", line.strip_prefix("error: ").unwrap_or(&line)));
+    ExitCode::from(FAILURE)
+}
+
+/// The lines callers of runc parse by position.
+fn version() -> std::io::Result<()> {
+    use std::io::Write;
+    let mut text = format!("podhull version {}\n", env!("CARGO_PKG_VERSION"));
+    if let Some(commit) = option_env!("PODHULL_COMMIT") {
+        text += &format!("commit: {commit}\n");
+    }
+    text += &format!("spec: {OCI_VERSION}\n");
+    std::io::stdout().write_all(text.as_bytes())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Arguments::command().debug_assert();
+    }
+
+    #[test]
+    fn global_flags_come_before_the_subcommand_as_runc_has_them() {
+        let line =
+            ["podhull", "--root", "/r", "--log", "/l", "--log-format", "json", "--debug", "run", "-b", "/b", "id"];
+        let arguments = parse(line.iter().map(OsString::from)).unwrap();
+        assert_eq!(arguments.root, PathBuf::from("/r"));
+        assert_eq!(arguments.log, Some(PathBuf::from("/l")));
+        assert!(arguments.debug);
+        assert!(matches!(arguments.command, Some(Command::Run(_))));
+    }
+
+    #[test]
+    fn every_subcommand_shows_an_example() {
+        for command in Arguments::command().get_subcommands().filter(|c| !c.is_hide_set()) {
+            let help = command.get_after_help().map(ToString::to_string).unwrap_or_default();
+            assert!(help.contains("podhull"), "{} has no example", command.get_name());
+        }
+    }
+}

@@ -1,0 +1,41 @@
+//! `podhull spec`: a `config.json` to begin with.
+
+use std::fs::OpenOptions;
+use std::io::{self, Write};
+use std::path::PathBuf;
+
+use crate::spec::document;
+
+/// Write a config.json to begin with
+#[derive(clap::Args)]
+#[command(after_help = "Examples:
+  podhull spec                               write ./config.json
+  podhull spec -b /srv/hello                 write /srv/hello/config.json")]
+pub struct Arguments {
+    /// Directory to write config.json to
+    #[arg(short, long, value_name = "DIR", default_value = ".")]
+    bundle: PathBuf,
+}
+
+/// Why no specification was written.
+#[derive(Debug, thiserror::Error)]
+pub enum SpecError {
+    /// It never overwrites.
+    #[error("{0} exists already: remove it first")]
+    Exists(PathBuf),
+    /// The file could not be made.
+    #[error("cannot write {0}: {1}")]
+    Write(PathBuf, #[source] io::Error),
+}
+
+impl Arguments {
+    /// Writes the file.
+    pub fn execute(self) -> Result<(), SpecError> {
+        let path = self.bundle.join("config.json");
+        match OpenOptions::new().write(true).create_new(true).open(&path) {
+            Ok(mut file) => file.write_all(document::TEXT.as_bytes()).map_err(|e| SpecError::Write(path, e)),
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Err(SpecError::Exists(path)),
+            Err(error) => Err(SpecError::Write(path, error)),
+        }
+    }
+}

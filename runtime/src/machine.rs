@@ -1,0 +1,258 @@
+//! The process of a machine, and the channel to it ([`podhull_vmm::control`]).
+
+use std::cell::RefCell;
+use std::collections::VecDeque;
+use std::fs::File;
+use std::io::{self, Read};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::unix::process::CommandExt;
+use std::process::{Child, Command, Stdio};
+
+use podhull_vmm::control::{self, ChannelError, Device, End, MachineConfig, Notice, Request, Resource};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::Errno;
+use rustix::net::{AddressFamily, SocketFlags, SocketType};
+use rustix::pipe::PipeFlags;
+use rustix::process::{Pid, PidfdFlags};
+use tokio::io::unix::AsyncFd;
+use tokio::sync::oneshot;
+
+/// Descriptor at which the machine's process finds its end of the channel.
+pub const CHANNEL_FD: i32 = 3;
+
+/// How much of what the process wrote to standard error is looked at, in bytes.
+const MAX_STDERR: u64 = 16 * 1024;
+
+/// Why there is no machine (any more).
+#[derive(Debug, thiserror::Error)]
+pub enum MachineError {
+    /// The process cannot be started.
+    #[error("cannot start the virtual machine's process: {0}")]
+    Spawn(#[source] io::Error),
+    /// There is no event loop for it.
+    #[error("cannot watch the virtual machine's process: {0}")]
+    Watch(#[source] io::Error),
+    /// The channel cannot be used.
+    #[error("virtual machine: {0}")]
+    Channel(#[from] ChannelError),
+    /// It answered a request with an error.
+    #[error("virtual machine: {0}")]
+    Failed(String),
+    /// The guest reset the machine.
+    #[error("the guest's kernel panicked, or its agent died: the virtual machine was reset")]
+    Reset,
+    /// The guest cannot go on.
+    #[error("the guest crashed: {0}")]
+    Crash(String),
+    /// The guest broke a rule.
+    #[error("the guest misbehaved, and its virtual machine was ended: {0}")]
+    Misbehaved(String),
+    /// The process died by a signal.
+    #[error("the virtual machine's process was killed by signal {0}")]
+    Killed(i32),
+    /// The process ended by itself without saying why on the channel.
+    #[error("the virtual machine's process ended with status {status}{said}")]
+    Exited {
+        /// Its exit status.
+        status: i32,
+        /// The last line it wrote to standard error, after ": ".
+        said: String,
+    },
+}
+
+/// A machine's process; dropping it kills the process and waits for its end.
+pub struct Process {
+    child: Child,
+    stderr: File,
+    channel: Option<OwnedFd>,
+}
+
+impl Process {
+    /// Starts this program again as a machine. All signals are unblocked in it, and it inherits its end of the channel,
+    /// `/dev/null` and a pipe for last words.
+    pub fn spawn() -> Result<Self, MachineError> {
+        let spawn = |e: Errno| MachineError::Spawn(e.into());
+        let (ours, theirs) =
+            rustix::net::socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)
+                .map_err(spawn)?;
+        let (stderr, their_stderr) =
+            rustix::pipe::pipe_with(PipeFlags::CLOEXEC | PipeFlags::NONBLOCK).map_err(spawn)?;
+        let fd = theirs.as_raw_fd();
+        let mut command = Command::new("/proc/self/exe");
+        command.arg0("podhull").arg("vmm").env_clear();
+        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(their_stderr);
+        // SAFETY: between fork and exec the closure only makes system calls, and allocates nothing.
+        unsafe {
+            command.pre_exec(move || inherit_only(fd));
+        }
+        let child = command.spawn().map_err(MachineError::Spawn)?;
+        Ok(Self { child, stderr: File::from(stderr), channel: Some(ours) })
+    }
+
+    /// Takes the runtime's end of the channel.
+    pub fn channel(&mut self) -> Result<Channel, MachineError> {
+        Channel::new(self.channel.take().ok_or(ChannelError::Closed)?)
+    }
+
+    /// Why the process ended. To be called when the channel was closed by the other side: that is the last thing a process
+    /// does, so one that still lives a second later is killed.
+    pub fn end(&mut self) -> MachineError {
+        use std::os::unix::process::ExitStatusExt;
+        let dead = Pid::from_raw(self.child.id().cast_signed())
+            .and_then(|pid| rustix::process::pidfd_open(pid, PidfdFlags::empty()).ok())
+            .is_some_and(|pidfd| {
+                let second = Timespec { tv_sec: 1, tv_nsec: 0 };
+                let mut fds = [PollFd::new(&pidfd, PollFlags::IN)];
+                rustix::io::retry_on_intr(|| poll(&mut fds, Some(&second))).is_ok_and(|ready| ready > 0)
+            });
+        if !dead {
+            let _ = self.child.kill();
+        }
+        match self.child.wait() {
+            Err(error) => MachineError::Spawn(error),
+            Ok(status) => match (status.signal(), status.code()) {
+                (Some(signal), _) => MachineError::Killed(signal),
+                (None, code) => MachineError::Exited { status: code.unwrap_or(-1), said: self.last_words() },
+            },
+        }
+    }
+
+    fn last_words(&mut self) -> String {
+        let mut text = Vec::new();
+        // The pipe does not block, so that a process that inherited its other end cannot hold us up.
+        let _ = (&self.stderr).take(MAX_STDERR).read_to_end(&mut text);
+        let text = String::from_utf8_lossy(&text);
+        match text.lines().rfind(|line| !line.trim().is_empty()) {
+            Some(line) => format!(": {}", line.trim().chars().take(300).collect::<String>()),
+            None => String::new(),
+        }
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        self.channel = None;
+        // It may be gone already; then there is nothing to kill, and only the first wait gives its status.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// Leaves our session, puts the channel at its place and makes every other descriptor beyond the standard ones close on exec: the caller of
+/// podhull may have left us some of its own.
+fn inherit_only(channel: i32) -> io::Result<()> {
+    let check = |result: libc::c_int| if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) };
+    // SAFETY: plain system calls on integers.
+    unsafe {
+        // A session of its own: the keys of our terminal are not for the machine.
+        check(libc::setsid())?;
+        if channel == CHANNEL_FD {
+            check(libc::fcntl(channel, libc::F_SETFD, 0))?;
+        } else {
+            check(libc::dup2(channel, CHANNEL_FD))?;
+        }
+        // Not closed now: the standard library reports a failed exec through a descriptor of its own.
+        let first = CHANNEL_FD as libc::c_uint + 1;
+        check(libc::syscall(libc::SYS_close_range, first, libc::c_uint::MAX, libc::CLOSE_RANGE_CLOEXEC) as libc::c_int)
+    }
+}
+
+/// The runtime's end of the channel.
+pub struct Channel {
+    socket: AsyncFd<OwnedFd>,
+    /// One for each request that was not answered yet, oldest first.
+    pending: RefCell<VecDeque<oneshot::Sender<Result<(), String>>>>,
+    ready: RefCell<Option<oneshot::Sender<u64>>>,
+}
+
+impl Channel {
+    fn new(socket: OwnedFd) -> Result<Self, MachineError> {
+        rustix::io::ioctl_fionbio(&socket, true).map_err(ChannelError::Io)?;
+        // SAFETY: the descriptor is owned by the AsyncFd from here on, and never replaced.
+        let socket = unsafe { AsyncFd::register(socket) }.map_err(|e| MachineError::Watch(e.into()))?;
+        Ok(Self { socket, pending: RefCell::default(), ready: RefCell::default() })
+    }
+
+    /// Builds and runs the machine; returns when the request was carried out.
+    pub async fn start(&self, config: MachineConfig, fds: &[OwnedFd]) -> Result<(), MachineError> {
+        self.request(&Request::Start(config), fds).await
+    }
+
+    /// Puts devices into the running machine.
+    pub async fn add(&self, devices: Vec<Device>) -> Result<(), MachineError> {
+        self.request(&Request::Add { resources: Vec::<Resource>::new(), devices }, &[]).await
+    }
+
+    /// Creates vCPUs.
+    pub async fn set_cpus(&self, cpus: u32) -> Result<(), MachineError> {
+        self.request(&Request::SetCpus(cpus), &[]).await
+    }
+
+    /// Sets how much memory the guest should have.
+    pub async fn set_memory(&self, bytes: u64) -> Result<(), MachineError> {
+        self.request(&Request::SetMemory(bytes), &[]).await
+    }
+
+    /// Becomes ready when the agent listens, with the exits to user space up to then. [`Channel::drive`] must run.
+    pub fn agent_ready(&self) -> oneshot::Receiver<u64> {
+        let (sender, receiver) = oneshot::channel();
+        *self.ready.borrow_mut() = Some(sender);
+        receiver
+    }
+
+    async fn request(&self, request: &Request, fds: &[OwnedFd]) -> Result<(), MachineError> {
+        let fds: Vec<BorrowedFd<'_>> = fds.iter().map(AsFd::as_fd).collect();
+        let (sender, receiver) = oneshot::channel();
+        loop {
+            match control::send(self.socket.get_ref(), request, &fds) {
+                Err(ChannelError::Io(Errno::WOULDBLOCK)) => match self.socket.writable().await {
+                    Ok(mut guard) => guard.clear_ready(),
+                    Err(_) => return Err(ChannelError::Closed.into()),
+                },
+                sent => break sent?,
+            }
+        }
+        self.pending.borrow_mut().push_back(sender);
+        match receiver.await {
+            Ok(Ok(())) => Ok(()),
+            Ok(Err(message)) => Err(MachineError::Failed(message)),
+            Err(_) => Err(ChannelError::Closed.into()),
+        }
+    }
+
+    /// Receives notices until there is no machine any more; `None` if its process said nothing about why.
+    pub async fn drive(&self) -> Option<MachineError> {
+        loop {
+            match control::receive::<Notice>(self.socket.get_ref()) {
+                Ok((Notice::Done, _)) => self.answer(Ok(())),
+                Ok((Notice::Failed(message), _)) => self.answer(Err(message)),
+                Ok((Notice::AgentReady { exits }, _)) => {
+                    if let Some(ready) = self.ready.borrow_mut().take() {
+                        let _ = ready.send(exits);
+                    }
+                }
+                Ok((Notice::Ended(end), _)) => {
+                    return Some(match end {
+                        End::Reset => MachineError::Reset,
+                        End::Crash(what) => MachineError::Crash(what),
+                        End::Misbehaved(what) => MachineError::Misbehaved(what),
+                        End::Failure(what) => MachineError::Failed(what),
+                    });
+                }
+                Err(ChannelError::Io(Errno::WOULDBLOCK)) => match self.socket.readable().await {
+                    Ok(mut guard) => guard.clear_ready(),
+                    Err(_) => return None,
+                },
+                Err(ChannelError::Closed) => return None,
+                Err(error) => return Some(error.into()),
+            }
+        }
+    }
+
+    fn answer(&self, result: Result<(), String>) {
+        if let Some(sender) = self.pending.borrow_mut().pop_front() {
+            // Nobody waits for it any more: fine.
+            let _ = sender.send(result);
+        }
+    }
+}

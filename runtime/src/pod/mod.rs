@@ -1,0 +1,23 @@
+//! A pod on the host: what is opened for it, how large it is, and its life from start to end.
+
+mod mounts;
+mod resources;
+mod session;
+mod size;
+mod start;
+
+use std::path::PathBuf;
+
+pub use resources::ResourceError;
+pub use size::host_memory;
+pub use start::{Run, RunError, run};
+
+/// Where the guest kernel is, if it is one.
+pub fn kernel() -> Result<PathBuf, ResourceError> {
+    resources::kernel().map(|_| resources::library_file(resources::KERNEL))
+}
+
+/// Where the guest image is, if it is one.
+pub fn image() -> Result<PathBuf, ResourceError> {
+    resources::image().map(|_| resources::library_file(resources::IMAGE))
+}

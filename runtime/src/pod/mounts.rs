@@ -1,0 +1,245 @@
+//! The host's files of a container, as detached mounts: nothing is ever mounted in the host's mount namespace. The
+//! machine's process attaches them in its own.
+
+use std::ffi::CString;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::path::{Component, Path, PathBuf};
+
+use podhull_vmm::control::Resource;
+use rustix::fs::{FileType, Mode, OFlags, ResolveFlags};
+use rustix::io::Errno;
+use rustix::mount::{OpenTreeFlags, open_tree};
+
+use crate::bundle::Bundle;
+use crate::spec::{has_option, is_bind};
+
+/// Most bind mounts of a container: their descriptors travel in one message together with the machine's own.
+const MAX_BINDS: usize = 180;
+
+/// Why the host's files cannot be given to a pod.
+#[derive(Debug, thiserror::Error)]
+pub enum MountError {
+    /// The source cannot be opened.
+    #[error("mounts[{index}].source {path:?}: {errno}")]
+    Source {
+        /// Place in `mounts`.
+        index: usize,
+        /// As written.
+        path: PathBuf,
+        /// Why.
+        errno: Errno,
+    },
+    /// The kernel refuses to clone the mount.
+    #[error("cannot clone the mount of {path:?}: {errno}{}", remedy(*errno))]
+    Clone {
+        /// What was to be cloned.
+        path: PathBuf,
+        /// Why.
+        errno: Errno,
+    },
+    /// A mount point is missing in a root that will be read-only, and cannot be made.
+    #[error("cannot make {path:?} in the root filesystem: {errno}")]
+    MountPoint {
+        /// Path in the container.
+        path: PathBuf,
+        /// Why.
+        errno: Errno,
+    },
+    /// More than a message can carry.
+    #[error("mounts: {0} bind mounts are more than {MAX_BINDS}")]
+    TooMany(usize),
+}
+
+fn remedy(errno: Errno) -> &'static str {
+    match errno {
+        Errno::PERM => "; podhull must run as root (CAP_SYS_ADMIN)",
+        Errno::NOSYS => "; podhull needs Linux 5.12 or newer",
+        _ => "",
+    }
+}
+
+/// Path of the container's root filesystem below the share.
+pub fn root_in_share(id: &str) -> String {
+    format!("{id}/rootfs")
+}
+
+/// Clones the mounts of the root filesystem and of each bind mount, and writes into the specification where the guest
+/// finds the latter.
+pub fn prepare(id: &str, bundle: &mut Bundle) -> Result<Vec<(Resource, OwnedFd)>, MountError> {
+    let binds: Vec<_> = bundle.config.mounts().iter().enumerate().filter(|(_, mount)| is_bind(mount)).collect();
+    if binds.len() > MAX_BINDS {
+        return Err(MountError::TooMany(binds.len()));
+    }
+    let mut resources = Vec::with_capacity(binds.len() + 1);
+    let mut sources = Vec::with_capacity(binds.len());
+    let mut files = Vec::new();
+    for (index, mount) in binds {
+        let path = mount.source().clone().unwrap_or_default();
+        let fail = |errno| MountError::Source { index, path: path.clone(), errno };
+        let flags = OFlags::PATH | OFlags::CLOEXEC;
+        let source = rustix::fs::openat(&bundle.directory, &path, flags, Mode::empty()).map_err(fail)?;
+        let stat = rustix::fs::fstat(&source).map_err(fail)?;
+        if FileType::from_raw_mode(stat.st_mode) != FileType::Directory {
+            files.push(index);
+        }
+        let options = mount.options().as_deref().unwrap_or_default();
+        let last = |words: [&str; 2]| options.iter().rev().find(|o| words.contains(&o.as_str())).map(String::as_str);
+        let tree = Tree {
+            recursive: has_option(mount, "rbind"),
+            read_only: last(["ro", "rw"]) == Some("ro"),
+            all_read_only: last(["rro", "rrw"]) == Some("rro"),
+        };
+        let clone = tree.clone(source.as_fd()).map_err(|errno| MountError::Clone { path: path.clone(), errno })?;
+        resources.push((Resource::Mount { path: format!("{id}/mounts/{index}") }, clone));
+        sources.push((index, format!("{}/{id}/mounts/{index}", podhull_protocol::SHARE_DIR)));
+    }
+    let read_only = bundle.config.root_readonly();
+    if read_only {
+        make_mount_points(bundle, &files)?;
+    }
+    let root = Tree { recursive: true, read_only, all_read_only: false }
+        .clone(bundle.root.as_fd())
+        .map_err(|errno| MountError::Clone { path: bundle.root_path.clone(), errno })?;
+    resources.push((Resource::Mount { path: root_in_share(id) }, root));
+    for (index, source) in sources {
+        bundle.config.set_mount_source(index, &source);
+    }
+    Ok(resources)
+}
+
+/// How a mount is cloned.
+struct Tree {
+    /// With the mounts below it.
+    recursive: bool,
+    read_only: bool,
+    /// Those below it too.
+    all_read_only: bool,
+}
+
+impl Tree {
+    fn clone(&self, source: BorrowedFd<'_>) -> Result<OwnedFd, Errno> {
+        let mut flags =
+            OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC | OpenTreeFlags::AT_EMPTY_PATH;
+        if self.recursive {
+            flags |= OpenTreeFlags::AT_RECURSIVE;
+        }
+        let tree = open_tree(source, "", flags)?;
+        // Private: what the host mounts or unmounts below later must not come and go in the machine's process.
+        let all = if self.all_read_only { libc::MOUNT_ATTR_RDONLY } else { 0 };
+        set_attributes(tree.as_fd(), libc::AT_RECURSIVE, all, libc::MS_PRIVATE)?;
+        if self.read_only {
+            set_attributes(tree.as_fd(), 0, libc::MOUNT_ATTR_RDONLY, 0)?;
+        }
+        Ok(tree)
+    }
+}
+
+/// `mount_setattr(2)` on the mount itself.
+fn set_attributes(mount: BorrowedFd<'_>, flags: libc::c_int, set: u64, propagation: u64) -> Result<(), Errno> {
+    let attributes = libc::mount_attr { attr_set: set, attr_clr: 0, propagation, userns_fd: 0 };
+    // SAFETY: the path is an empty C string, the structure outlives the call and its size is given; the kernel only reads
+    // both.
+    let result = unsafe {
+        libc::syscall(
+            libc::SYS_mount_setattr,
+            mount.as_raw_fd(),
+            c"".as_ptr(),
+            libc::AT_EMPTY_PATH | flags,
+            &attributes,
+            size_of::<libc::mount_attr>(),
+        )
+    };
+    if result == 0 { Ok(()) } else { Err(last_errno()) }
+}
+
+fn last_errno() -> Errno {
+    Errno::from_io_error(&std::io::Error::last_os_error()).unwrap_or(Errno::IO)
+}
+
+/// Makes what is missing of the mount points and the working directory, as runc does: the guest cannot, in a root that is
+/// read-only on the host. `files` are the places in `mounts` that bind something other than a directory.
+fn make_mount_points(bundle: &Bundle, files: &[usize]) -> Result<(), MountError> {
+    let mounts = bundle.config.mounts();
+    let inside_another = |path: &Path, before: &[oci_spec::runtime::Mount]| {
+        before.iter().any(|m| m.destination() != Path::new("/") && path.starts_with(m.destination()))
+    };
+    for (index, mount) in mounts.iter().enumerate() {
+        if !inside_another(mount.destination(), &mounts[..index]) {
+            make_path(bundle.root.as_fd(), mount.destination(), files.contains(&index))?;
+        }
+    }
+    match bundle.config.spec().process() {
+        Some(process) if !inside_another(process.cwd(), mounts) => make_path(bundle.root.as_fd(), process.cwd(), false),
+        _ => Ok(()),
+    }
+}
+
+/// Every step is resolved as if the root filesystem were the root directory: its links cannot lead out of it.
+fn make_path(root: BorrowedFd<'_>, path: &Path, file: bool) -> Result<(), MountError> {
+    let fail = |errno| MountError::MountPoint { path: path.to_owned(), errno };
+    let open =
+        |at: &Path| rustix::fs::openat2(root, at, OFlags::PATH | OFlags::CLOEXEC, Mode::empty(), ResolveFlags::IN_ROOT);
+    match open(path) {
+        Ok(_) => return Ok(()),
+        Err(Errno::NOENT) => {}
+        Err(errno) => return Err(fail(errno)),
+    }
+    let names: Vec<_> =
+        path.components().filter_map(|c| if let Component::Normal(n) = c { Some(n) } else { None }).collect();
+    let mut at = PathBuf::from("/");
+    for (index, name) in names.iter().enumerate() {
+        let parent = open(&at).map_err(fail)?;
+        at.push(name);
+        if open(&at).is_ok() {
+            continue;
+        }
+        let name = CString::new(name.as_encoded_bytes()).map_err(|_| fail(Errno::INVAL))?;
+        if file && index + 1 == names.len() {
+            let flags = OFlags::CREATE | OFlags::EXCL | OFlags::WRONLY | OFlags::CLOEXEC;
+            rustix::fs::openat(&parent, &name, flags, Mode::from_raw_mode(0o644)).map(drop).map_err(fail)?;
+        } else {
+            rustix::fs::mkdirat(&parent, &name, Mode::from_raw_mode(0o755)).map_err(fail)?;
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::fs;
+
+    #[test]
+    fn mount_points_are_made_inside_the_root_whatever_its_links_say() {
+        let base = std::env::temp_dir().join(format!("podhull-mounts-{}", std::process::id()));
+        let root = base.join("rootfs");
+        fs::create_dir_all(&root).unwrap();
+        fs::create_dir(base.join("outside")).unwrap();
+        std::os::unix::fs::symlink("../outside", root.join("way")).unwrap();
+        std::os::unix::fs::symlink("/real", root.join("link")).unwrap();
+        fs::create_dir(root.join("real")).unwrap();
+        let fd = rustix::fs::open(&root, OFlags::PATH | OFlags::DIRECTORY, Mode::empty()).unwrap();
+        make_path(fd.as_fd(), Path::new("/link/deep/er"), false).unwrap();
+        make_path(fd.as_fd(), Path::new("/link/file"), true).unwrap();
+        assert!(root.join("real/deep/er").is_dir() && root.join("real/file").is_file());
+        assert!(make_path(fd.as_fd(), Path::new("/way/in"), false).is_err());
+        assert_eq!(fs::read_dir(base.join("outside")).unwrap().count(), 0);
+        fs::remove_dir_all(&base).unwrap();
+    }
+
+    #[test]
+    fn a_read_only_clone_cannot_be_written_and_leaves_its_source_writable() {
+        let base = std::env::temp_dir().join(format!("podhull-clone-{}", std::process::id()));
+        fs::create_dir_all(&base).unwrap();
+        let source = rustix::fs::open(&base, OFlags::PATH | OFlags::DIRECTORY, Mode::empty()).unwrap();
+        let tree = Tree { recursive: true, read_only: true, all_read_only: false };
+        let clone = match tree.clone(source.as_fd()) {
+            Err(Errno::PERM) if !rustix::process::geteuid().is_root() => return,
+            clone => clone.unwrap(),
+        };
+        let create = |at: &OwnedFd| rustix::fs::openat(at, "f", OFlags::CREATE | OFlags::WRONLY, Mode::RUSR).map(drop);
+        assert_eq!(create(&clone), Err(Errno::ROFS));
+        assert_eq!(create(&source), Ok(()));
+        fs::remove_dir_all(&base).unwrap();
+    }
+}

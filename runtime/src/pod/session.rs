@@ -1,0 +1,189 @@
+//! A container's life in its machine, from the first instruction of the guest to the last byte of output.
+
+use std::cell::Cell;
+use std::path::Path;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use podhull_protocol::CreatePodRequest;
+use podhull_vmm::control::Device;
+
+use super::size::Size;
+use super::start::RunError;
+use crate::agent::{Agent, Exit};
+use crate::log::Log;
+use crate::machine::{Channel, MachineError};
+use crate::signals::{self, Signals};
+use crate::stdio::Stdio;
+
+/// How long a guest may take to boot, on a host that boots many at once.
+pub const BOOT: Duration = Duration::from_secs(60);
+
+/// How far a run is; decides what signals mean.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Phase {
+    /// No container yet: a signal that ends programs ends the run.
+    Starting,
+    /// Signals are the container's.
+    Running,
+    /// Only output is left.
+    Ended,
+}
+
+/// What a session ends with.
+pub enum Outcome {
+    /// The container has ended, and its output was written.
+    Exited(Exit),
+    /// A signal ended the run while there was no container.
+    Interrupted(signals::Signal),
+}
+
+/// A container and the machine it runs in.
+pub struct Session<'a> {
+    pub id: &'a str,
+    pub agent: Agent,
+    pub channel: &'a Channel,
+    pub stdio: &'a Stdio,
+    pub size: Size,
+    /// The pod's socket.
+    pub socket: &'a Path,
+    pub log: &'a Log,
+    phase: Cell<Phase>,
+    booted: Cell<bool>,
+}
+
+impl<'a> Session<'a> {
+    /// A session in which nothing has happened yet.
+    pub fn new(
+        id: &'a str,
+        agent: Agent,
+        channel: &'a Channel,
+        stdio: &'a Stdio,
+        size: Size,
+        socket: &'a Path,
+        log: &'a Log,
+    ) -> Self {
+        let (phase, booted) = (Cell::new(Phase::Starting), Cell::new(false));
+        Self { id, agent, channel, stdio, size, socket, log, phase, booted }
+    }
+
+    /// Whether the agent has listened.
+    pub fn booted(&self) -> bool {
+        self.booted.get()
+    }
+
+    /// The whole life. `request` makes pod and container; `created` is called when there is one, before its program runs.
+    pub async fn live(
+        &self,
+        start: impl Future<Output = Result<(), MachineError>>,
+        mut request: CreatePodRequest,
+        created: impl FnOnce() -> Result<(), RunError>,
+    ) -> Result<Outcome, RunError> {
+        let ready = self.channel.agent_ready();
+        start.await?;
+        let exits = match tokio::time::timeout(BOOT, ready).await {
+            Ok(Ok(exits)) => exits,
+            Ok(Err(_)) => return Err(MachineError::Failed("its process is gone".into()).into()),
+            Err(_) => return Err(RunError::NoBoot),
+        };
+        self.booted.set(true);
+        self.log.debug(|| format!("{}: agent ready after {exits} exits to user space", self.id));
+
+        // Not before: the guest sets its clock by it.
+        request.realtime_ns = realtime();
+        let streams = async {
+            let mut flow = self.stdio.connect(self.socket)?;
+            flow.connected().await?;
+            Ok::<_, RunError>(flow)
+        };
+        let pod = async { Ok(self.agent.create_pod(&request).await?) };
+        let (mut flow, release) = tokio::try_join!(streams, pod)?;
+        self.log.debug(|| format!("{}: container created on Linux {release}", self.id));
+        created()?;
+
+        self.phase.set(Phase::Running);
+        if let Some(terminal) = self.stdio.terminal() {
+            terminal.set_raw()?;
+        }
+        let mut events = self.agent.events().await?;
+        self.agent.start_container(self.id).await?;
+        self.log.debug(|| format!("{}: container started", self.id));
+
+        let exit = {
+            let mut exit = std::pin::pin!(events.exit_of(self.id));
+            tokio::select! {
+                biased;
+                exit = &mut exit => exit?,
+                grown = self.grow() => {
+                    grown?;
+                    exit.await?
+                }
+            }
+        };
+        self.phase.set(Phase::Ended);
+        self.log.debug(|| format!("{}: container ended with status {}", self.id, exit.status));
+
+        // Its end is known, so what is left of it may fail to go; but unmounting writes its last pages back.
+        let (drained, deleted) = tokio::join!(flow.drained(), self.agent.delete_container(self.id));
+        if let Err(error) = deleted {
+            self.log.debug(|| format!("{}: {error}", self.id));
+        }
+        drained?;
+        Ok(Outcome::Exited(exit))
+    }
+
+    /// Brings the machine from what boots soonest to what the container was promised.
+    async fn grow(&self) -> Result<(), RunError> {
+        self.channel.add(vec![Device::Entropy, Device::Balloon]).await?;
+        if self.size.cpus > 1 {
+            self.channel.set_cpus(self.size.cpus).await?;
+        }
+        if self.size.memory > self.size.memory_base {
+            self.channel.set_memory(self.size.memory).await?;
+        }
+        // Until all of its memory is there the container is held back at what there is.
+        let memory = if self.size.memory > self.size.memory_base { self.size.memory } else { 0 };
+        self.agent.grow(self.size.cpus, memory).await?;
+        self.log.debug(|| format!("{}: {} CPUs, {} bytes of memory", self.id, self.size.cpus, self.size.memory));
+        Ok(())
+    }
+
+    /// Passes signals on; returns only when one ends the run.
+    pub async fn signals(&self, signals: &Signals) -> Result<Outcome, RunError> {
+        loop {
+            let signal = signals.next().await.map_err(RunError::Signals)?;
+            match (signal, self.stdio.terminal()) {
+                (libc::SIGWINCH, _) => self.resize().await,
+                (libc::SIGTSTP, Some(terminal)) => {
+                    // From outside: the key of the terminal goes to the container. The shell gets a sane terminal.
+                    terminal.restore();
+                    signals::stop();
+                }
+                (libc::SIGCONT, Some(terminal)) if self.phase.get() == Phase::Running => {
+                    terminal.set_raw()?;
+                    self.resize().await;
+                }
+                (signal, _) if signals::is_ours(signal) => {}
+                (signal, _) if self.phase.get() == Phase::Running => {
+                    // It may have ended at this very moment.
+                    if let Err(error) = self.agent.signal(self.id, signal).await {
+                        self.log.debug(|| format!("{}: signal {signal}: {error}", self.id));
+                    }
+                }
+                (signal, _) if signals::ends_by_default(signal) => return Ok(Outcome::Interrupted(signal)),
+                _ => {}
+            }
+        }
+    }
+
+    async fn resize(&self) {
+        let (Phase::Running, Some((rows, columns))) = (self.phase.get(), self.stdio.size()) else { return };
+        if let Err(error) = self.agent.resize(self.id, rows.into(), columns.into()).await {
+            self.log.debug(|| format!("{}: resize: {error}", self.id));
+        }
+    }
+}
+
+/// The wall clock in nanoseconds.
+fn realtime() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| u64::try_from(d.as_nanos()).unwrap_or(u64::MAX))
+}

@@ -1,0 +1,261 @@
+//! `podhull run`: from a bundle to an exit status, and nothing left behind on any way out.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+
+use podhull_protocol::CreatePodRequest;
+use podhull_vmm::control::{Device, MachineConfig, Resource, SHARE_TAG};
+use rustix::io::Errno;
+use rustix::rand::GetRandomFlags;
+
+use super::mounts::{self, MountError};
+use super::resources::{self, IMAGE, KERNEL, ResourceError, library_file};
+use super::session::{BOOT, Outcome, Session};
+use super::size::{Size, SizeError, memory_limit};
+use crate::agent::{self, Agent, AgentError, Exit};
+use crate::bundle::{Bundle, BundleError};
+use crate::log::Log;
+use crate::machine::{Channel, MachineError, Process};
+use crate::signals::{self, Signals};
+use crate::state::{self, Directory, State, StateError, Status};
+use crate::stdio::{Stdio, StdioError};
+
+/// Name of the pod's socket.
+const VSOCK: &str = "vsock.sock";
+
+/// Bytes of entropy a guest gets before anything else.
+const ENTROPY: usize = 64;
+
+/// What to run, and for whom.
+pub struct Run<'a> {
+    /// The container's id.
+    pub id: &'a str,
+    /// Directory of the bundle.
+    pub bundle: &'a Path,
+    /// Where to write the pid that stands for the container.
+    pub pid_file: Option<&'a Path>,
+    /// Where to send the terminal.
+    pub console_socket: Option<&'a Path>,
+    /// Root of all state.
+    pub root: &'a Path,
+    /// Where to say what happens.
+    pub log: &'a Log,
+}
+
+/// Why a container did not run to its end.
+#[derive(Debug, thiserror::Error)]
+pub enum RunError {
+    /// The bundle is wrong.
+    #[error(transparent)]
+    Bundle(#[from] BundleError),
+    /// It asks for more than there is.
+    #[error(transparent)]
+    Size(#[from] SizeError),
+    /// Its id, or what is written under the state root.
+    #[error(transparent)]
+    State(#[from] StateError),
+    /// Its files.
+    #[error(transparent)]
+    Mount(#[from] MountError),
+    /// What a machine is made of.
+    #[error(transparent)]
+    Resource(#[from] ResourceError),
+    /// Its standard streams.
+    #[error(transparent)]
+    Stdio(#[from] StdioError),
+    /// The machine or its process.
+    #[error(transparent)]
+    Machine(#[from] MachineError),
+    /// The agent, or what it says about the container.
+    #[error(transparent)]
+    Agent(#[from] AgentError),
+    /// The machine ended before its agent listened.
+    #[error("the guest did not come up: {0}; are {1} and {2} intact?")]
+    Boot(#[source] MachineError, PathBuf, PathBuf),
+    /// It did not end either.
+    #[error("the guest did not come up within {} seconds; are guest kernel and image intact?", BOOT.as_secs())]
+    NoBoot,
+    /// The pod's socket cannot be made.
+    #[error("cannot make the pod's socket in {0}: {1}")]
+    Socket(PathBuf, #[source] io::Error),
+    /// The pid file cannot be written.
+    #[error("cannot write the pid file {0}: {1}")]
+    PidFile(PathBuf, #[source] io::Error),
+    /// No event loop.
+    #[error("cannot set up event handling: {0}")]
+    Signals(#[source] io::Error),
+    /// No random numbers.
+    #[error("cannot get random numbers: {0}")]
+    Random(#[source] Errno),
+    /// A directory that must be removed in the end cannot be opened.
+    #[error("cannot open {0}: {1}")]
+    Directory(PathBuf, #[source] io::Error),
+}
+
+/// Runs a container; returns the status to exit with.
+pub fn run(run: Run<'_>) -> Result<u8, RunError> {
+    state::check_id(run.id)?;
+    let mut bundle = Bundle::open(run.bundle)?;
+    for property in bundle.config.unknown() {
+        run.log.debug(|| format!("config.json: {property} is no property of the specification: ignored"));
+    }
+    let limit = memory_limit(bundle.config.spec());
+    let size = Size::for_container(bundle.config.spec())?;
+
+    // From here on there is something to remove. What is declared later is dropped earlier: the machine's process is
+    // gone before its directories are.
+    signals::block();
+    let directory = Directory::create(run.root, run.id)?;
+    let path = (bundle.path.clone(), bundle.root_path.clone());
+    let annotations = bundle.config.spec().annotations().clone();
+    let state = State::new(run.id, &path.0, &path.1, annotations.as_ref());
+    directory.write(&state)?;
+    let (kvm, kernel, image) = (resources::kvm()?, resources::kernel()?, resources::image()?);
+    let console_size = bundle.config.console_size();
+    let stdio = Stdio::new(bundle.config.terminal(), run.console_socket, console_size)?;
+
+    let (agent, their_agent) = UnixStream::pair().map_err(|e| RunError::Socket(directory.pod(), e))?;
+    let (socket, listener) = listen(&directory)?;
+    let mut machine = Vec::from([
+        (Resource::Kvm, kvm.into()),
+        (Resource::Kernel, kernel.into()),
+        (Resource::Image, image.into()),
+        (Resource::Agent, their_agent.into()),
+        (Resource::VsockListener, listener.into()),
+        (Resource::Remove { name: run.id.to_owned() }, open(directory.root())?),
+        (Resource::Remove { name: run.id.to_owned() }, open(&directory.pods())?),
+    ]);
+    machine.extend(mounts::prepare(run.id, &mut bundle)?);
+    let (config, fds) = machine_config(size, machine);
+    let request = pod_request(run.id, &bundle, &stdio, size)?;
+    drop(bundle);
+
+    let mut process = Process::spawn()?;
+    let runtime =
+        tokio::runtime::Builder::new_current_thread().enable_io().enable_time().build().map_err(RunError::Signals)?;
+    let outcome = runtime.block_on(async {
+        let signals = Signals::new().map_err(RunError::Signals)?;
+        let channel = process.channel()?;
+        let session = Session::new(run.id, Agent::new(agent)?, &channel, &stdio, size, &socket, run.log);
+        let start = async {
+            let sent = channel.start(config, &fds).await;
+            drop(fds);
+            sent
+        };
+        let created = || {
+            directory.write(&state.with(Status::Running))?;
+            let pid = std::process::id().to_string();
+            run.pid_file.map_or(Ok(()), |path| {
+                state::replace(path, pid.as_bytes()).map_err(|e| RunError::PidFile(path.to_owned(), e))
+            })
+        };
+        supervise(&session, &signals, &channel, &mut process, session.live(start, request, created)).await
+    });
+    // Threads that still wait for input must not hold up the end; they end with the process.
+    runtime.shutdown_background();
+    // The terminal is the caller's again before anything is said on it.
+    drop(stdio);
+    match outcome {
+        Ok(Outcome::Exited(exit)) => {
+            report_out_of_memory(&run, exit, limit);
+            Ok(exit.status)
+        }
+        Ok(Outcome::Interrupted(signal)) => Ok(u8::try_from(128 + signal).unwrap_or(u8::MAX)),
+        Err(error) => Err(error),
+    }
+}
+
+/// Lives through the session, unless a signal or the end of the machine is first; finds out why the machine ended.
+async fn supervise(
+    session: &Session<'_>,
+    signals: &Signals,
+    channel: &Channel,
+    process: &mut Process,
+    live: impl Future<Output = Result<Outcome, RunError>>,
+) -> Result<Outcome, RunError> {
+    let mut drive = std::pin::pin!(channel.drive());
+    let ended = tokio::select! {
+        biased;
+        lived = live => match lived {
+            // The connection to the agent breaks when the machine does; the machine knows why.
+            Err(RunError::Agent(AgentError::Gone(_)) | RunError::Stdio(StdioError::Connect(..))) => {
+                match tokio::time::timeout(GRACE, &mut drive).await {
+                    Ok(ended) => ended,
+                    Err(_) => return lived,
+                }
+            }
+            lived => return lived,
+        },
+        signalled = session.signals(signals) => return signalled,
+        ended = &mut drive => ended,
+    };
+    let error = ended.unwrap_or_else(|| process.end());
+    match error {
+        error @ (MachineError::Reset | MachineError::Crash(_)) if !session.booted() => {
+            Err(RunError::Boot(error, library_file(KERNEL), library_file(IMAGE)))
+        }
+        error => Err(error.into()),
+    }
+}
+
+/// How long the end of a machine may come after the end of the connection to its agent.
+const GRACE: std::time::Duration = std::time::Duration::from_millis(500);
+
+fn machine_config(size: Size, machine: Vec<(Resource, OwnedFd)>) -> (MachineConfig, Vec<OwnedFd>) {
+    let (resources, fds) = machine.into_iter().unzip();
+    let mut devices = vec![Device::Share];
+    if size.memory_max > size.memory_base {
+        devices.push(Device::Memory);
+    }
+    let config = MachineConfig {
+        memory_bytes: size.memory_base,
+        memory_max_bytes: size.memory_max,
+        cpus_max: size.cpus,
+        extra_cmdline: String::new(),
+        resources,
+        devices,
+    };
+    (config, fds)
+}
+
+fn pod_request(id: &str, bundle: &Bundle, stdio: &Stdio, size: Size) -> Result<CreatePodRequest, RunError> {
+    let mut entropy = vec![0; ENTROPY];
+    // Up to 256 bytes are never cut short (random(4)).
+    rustix::rand::getrandom(&mut entropy, GetRandomFlags::empty()).map_err(RunError::Random)?;
+    let container = agent::container(id, bundle.config.document(), mounts::root_in_share(id), stdio.announcement());
+    Ok(CreatePodRequest {
+        protocol_version: podhull_protocol::VERSION,
+        entropy,
+        hostname: rustix::system::uname().nodename().to_string_lossy().into_owned(),
+        share_tag: SHARE_TAG.to_owned(),
+        memory_bytes: size.memory,
+        container: Some(container).into(),
+        ..Default::default()
+    })
+}
+
+/// Makes the socket by way of its directory's descriptor: paths of sockets are at most 107 bytes long.
+fn listen(directory: &Directory) -> Result<(PathBuf, UnixListener), RunError> {
+    let pod = directory.pod();
+    let listen = || {
+        let fd = File::open(&pod)?;
+        UnixListener::bind(format!("/proc/self/fd/{}/{VSOCK}", fd.as_raw_fd()))
+    };
+    let listener = listen().map_err(|e| RunError::Socket(pod.clone(), e))?;
+    Ok((pod.join(VSOCK), listener))
+}
+
+fn open(path: &Path) -> Result<OwnedFd, RunError> {
+    File::open(path).map(OwnedFd::from).map_err(|e| RunError::Directory(path.to_owned(), e))
+}
+
+fn report_out_of_memory(run: &Run<'_>, exit: Exit, limit: Option<u64>) {
+    if exit.out_of_memory {
+        let limit = limit.map_or(String::new(), |limit| format!(" (limit {limit} bytes)"));
+        let who = if exit.killed { "killed" } else { "a process was killed" };
+        run.log.warning(&format!("container {}: out of memory: {who}{limit}", run.id));
+    }
+}

@@ -1,0 +1,104 @@
+//! Signals of a foreground run: taken as data instead of interrupting, because most of them are the container's.
+
+use std::io;
+use std::mem::MaybeUninit;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+
+use tokio::io::unix::AsyncFd;
+
+/// A signal's number; `libc` has the names.
+pub type Signal = i32;
+
+/// Blocks every signal that can be, for this thread and those it starts: from here on nothing ends this process between
+/// making something and noting that it must be removed.
+///
+/// Left alone are the stop signals a terminal sends to its background (SIGTTIN, SIGTTOU): they must stop us as they stop
+/// any other program, and a blocked one would be an I/O error instead.
+pub fn block() {
+    // SAFETY: the set is initialized by sigfillset before it is used, and is not used afterwards.
+    unsafe {
+        let mut set = MaybeUninit::uninit();
+        libc::sigfillset(set.as_mut_ptr());
+        libc::sigdelset(set.as_mut_ptr(), libc::SIGTTIN);
+        libc::sigdelset(set.as_mut_ptr(), libc::SIGTTOU);
+        libc::pthread_sigmask(libc::SIG_SETMASK, set.as_ptr(), std::ptr::null_mut());
+    }
+}
+
+/// Runs something with SIGTTOU blocked, so that a program in the background may set its terminal.
+pub fn without_background_stop<T>(action: impl FnOnce() -> T) -> T {
+    // SAFETY: both sets are initialized, by sigemptyset and by pthread_sigmask, before they are used.
+    unsafe {
+        let (mut set, mut old) = (MaybeUninit::uninit(), MaybeUninit::uninit());
+        libc::sigemptyset(set.as_mut_ptr());
+        libc::sigaddset(set.as_mut_ptr(), libc::SIGTTOU);
+        libc::pthread_sigmask(libc::SIG_BLOCK, set.as_ptr(), old.as_mut_ptr());
+        let result = action();
+        libc::pthread_sigmask(libc::SIG_SETMASK, old.as_ptr(), std::ptr::null_mut());
+        result
+    }
+}
+
+/// Stops this process until it is continued.
+pub fn stop() {
+    // SAFETY: a plain system call on integers.
+    unsafe {
+        libc::kill(libc::getpid(), libc::SIGSTOP);
+    }
+}
+
+/// Whether a signal is nobody's but ours: runc's rule for what it does not forward.
+pub fn is_ours(signal: Signal) -> bool {
+    matches!(signal, libc::SIGCHLD | libc::SIGWINCH | libc::SIGURG)
+}
+
+/// Whether a signal ends a program that does nothing about it.
+pub fn ends_by_default(signal: Signal) -> bool {
+    !is_ours(signal) && !matches!(signal, libc::SIGCONT | libc::SIGTSTP | libc::SIGPIPE)
+}
+
+/// The signals that arrive for this process; they must be blocked.
+pub struct Signals {
+    fd: AsyncFd<OwnedFd>,
+}
+
+impl Signals {
+    /// Needs a runtime.
+    pub fn new() -> io::Result<Self> {
+        // SAFETY: the set is initialized by sigfillset; the descriptor is new and nobody else's.
+        let fd = unsafe {
+            let mut set = MaybeUninit::uninit();
+            libc::sigfillset(set.as_mut_ptr());
+            libc::sigdelset(set.as_mut_ptr(), libc::SIGTTIN);
+            libc::sigdelset(set.as_mut_ptr(), libc::SIGTTOU);
+            match libc::signalfd(-1, set.as_ptr(), libc::SFD_CLOEXEC | libc::SFD_NONBLOCK) {
+                -1 => return Err(io::Error::last_os_error()),
+                fd => OwnedFd::from_raw_fd(fd),
+            }
+        };
+        // SAFETY: the descriptor is owned by the AsyncFd from here on, and never replaced.
+        Ok(Self { fd: unsafe { AsyncFd::register(fd) }? })
+    }
+
+    /// The next signal.
+    pub async fn next(&self) -> io::Result<Signal> {
+        loop {
+            let mut guard = self.fd.readable().await?;
+            if let Ok(signal) = guard.try_io(|fd| read(fd.get_ref())) {
+                return signal;
+            }
+        }
+    }
+}
+
+fn read(fd: &OwnedFd) -> io::Result<Signal> {
+    let mut info = MaybeUninit::<libc::signalfd_siginfo>::uninit();
+    // SAFETY: the kernel writes whole structures of this size or nothing, and its length was asked for.
+    unsafe {
+        let length = libc::read(fd.as_raw_fd(), info.as_mut_ptr().cast(), size_of::<libc::signalfd_siginfo>());
+        if length != size_of::<libc::signalfd_siginfo>().cast_signed() {
+            return Err(io::Error::last_os_error());
+        }
+        Ok(info.assume_init().ssi_signo.cast_signed())
+    }
+}

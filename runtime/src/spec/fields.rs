@@ -1,0 +1,314 @@
+//! Every field of the OCI runtime specification (1.3) and what becomes of it (design D8): nothing is dropped in silence.
+//!
+//! Paths are written with `[]` for any element of a list and `*` for any key of a map. A field below a refused one needs
+//! no line of its own.
+
+use serde_json::Value;
+
+use super::read::ConfigError;
+
+/// What becomes of a field.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Fate {
+    /// The agent enforces it in the guest, on the words of the specification.
+    Enforced,
+    /// The runtime enforces it on the host, or both sides do.
+    Host,
+    /// Not supported, and why. Empty values (`null`, `""`, `0`, `false`, `[]`, `{}`) ask for nothing and are let through.
+    Refused(&'static str),
+}
+
+use Fate::{Enforced, Host, Refused};
+
+const LSM: &str = "labels of the host's security modules mean nothing in the guest's kernel";
+const CGROUP_V1: &str = "cgroup v2, which every pod uses, has no such control";
+const HOST_HOOK: &str = "hooks on the host are not there yet";
+const HOST_DEVICE: &str = "host devices are not passed into the pod yet";
+const OTHER_SYSTEM: &str = "for another operating system";
+
+/// All fields, in the order of the specification's pages.
+pub const FIELDS: &[(&str, Fate)] = &[
+    // config.md
+    ("ociVersion", Host),
+    ("root", Host),
+    ("root.path", Host),
+    ("root.readonly", Host),
+    ("mounts", Host),
+    ("mounts[]", Host),
+    ("mounts[].destination", Enforced),
+    ("mounts[].source", Host),
+    ("mounts[].type", Enforced),
+    ("mounts[].options", Host),
+    ("mounts[].options[]", Host),
+    ("mounts[].uidMappings", Refused("id-mapped mounts are not there yet: give the container a user namespace")),
+    ("mounts[].gidMappings", Refused("id-mapped mounts are not there yet: give the container a user namespace")),
+    ("process", Enforced),
+    ("process.terminal", Host),
+    ("process.consoleSize", Host),
+    ("process.consoleSize.height", Host),
+    ("process.consoleSize.width", Host),
+    ("process.cwd", Enforced),
+    ("process.env", Enforced),
+    ("process.env[]", Enforced),
+    ("process.args", Enforced),
+    ("process.args[]", Enforced),
+    ("process.commandLine", Refused(OTHER_SYSTEM)),
+    ("process.rlimits", Enforced),
+    ("process.rlimits[]", Enforced),
+    ("process.rlimits[].type", Enforced),
+    ("process.rlimits[].soft", Enforced),
+    ("process.rlimits[].hard", Enforced),
+    ("process.apparmorProfile", Refused(LSM)),
+    ("process.capabilities", Enforced),
+    ("process.capabilities.*", Enforced),
+    ("process.capabilities.*[]", Enforced),
+    ("process.noNewPrivileges", Enforced),
+    ("process.oomScoreAdj", Enforced),
+    ("process.scheduler", Enforced),
+    ("process.scheduler.*", Enforced),
+    ("process.scheduler.*[]", Enforced),
+    ("process.selinuxLabel", Refused(LSM)),
+    ("process.ioPriority", Enforced),
+    ("process.ioPriority.*", Enforced),
+    ("process.execCPUAffinity", Refused("the CPUs of a pod are its own: use linux.resources.cpu.cpus")),
+    ("process.user", Enforced),
+    ("process.user.uid", Enforced),
+    ("process.user.gid", Enforced),
+    ("process.user.umask", Enforced),
+    ("process.user.additionalGids", Enforced),
+    ("process.user.additionalGids[]", Enforced),
+    ("process.user.username", Refused(OTHER_SYSTEM)),
+    ("hostname", Enforced),
+    ("domainname", Enforced),
+    ("hooks", Enforced),
+    ("hooks.prestart", Refused(HOST_HOOK)),
+    ("hooks.createRuntime", Refused(HOST_HOOK)),
+    ("hooks.createContainer", Refused(HOST_HOOK)),
+    ("hooks.startContainer", Enforced),
+    ("hooks.startContainer[]", Enforced),
+    ("hooks.startContainer[].path", Enforced),
+    ("hooks.startContainer[].args", Enforced),
+    ("hooks.startContainer[].args[]", Enforced),
+    ("hooks.startContainer[].env", Enforced),
+    ("hooks.startContainer[].env[]", Enforced),
+    ("hooks.startContainer[].timeout", Enforced),
+    ("hooks.poststart", Refused(HOST_HOOK)),
+    ("hooks.poststop", Refused(HOST_HOOK)),
+    ("annotations", Host),
+    ("annotations.*", Host),
+    ("linux", Enforced),
+    ("solaris", Refused(OTHER_SYSTEM)),
+    ("windows", Refused(OTHER_SYSTEM)),
+    ("zos", Refused(OTHER_SYSTEM)),
+    ("freebsd", Refused(OTHER_SYSTEM)),
+    ("vm", Refused("the virtual machine of a pod is podhull's own")),
+    // config-linux.md
+    ("linux.namespaces", Enforced),
+    ("linux.namespaces[]", Enforced),
+    ("linux.namespaces[].type", Enforced),
+    ("linux.namespaces[].path", Refused("joining a namespace is not there yet: every container has a pod of its own")),
+    ("linux.uidMappings", Enforced),
+    ("linux.uidMappings[]", Enforced),
+    ("linux.uidMappings[].*", Enforced),
+    ("linux.gidMappings", Enforced),
+    ("linux.gidMappings[]", Enforced),
+    ("linux.gidMappings[].*", Enforced),
+    ("linux.timeOffsets", Enforced),
+    ("linux.timeOffsets.*", Enforced),
+    ("linux.timeOffsets.*.secs", Enforced),
+    ("linux.timeOffsets.*.nanosecs", Enforced),
+    ("linux.devices", Enforced),
+    ("linux.devices[]", Enforced),
+    ("linux.devices[].type", Enforced),
+    ("linux.devices[].path", Enforced),
+    ("linux.devices[].major", Enforced),
+    ("linux.devices[].minor", Enforced),
+    ("linux.devices[].fileMode", Enforced),
+    ("linux.devices[].uid", Enforced),
+    ("linux.devices[].gid", Enforced),
+    ("linux.netDevices", Refused(HOST_DEVICE)),
+    ("linux.cgroupsPath", Enforced),
+    ("linux.resources", Enforced),
+    ("linux.resources.devices", Enforced),
+    ("linux.resources.devices[]", Enforced),
+    ("linux.resources.devices[].*", Enforced),
+    ("linux.resources.memory", Enforced),
+    ("linux.resources.memory.limit", Host),
+    ("linux.resources.memory.reservation", Enforced),
+    ("linux.resources.memory.swap", Enforced),
+    ("linux.resources.memory.kernel", Refused(CGROUP_V1)),
+    ("linux.resources.memory.kernelTCP", Refused(CGROUP_V1)),
+    ("linux.resources.memory.swappiness", Refused(CGROUP_V1)),
+    ("linux.resources.memory.disableOOMKiller", Refused(CGROUP_V1)),
+    ("linux.resources.memory.useHierarchy", Enforced),
+    ("linux.resources.memory.checkBeforeUpdate", Enforced),
+    ("linux.resources.cpu", Enforced),
+    ("linux.resources.cpu.shares", Enforced),
+    ("linux.resources.cpu.quota", Host),
+    ("linux.resources.cpu.burst", Enforced),
+    ("linux.resources.cpu.period", Host),
+    ("linux.resources.cpu.realtimeRuntime", Refused(CGROUP_V1)),
+    ("linux.resources.cpu.realtimePeriod", Refused(CGROUP_V1)),
+    ("linux.resources.cpu.cpus", Host),
+    ("linux.resources.cpu.mems", Enforced),
+    ("linux.resources.cpu.idle", Enforced),
+    ("linux.resources.pids", Enforced),
+    ("linux.resources.pids.limit", Enforced),
+    ("linux.resources.blockIO", Enforced),
+    ("linux.resources.blockIO.weight", Enforced),
+    ("linux.resources.blockIO.leafWeight", Refused(CGROUP_V1)),
+    ("linux.resources.blockIO.*", Enforced),
+    ("linux.resources.blockIO.*[]", Enforced),
+    ("linux.resources.blockIO.*[].leafWeight", Refused(CGROUP_V1)),
+    ("linux.resources.blockIO.*[].*", Enforced),
+    ("linux.resources.hugepageLimits", Enforced),
+    ("linux.resources.hugepageLimits[]", Enforced),
+    ("linux.resources.hugepageLimits[].*", Enforced),
+    ("linux.resources.network", Refused(CGROUP_V1)),
+    ("linux.resources.rdma", Refused(HOST_DEVICE)),
+    ("linux.resources.unified", Enforced),
+    ("linux.resources.unified.*", Enforced),
+    ("linux.intelRdt", Refused("cache and bandwidth of the host's CPUs are not divided among pods yet")),
+    ("linux.memoryPolicy", Refused("the guest has one memory node")),
+    ("linux.sysctl", Enforced),
+    ("linux.sysctl.*", Enforced),
+    ("linux.seccomp", Enforced),
+    ("linux.seccomp.defaultAction", Enforced),
+    ("linux.seccomp.defaultErrnoRet", Enforced),
+    ("linux.seccomp.architectures", Enforced),
+    ("linux.seccomp.architectures[]", Enforced),
+    ("linux.seccomp.flags", Enforced),
+    ("linux.seccomp.flags[]", Enforced),
+    ("linux.seccomp.listenerPath", Refused("a notification descriptor cannot leave the guest's kernel")),
+    ("linux.seccomp.listenerMetadata", Refused("a notification descriptor cannot leave the guest's kernel")),
+    ("linux.seccomp.syscalls", Enforced),
+    ("linux.seccomp.syscalls[]", Enforced),
+    ("linux.seccomp.syscalls[].*", Enforced),
+    ("linux.seccomp.syscalls[].*[]", Enforced),
+    ("linux.seccomp.syscalls[].args[].*", Enforced),
+    ("linux.rootfsPropagation", Enforced),
+    ("linux.maskedPaths", Enforced),
+    ("linux.maskedPaths[]", Enforced),
+    ("linux.readonlyPaths", Enforced),
+    ("linux.readonlyPaths[]", Enforced),
+    ("linux.mountLabel", Refused(LSM)),
+    ("linux.personality", Enforced),
+    ("linux.personality.domain", Enforced),
+    ("linux.personality.flags", Enforced),
+    ("linux.personality.flags[]", Enforced),
+];
+
+/// Refuses what is refused; removes refused fields that ask for nothing, and unknown ones, whose paths it returns: the
+/// runtime specification (`config.md`, Extensibility) wants properties it does not define to be ignored.
+pub fn check(document: &mut Value) -> Result<Vec<String>, ConfigError> {
+    let mut unknown = Vec::new();
+    walk(document, "", "", &mut unknown)?;
+    Ok(unknown)
+}
+
+/// `path` as people read it, `pattern` as the table has it.
+fn walk(value: &mut Value, path: &str, pattern: &str, unknown: &mut Vec<String>) -> Result<(), ConfigError> {
+    match value {
+        Value::Object(members) => {
+            let mut kept = serde_json::Map::new();
+            for (key, mut member) in std::mem::take(members) {
+                let path = if path.is_empty() { key.clone() } else { format!("{path}.{key}") };
+                match fate(pattern, &key) {
+                    Some((_, Refused(_))) if is_empty(&member) => {}
+                    Some((_, Refused(reason))) => return Err(ConfigError::Refused { field: path, reason }),
+                    Some((pattern, Enforced | Host)) => {
+                        walk(&mut member, &path, pattern, unknown)?;
+                        kept.insert(key, member);
+                    }
+                    None => unknown.push(path),
+                }
+            }
+            *members = kept;
+        }
+        Value::Array(elements) => {
+            for (index, element) in elements.iter_mut().enumerate() {
+                walk(element, &format!("{path}[{index}]"), &format!("{pattern}[]"), unknown)?;
+            }
+        }
+        _ => {}
+    }
+    Ok(())
+}
+
+/// The line of the table for a member of an object: by its name, else by `*`.
+fn fate(parent: &str, key: &str) -> Option<(&'static str, Fate)> {
+    let line = |key: &str| {
+        FIELDS.iter().copied().find(|(pattern, _)| match pattern.strip_prefix(parent) {
+            Some(rest) if parent.is_empty() => rest == key,
+            Some(rest) => rest.strip_prefix('.') == Some(key),
+            None => false,
+        })
+    };
+    line(key).or_else(|| line("*"))
+}
+
+fn is_empty(value: &Value) -> bool {
+    match value {
+        Value::Null => true,
+        Value::Bool(value) => !value,
+        Value::Number(number) => number.as_f64() == Some(0.0),
+        Value::String(text) => text.is_empty(),
+        Value::Array(elements) => elements.is_empty(),
+        Value::Object(members) => members.values().all(is_empty),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    #[test]
+    fn a_refused_field_is_named_with_its_place() {
+        let mut document =
+            json!({"linux": {"namespaces": [{"type": "pid"}, {"type": "network", "path": "/proc/1/ns/net"}]}});
+        let error = check(&mut document).unwrap_err().to_string();
+        assert!(error.starts_with(": linux.namespaces[1].path: not supported: "), "{error}");
+    }
+
+    #[test]
+    fn refused_fields_that_ask_for_nothing_are_taken_out() {
+        let mut document = json!({
+            "process": {"apparmorProfile": "", "user": {"username": ""}, "cwd": "/"},
+            "linux": {"resources": {"memory": {"swappiness": null, "disableOOMKiller": false, "limit": 5}}, "intelRdt": {}},
+        });
+        assert_eq!(check(&mut document).unwrap(), Vec::<String>::new());
+        assert_eq!(
+            document,
+            json!({"process": {"user": {}, "cwd": "/"}, "linux": {"resources": {"memory": {"limit": 5}}}})
+        );
+    }
+
+    #[test]
+    fn properties_of_no_specification_are_ignored_and_reported() {
+        let mut document = json!({"process": {"wishes": [1]}, "annotations": {"io.x.y": "z"}});
+        assert_eq!(check(&mut document).unwrap(), ["process.wishes"]);
+        assert_eq!(document, json!({"process": {}, "annotations": {"io.x.y": "z"}}));
+    }
+
+    #[test]
+    fn the_table_has_each_field_once_and_after_its_parent() {
+        for (index, (pattern, _)) in FIELDS.iter().enumerate() {
+            let before = &FIELDS[..index];
+            assert!(before.iter().all(|(other, _)| other != pattern), "{pattern} is there twice");
+            let parent = match (pattern.strip_suffix("[]"), pattern.rfind('.')) {
+                (Some(parent), _) => Some(parent),
+                (None, Some(dot)) => Some(&pattern[..dot]),
+                (None, None) => None,
+            };
+            let covered = |p: &str| {
+                FIELDS.iter().any(|(other, _)| *other == p)
+                    || p.rsplit_once('.').is_some_and(|(base, last)| {
+                        let star = if last.ends_with("[]") { format!("{base}.*[]") } else { format!("{base}.*") };
+                        FIELDS.iter().any(|(other, _)| *other == star)
+                    })
+            };
+            assert!(parent.is_none_or(covered), "{pattern} has no parent in the table");
+        }
+    }
+}

@@ -1,0 +1,86 @@
+//! What a bundle asks for: reading `config.json`, checking every field of it (design D8), and what follows for the machine.
+
+pub mod document;
+mod fields;
+mod position;
+pub mod read;
+mod validate;
+pub use validate::last_of_list;
+mod words;
+
+use std::path::Path;
+
+use oci_spec::runtime::{Mount, Spec};
+use serde_json::Value;
+
+/// A specification that was read and checked.
+#[derive(Debug)]
+pub struct Config {
+    /// Typed view.
+    spec: Spec,
+    /// The same document with every field the guest has to know, unknown and empty refused ones removed.
+    document: Value,
+    /// Properties that no version of the runtime specification we know has; it asks to ignore them.
+    unknown: Vec<String>,
+}
+
+impl Config {
+    /// The typed view.
+    pub fn spec(&self) -> &Spec {
+        &self.spec
+    }
+
+    /// Paths of the properties that were ignored because no specification we know has them.
+    pub fn unknown(&self) -> &[String] {
+        &self.unknown
+    }
+
+    /// `root.path` as written.
+    pub fn root_path(&self) -> &Path {
+        self.spec.root().as_ref().map(|root| root.path().as_path()).unwrap_or(Path::new(""))
+    }
+
+    /// `root.readonly`.
+    pub fn root_readonly(&self) -> bool {
+        self.spec.root().as_ref().and_then(|root| root.readonly()).unwrap_or(false)
+    }
+
+    /// `process.terminal`.
+    pub fn terminal(&self) -> bool {
+        self.spec.process().as_ref().and_then(|process| process.terminal()).unwrap_or(false)
+    }
+
+    /// Rows and columns of `process.consoleSize`.
+    pub fn console_size(&self) -> Option<(u16, u16)> {
+        let size = self.spec.process().as_ref()?.console_size()?;
+        let (rows, columns) = (u16::try_from(size.height()).ok()?, u16::try_from(size.width()).ok()?);
+        (rows != 0 && columns != 0).then_some((rows, columns))
+    }
+
+    /// `mounts`, in order.
+    pub fn mounts(&self) -> &[Mount] {
+        self.spec.mounts().as_deref().unwrap_or_default()
+    }
+
+    /// Sets `mounts[index].source` of the document for the guest.
+    pub fn set_mount_source(&mut self, index: usize, source: &str) {
+        if let Some(mount) = self.document.pointer_mut(&format!("/mounts/{index}")) {
+            mount["source"] = Value::from(source);
+        }
+    }
+
+    /// The document for the guest, as JSON.
+    pub fn document(&self) -> Vec<u8> {
+        self.document.to_string().into_bytes()
+    }
+}
+
+/// Whether a mount binds a file or directory of the host.
+pub fn is_bind(mount: &Mount) -> bool {
+    mount.typ().as_deref() == Some("bind") || has_option(mount, "bind") || has_option(mount, "rbind")
+}
+
+/// Whether a mount has an option.
+pub fn has_option(mount: &Mount, option: &str) -> bool {
+    mount.options().iter().flatten().any(|o| o == option)
+}

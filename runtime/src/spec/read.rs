@@ -1,0 +1,119 @@
+//! From the text of `config.json` to a [`Config`], with an error that says where.
+
+use oci_spec::runtime::Spec;
+use serde_json::Value;
+
+use super::{Config, fields, position, validate};
+
+/// What is wrong with `config.json`. Shown directly after the file's name.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    /// A byte that is not UTF-8.
+    #[error(":{line}: not UTF-8 text")]
+    NotText {
+        /// Counted from 1.
+        line: usize,
+    },
+    /// Not JSON.
+    #[error(":{line}:{column}: {problem}")]
+    Syntax {
+        /// Counted from 1.
+        line: usize,
+        /// Counted from 1.
+        column: usize,
+        /// What the parser says.
+        problem: String,
+    },
+    /// A value of another type or from another vocabulary than the field has.
+    #[error(":{line}:{column}: {field}: {problem}")]
+    Type {
+        /// Counted from 1.
+        line: usize,
+        /// Counted from 1.
+        column: usize,
+        /// Path of the field, `linux.namespaces[0].type`.
+        field: String,
+        /// What the parser says.
+        problem: String,
+    },
+    /// A field that podhull does not enforce.
+    #[error(": {field}: not supported: {reason}")]
+    Refused {
+        /// Path of the field.
+        field: String,
+        /// Why.
+        reason: &'static str,
+    },
+    /// A value that means nothing.
+    #[error(": {field}: {problem}")]
+    Value {
+        /// Path of the field.
+        field: String,
+        /// What is wrong with it.
+        problem: String,
+    },
+}
+
+/// Parses and checks a specification.
+pub fn read(text: &str) -> Result<Config, ConfigError> {
+    // First as JSON and then by type, so that a broken file is never taken for a wrong field.
+    let mut document: Value = serde_json::from_str(text).map_err(|e| ConfigError::Syntax {
+        line: e.line(),
+        column: e.column(),
+        problem: problem(&e),
+    })?;
+    let unknown = fields::check(&mut document)?;
+    let spec: Spec = serde_json::from_str(text).map_err(|e| ConfigError::Type {
+        line: e.line(),
+        column: e.column(),
+        field: position::field_at(text, e.line(), e.column()),
+        problem: problem(&e),
+    })?;
+    validate::capability_names(&document)?;
+    validate::check(&spec)?;
+    Ok(Config { spec, document, unknown })
+}
+
+/// The parser's words without the position it appends, and without lists of all words it would have taken.
+fn problem(error: &serde_json::Error) -> String {
+    let text = error.to_string();
+    let text = text.split(" at line ").next().unwrap_or_default();
+    text.split(", expected one of").next().unwrap_or_default().to_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn error(text: &str) -> String {
+        format!("config.json{}", read(text).unwrap_err())
+    }
+
+    #[test]
+    fn the_document_podhull_writes_is_one_it_reads() {
+        let config = read(crate::spec::document::TEXT).unwrap();
+        assert_eq!(config.mounts().len(), 7);
+        assert!(config.unknown().is_empty());
+        assert_eq!(config.document, serde_json::from_str::<Value>(crate::spec::document::TEXT).unwrap());
+    }
+
+    #[test]
+    fn broken_json_is_reported_with_line_and_column() {
+        assert_eq!(error("{\n  \"ociVersion\": oops\n}"), "config.json:2:17: expected value");
+        assert_eq!(error(""), "config.json:1:0: EOF while parsing a value");
+        assert_eq!(error("{\"a\":1} x"), "config.json:1:9: trailing characters");
+    }
+
+    #[test]
+    fn a_wrong_type_is_reported_with_its_field() {
+        let text = "{\n\"ociVersion\": \"1.2.0\",\n\"process\": {\"cwd\": \"/\", \"args\": [\"a\", 7]}\n}";
+        assert_eq!(error(text), "config.json:3:39: process.args[1]: invalid type: integer `7`, expected a string");
+    }
+
+    #[test]
+    fn a_word_from_no_vocabulary_is_reported_with_its_field() {
+        let text = "{\"ociVersion\":\"1.2.0\",\"linux\":{\"namespaces\":[{\"type\":\"pid\"},{\"type\":\"astral\"}]}}";
+        let message = error(text);
+        assert!(message.ends_with("linux.namespaces[1].type: unknown variant `astral`"), "{message}");
+    }
+}

@@ -1,0 +1,278 @@
+//! What lies under the state root (`/run/podhull`), and whose it is.
+//!
+//! ```text
+//! <root>/<id>/state.json       the container; see [`State`]
+//! <root>/pods/<id>/vsock.sock  the way into the guest
+//! <root>/@<pid>/               a container's directory in the making
+//! ```
+//!
+//! A container's directory is locked (`flock`) by the process that runs it for as long as it does. So an id is in use if
+//! and only if its directory is locked, and whatever is not locked was left by a process that was killed.
+
+use std::ffi::OsString;
+use std::fs;
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::DirBuilderExt;
+use std::path::{Path, PathBuf};
+use std::time::SystemTime;
+
+use rustix::fs::{FlockOperation, Mode, OFlags, RenameFlags};
+use rustix::io::Errno;
+use serde::Serialize;
+
+/// Directory of the pods; not a container's id.
+const PODS: &str = "pods";
+
+/// Version of `state.json`. Raised when a reader of the version before could misread it.
+const STATE_VERSION: u32 = 1;
+
+/// What is wrong with the state of a container.
+#[derive(Debug, thiserror::Error)]
+pub enum StateError {
+    /// runc's rule.
+    #[error(
+        "invalid container id {0:?}: 1 to 1024 letters, digits, \"_\", \"+\", \"-\" and \".\", not \".\" or \"..\""
+    )]
+    InvalidId(String),
+    /// A name this directory has for something else.
+    #[error("container id {PODS:?} is reserved: choose another")]
+    ReservedId,
+    /// Its directory is locked.
+    #[error("container id {0:?} is in use: choose another, or end that container first")]
+    InUse(String),
+    /// A file or directory could not be made.
+    #[error("cannot write {0}: {1}")]
+    Write(PathBuf, #[source] io::Error),
+}
+
+/// An id that is a valid name.
+pub fn check_id(id: &str) -> Result<(), StateError> {
+    let valid = |c: char| c.is_ascii_alphanumeric() || "_+-.".contains(c);
+    if id.is_empty() || id.len() > 1024 || id == "." || id == ".." || !id.chars().all(valid) {
+        let shown = if id.chars().count() > 64 { id.chars().take(64).chain(['…']).collect() } else { id.to_owned() };
+        return Err(StateError::InvalidId(shown));
+    }
+    if id == PODS { Err(StateError::ReservedId) } else { Ok(()) }
+}
+
+/// What `state.json` holds.
+#[derive(Debug, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct State<'a> {
+    /// [`STATE_VERSION`]; set by [`Directory::write`].
+    version: u32,
+    oci_version: &'static str,
+    id: &'a str,
+    pid: u32,
+    status: Status,
+    bundle: &'a Path,
+    rootfs: &'a Path,
+    created: String,
+    annotations: Option<&'a std::collections::HashMap<String, String>>,
+}
+
+/// Where in its life a container is (runtime-spec, `runtime.md`).
+#[derive(Debug, Clone, Copy, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Status {
+    /// Being made.
+    Creating,
+    /// Its program runs.
+    Running,
+}
+
+impl<'a> State<'a> {
+    /// The state of a container that this process makes now.
+    pub fn new(
+        id: &'a str,
+        bundle: &'a Path,
+        rootfs: &'a Path,
+        annotations: Option<&'a std::collections::HashMap<String, String>>,
+    ) -> Self {
+        Self {
+            version: STATE_VERSION,
+            oci_version: crate::cli::OCI_VERSION,
+            id,
+            pid: std::process::id(),
+            status: Status::Creating,
+            bundle,
+            rootfs,
+            created: crate::log::rfc3339(SystemTime::now()),
+            annotations,
+        }
+    }
+
+    /// The same in another status.
+    pub fn with(self, status: Status) -> Self {
+        Self { status, ..self }
+    }
+}
+
+/// The directories of one container, held and locked by this process; dropping it removes them.
+pub struct Directory {
+    root: PathBuf,
+    id: String,
+    /// Locked; the lock goes with it.
+    _lock: OwnedFd,
+}
+
+impl Directory {
+    /// Takes an id: sweeps what killed processes left, and makes the container's and the pod's directory.
+    pub fn create(root: &Path, id: &str) -> Result<Self, StateError> {
+        check_id(id)?;
+        make(root, 0o711)?;
+        sweep(root);
+        let path = root.join(id);
+        // Made under another name and locked before it gets its own, so that nobody ever sees it unlocked.
+        let new = root.join(format!("@{}", std::process::id()));
+        make(&new, 0o700)?;
+        let lock = rustix::fs::open(&new, OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())
+            .and_then(|fd| rustix::fs::flock(&fd, FlockOperation::NonBlockingLockExclusive).map(|()| fd))
+            .map_err(|e| StateError::Write(new.clone(), e.into()))?;
+        let renamed = rustix::fs::renameat_with(rustix::fs::CWD, &new, rustix::fs::CWD, &path, RenameFlags::NOREPLACE);
+        if let Err(errno) = renamed {
+            let _ = fs::remove_dir(&new);
+            return Err(match errno {
+                Errno::EXIST => StateError::InUse(id.to_owned()),
+                errno => StateError::Write(path, errno.into()),
+            });
+        }
+        let directory = Self { root: root.to_owned(), id: id.to_owned(), _lock: lock };
+        make(&directory.pods(), 0o711)?;
+        make(&directory.pod(), 0o700)?;
+        Ok(directory)
+    }
+
+    /// The container's directory.
+    pub fn container(&self) -> PathBuf {
+        self.root.join(&self.id)
+    }
+
+    /// The pod's directory.
+    pub fn pod(&self) -> PathBuf {
+        self.pods().join(&self.id)
+    }
+
+    /// The directory of all containers.
+    pub fn root(&self) -> &Path {
+        &self.root
+    }
+
+    /// The directory of all pods.
+    pub fn pods(&self) -> PathBuf {
+        self.root.join(PODS)
+    }
+
+    /// Writes `state.json` by rename: a reader sees the old or the new one, whole.
+    pub fn write(&self, state: &State<'_>) -> Result<(), StateError> {
+        let path = self.container().join("state.json");
+        let text = serde_json::to_vec(state).map_err(|e| StateError::Write(path.clone(), e.into()))?;
+        replace(&path, &text).map_err(|e| StateError::Write(path, e))
+    }
+}
+
+impl Drop for Directory {
+    fn drop(&mut self) {
+        // Nothing can be done about an error here, and the next command sweeps.
+        let _ = fs::remove_dir_all(self.pod());
+        let _ = fs::remove_dir_all(self.container());
+    }
+}
+
+/// Writes a file of any directory by rename.
+pub fn replace(path: &Path, text: &[u8]) -> io::Result<()> {
+    let mut new = OsString::from(path);
+    new.push(format!(".{}", std::process::id()));
+    let result = fs::write(&new, text).and_then(|()| fs::rename(&new, path));
+    if result.is_err() {
+        let _ = fs::remove_file(&new);
+    }
+    result
+}
+
+fn make(path: &Path, mode: u32) -> Result<(), StateError> {
+    fs::DirBuilder::new().recursive(true).mode(mode).create(path).map_err(|e| StateError::Write(path.to_owned(), e))
+}
+
+/// Removes what is not locked. What cannot be removed is left for the next time: it is in nobody's way but its own id's.
+fn sweep(root: &Path) {
+    let Ok(entries) = fs::read_dir(root) else { return };
+    for entry in entries.flatten() {
+        let name = entry.file_name();
+        let Some(name) = name.to_str().filter(|name| check_id(name.trim_start_matches('@')).is_ok()) else { continue };
+        let path = root.join(name);
+        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let Ok(directory) = rustix::fs::open(&path, flags, Mode::empty()) else { continue };
+        if rustix::fs::flock(&directory, FlockOperation::NonBlockingLockExclusive).is_err() {
+            continue;
+        }
+        // Between opening and locking, its owner may have removed it and another taken the name.
+        if same_file(&directory, &path) {
+            let _ = fs::remove_dir_all(root.join(PODS).join(name));
+            let _ = fs::remove_dir_all(&path);
+        }
+    }
+}
+
+fn same_file(fd: impl AsFd, path: &Path) -> bool {
+    match (rustix::fs::fstat(fd), rustix::fs::stat(path)) {
+        (Ok(a), Ok(b)) => (a.st_dev, a.st_ino) == (b.st_dev, b.st_ino),
+        _ => false,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    struct Root(PathBuf);
+
+    impl Root {
+        fn new(name: &str) -> Self {
+            let path = std::env::temp_dir().join(format!("podhull-state-{}-{name}", std::process::id()));
+            Self(path)
+        }
+    }
+
+    impl Drop for Root {
+        fn drop(&mut self) {
+            let _ = fs::remove_dir_all(&self.0);
+        }
+    }
+
+    #[test]
+    fn ids_follow_the_rule_of_runc() {
+        for id in ["a", "A-1_b.c+d", ".a", "...", &"x".repeat(1024)] {
+            assert!(check_id(id).is_ok(), "{id}");
+        }
+        for id in ["", ".", "..", "../x", "a/b", "a b", "ä", "@a", "pods", &"x".repeat(1025)] {
+            assert!(check_id(id).is_err(), "{id}");
+        }
+        assert!(check_id(&"x".repeat(2000)).unwrap_err().to_string().len() < 200);
+    }
+
+    #[test]
+    fn an_id_is_in_use_as_long_as_it_is_held_and_nothing_is_left_of_it() {
+        let root = Root::new("held");
+        let held = Directory::create(&root.0, "a").unwrap();
+        assert!(matches!(Directory::create(&root.0, "a"), Err(StateError::InUse(_))));
+        let other = Directory::create(&root.0, "b").unwrap();
+        assert!(held.pod().is_dir() && held.container().is_dir());
+        drop((held, other));
+        let left = || fs::read_dir(&root.0).unwrap().map(|e| e.unwrap().file_name()).collect::<Vec<_>>();
+        assert_eq!(left(), ["pods"]);
+        assert_eq!(fs::read_dir(root.0.join("pods")).unwrap().count(), 0);
+        drop(Directory::create(&root.0, "a").unwrap());
+    }
+
+    #[test]
+    fn what_a_killed_process_left_is_swept() {
+        let root = Root::new("swept");
+        for left in ["a/deep", "pods/a", "b", "@77"] {
+            fs::create_dir_all(root.0.join(left)).unwrap();
+        }
+        drop(Directory::create(&root.0, "a").unwrap());
+        assert_eq!(fs::read_dir(&root.0).unwrap().count(), 1);
+    }
+}

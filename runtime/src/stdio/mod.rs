@@ -1,0 +1,299 @@
+//! The container's standard streams: threads that move bytes between the caller's descriptors and the guest's streams.
+//!
+//! Threads, because the caller's descriptors are shared with other programs, so that they may not be made non-blocking,
+//! and may be files, for which there is no readiness.
+
+mod connect;
+mod console;
+mod pump;
+mod terminal;
+
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use rustix::fs::FileType;
+use rustix::io::Errno;
+use rustix::rand::GetRandomFlags;
+use tokio::sync::mpsc;
+
+use console::Console;
+use pump::Progress;
+use terminal::Terminal;
+
+/// What can go wrong with standard streams.
+#[derive(Debug, thiserror::Error)]
+pub enum StdioError {
+    /// A container with a terminal was started by a program that has none.
+    #[error(
+        "process.terminal is true, but this process has no terminal ({0}): start it in one, pass --console-socket, or set it to false"
+    )]
+    NoTerminal(#[source] Errno),
+    /// The terminal cannot be set.
+    #[error("terminal: {0}")]
+    Terminal(#[source] Errno),
+    /// Nobody could use it.
+    #[error("--console-socket is for a container with process.terminal")]
+    ConsoleWithoutTerminal,
+    /// The caller does not listen.
+    #[error("--console-socket {0}: {1}")]
+    ConsoleSocket(PathBuf, #[source] io::Error),
+    /// There is no stream to the guest.
+    #[error("cannot connect the container's {0}: {1}")]
+    Connect(&'static str, #[source] io::Error),
+    /// The process has too many files open.
+    #[error("cannot duplicate a standard stream: {0}")]
+    Duplicate(#[source] Errno),
+    /// Threads are not to be had.
+    #[error("cannot start a thread: {0}")]
+    Thread(#[source] io::Error),
+    /// No random numbers.
+    #[error("cannot get random numbers: {0}")]
+    Random(#[source] Errno),
+    /// The guest keeps streams open that it said it closed.
+    #[error("the container has ended, but its output has not")]
+    NeverEnds,
+}
+
+/// What threads report.
+enum Report {
+    Connected,
+    Failed(&'static str, io::Error),
+    /// An output has ended and all of it was written.
+    Drained,
+}
+
+/// The caller's side of the streams.
+enum Ends {
+    /// Standard input, output and error: whether the container gets them, or `/dev/null`.
+    Streams([bool; 3]),
+    /// The terminal this process was started in.
+    Terminal(Terminal),
+    /// A new terminal whose other side the caller got.
+    Console(Console),
+}
+
+/// Where the standard streams of a container go.
+pub struct Stdio {
+    ends: Ends,
+    /// Random numbers that name the streams: stdin, stdout, stderr.
+    tokens: [u64; 3],
+}
+
+impl Stdio {
+    /// Decides where the streams go; nothing is connected yet. `size` is what the specification says about the terminal.
+    pub fn new(terminal: bool, console_socket: Option<&Path>, size: Option<(u16, u16)>) -> Result<Self, StdioError> {
+        let ends = match (terminal, console_socket) {
+            (false, Some(_)) => return Err(StdioError::ConsoleWithoutTerminal),
+            (true, Some(socket)) => Ends::Console(Console::open(socket, size)?),
+            (true, None) => Ends::Terminal(Terminal::open()?),
+            (false, None) => Ends::Streams(STANDARD.map(|fd| !is_null(fd()))),
+        };
+        Ok(Self { ends, tokens: [token()?, token()?, token()?] })
+    }
+
+    /// What the agent is told.
+    pub fn announcement(&self) -> podhull_protocol::Stdio {
+        let mut stdio = podhull_protocol::Stdio::new();
+        let [stdin, stdout, stderr] = self.tokens;
+        match &self.ends {
+            Ends::Streams(given) => {
+                let tokens = [&mut stdio.stdin, &mut stdio.stdout, &mut stdio.stderr];
+                for ((field, token), given) in tokens.into_iter().zip([stdin, stdout, stderr]).zip(given) {
+                    *field = if *given { token } else { 0 };
+                }
+            }
+            Ends::Terminal(_) | Ends::Console(_) => {
+                stdio.terminal = true;
+                stdio.stdout = stdout;
+                if let Some((rows, columns)) = self.size() {
+                    (stdio.rows, stdio.columns) = (u32::from(rows), u32::from(columns));
+                }
+            }
+        }
+        stdio
+    }
+
+    /// Rows and columns of the terminal, if there is one and it knows.
+    pub fn size(&self) -> Option<(u16, u16)> {
+        match &self.ends {
+            Ends::Streams(_) => None,
+            Ends::Terminal(terminal) => terminal.size(),
+            Ends::Console(console) => console.size(),
+        }
+    }
+
+    /// The terminal this process was started in, if the container uses it.
+    pub fn terminal(&self) -> Option<&Terminal> {
+        match &self.ends {
+            Ends::Terminal(terminal) => Some(terminal),
+            _ => None,
+        }
+    }
+
+    /// Starts a thread for each direction of each stream; they connect to the pod's socket and move bytes.
+    pub fn connect(&self, socket: &Path) -> Result<Flow, StdioError> {
+        let (sender, receiver) = mpsc::unbounded_channel();
+        let mut flow = Flow { sender, receiver, progress: Arc::default(), connecting: 0, outputs: 0 };
+        let [stdin, stdout, stderr] = self.tokens;
+        let socket: Arc<Path> = socket.into();
+        match &self.ends {
+            Ends::Streams(given) => {
+                let copy = |index: usize| duplicate(STANDARD[index]()).map_err(StdioError::Duplicate);
+                if given[1] {
+                    flow.start("stdout", &socket, stdout, Direction::Output(copy(1)?))?;
+                }
+                if given[2] {
+                    flow.start("stderr", &socket, stderr, Direction::Output(copy(2)?))?;
+                }
+                if given[0] {
+                    flow.start("stdin", &socket, stdin, Direction::Input(copy(0)?))?;
+                }
+            }
+            Ends::Terminal(_) => {
+                let copy = |index: usize| duplicate(STANDARD[index]()).map_err(StdioError::Duplicate);
+                flow.start("terminal", &socket, stdout, Direction::Both(copy(0)?, copy(1)?, pump::End::Keep))?;
+            }
+            Ends::Console(console) => {
+                let copy = || duplicate(console.peer()).map_err(StdioError::Duplicate);
+                flow.start("terminal", &socket, stdout, Direction::Both(copy()?, copy()?, pump::End::HangUp))?;
+            }
+        }
+        Ok(flow)
+    }
+}
+
+/// The threads of a container's streams.
+pub struct Flow {
+    sender: mpsc::UnboundedSender<Report>,
+    receiver: mpsc::UnboundedReceiver<Report>,
+    progress: Arc<Progress>,
+    /// Streams whose connection was not reported yet.
+    connecting: usize,
+    /// Outputs that have not ended yet.
+    outputs: usize,
+}
+
+impl Flow {
+    fn start(
+        &mut self,
+        name: &'static str,
+        socket: &Arc<Path>,
+        token: u64,
+        direction: Direction,
+    ) -> Result<(), StdioError> {
+        self.connecting += 1;
+        if !matches!(direction, Direction::Input(_)) {
+            self.outputs += 1;
+        }
+        let (socket, sender, progress) = (socket.clone(), self.sender.clone(), self.progress.clone());
+        thread(name, move || match connect::connect(&socket, token) {
+            Ok(stream) => {
+                let _ = sender.send(Report::Connected);
+                if let Err(error) = direction.run(name, stream, &sender, &progress) {
+                    let _ = sender.send(Report::Failed(name, error));
+                }
+            }
+            Err(error) => {
+                let _ = sender.send(Report::Failed(name, error));
+            }
+        })
+        .map_err(StdioError::Thread)
+    }
+
+    /// Waits until every stream is connected.
+    pub async fn connected(&mut self) -> Result<(), StdioError> {
+        while self.connecting > 0 {
+            self.report().await?;
+        }
+        Ok(())
+    }
+
+    /// Waits until every output has ended and was written. To be called when the container has ended: a guest that sends
+    /// nothing more and closes nothing is given up.
+    pub async fn drained(&mut self) -> Result<(), StdioError> {
+        while self.outputs > 0 {
+            let before = self.progress.moved();
+            match tokio::time::timeout(pump::PATIENCE, self.report()).await {
+                Ok(report) => report?,
+                // A slow reader of ours is not the guest's fault.
+                Err(_) if self.progress.writing() || self.progress.moved() != before => {}
+                Err(_) => return Err(StdioError::NeverEnds),
+            }
+        }
+        Ok(())
+    }
+
+    async fn report(&mut self) -> Result<(), StdioError> {
+        match self.receiver.recv().await {
+            Some(Report::Connected) => self.connecting -= 1,
+            Some(Report::Drained) => self.outputs -= 1,
+            Some(Report::Failed(name, error)) => return Err(StdioError::Connect(name, error)),
+            // Not while we hold a sender.
+            None => self.outputs = 0,
+        }
+        Ok(())
+    }
+}
+
+/// What a thread does with its stream.
+enum Direction {
+    Input(OwnedFd),
+    Output(OwnedFd),
+    /// Input and output on one stream, and what the end of the input means.
+    Both(OwnedFd, OwnedFd, pump::End),
+}
+
+impl Direction {
+    fn run(
+        self,
+        name: &'static str,
+        stream: UnixStream,
+        sender: &mpsc::UnboundedSender<Report>,
+        progress: &Progress,
+    ) -> io::Result<()> {
+        let output = match self {
+            Self::Input(fd) => {
+                pump::input(fd, &stream, pump::End::Close);
+                return Ok(());
+            }
+            Self::Output(fd) => fd,
+            Self::Both(input, output, end) => {
+                let writer = stream.try_clone()?;
+                thread(name, move || pump::input(input, &writer, end))?;
+                output
+            }
+        };
+        pump::output(&stream, output.as_fd(), progress);
+        let _ = sender.send(Report::Drained);
+        Ok(())
+    }
+}
+
+fn thread(name: &'static str, run: impl FnOnce() + Send + 'static) -> io::Result<()> {
+    std::thread::Builder::new().name(name.into()).stack_size(pump::STACK).spawn(run).map(drop)
+}
+
+/// Standard input, output and error.
+const STANDARD: [fn() -> BorrowedFd<'static>; 3] = [rustix::stdio::stdin, rustix::stdio::stdout, rustix::stdio::stderr];
+
+/// Whether a descriptor is `/dev/null` (character device 1:3), of which the guest has its own, or closed.
+fn is_null(fd: BorrowedFd<'_>) -> bool {
+    rustix::fs::fstat(fd).map_or(true, |stat| {
+        FileType::from_raw_mode(stat.st_mode) == FileType::CharacterDevice
+            && (rustix::fs::major(stat.st_rdev), rustix::fs::minor(stat.st_rdev)) == (1, 3)
+    })
+}
+
+fn duplicate(fd: BorrowedFd<'_>) -> Result<OwnedFd, Errno> {
+    rustix::io::fcntl_dupfd_cloexec(fd, 3)
+}
+
+/// A random number that is not zero.
+fn token() -> Result<u64, StdioError> {
+    let mut bytes = [0; 8];
+    rustix::rand::getrandom(&mut bytes, GetRandomFlags::empty()).map_err(StdioError::Random)?;
+    Ok(u64::from_ne_bytes(bytes) | 1)
+}

@@ -1,0 +1,172 @@
+//! Moving bytes between a descriptor of the caller and a stream of the guest.
+
+use std::net::Shutdown;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::time::Duration;
+
+use rustix::event::{PollFd, PollFlags, poll};
+use rustix::io::Errno;
+
+/// Bytes moved at once.
+const CHUNK: usize = 128 * 1024;
+
+/// Stack of a thread that moves bytes.
+pub const STACK: usize = 64 * 1024;
+
+/// How long a guest may take to end the output of a container that has ended, while nobody holds it up.
+pub const PATIENCE: Duration = Duration::from_secs(10);
+
+/// What the end of an input means to the container.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum End {
+    /// End of file; its output goes on.
+    Close,
+    /// Nothing: a terminal has no end of file.
+    Keep,
+    /// Its terminal was hung up.
+    HangUp,
+}
+
+/// What the outputs of a container are doing, seen from outside their threads.
+#[derive(Debug, Default)]
+pub struct Progress {
+    moved: AtomicU64,
+    writing: AtomicUsize,
+}
+
+impl Progress {
+    /// Count of chunks written so far.
+    pub fn moved(&self) -> u64 {
+        self.moved.load(Ordering::Relaxed)
+    }
+
+    /// Whether an output waits for its reader.
+    pub fn writing(&self) -> bool {
+        self.writing.load(Ordering::Relaxed) > 0
+    }
+}
+
+/// Moves from the guest until it closes the stream, or until nobody reads any more: then the stream is closed, so that the
+/// container's next write fails as it would on a broken pipe.
+pub fn output(stream: &UnixStream, to: BorrowedFd<'_>, progress: &Progress) {
+    let mut buffer = vec![0; CHUNK];
+    while let Ok(length @ 1..) = read(stream.as_fd(), &mut buffer) {
+        progress.writing.fetch_add(1, Ordering::Relaxed);
+        let written = write_all(to, &buffer[..length]);
+        progress.moved.fetch_add(1, Ordering::Relaxed);
+        progress.writing.fetch_sub(1, Ordering::Relaxed);
+        if written.is_err() {
+            break;
+        }
+    }
+    // The other side may have closed it already.
+    let _ = stream.shutdown(Shutdown::Both);
+}
+
+/// Moves to the guest until the caller's end of file, or until the container has closed its input: then our copy of the
+/// descriptor is closed too, so that whoever writes to it is told.
+pub fn input(from: OwnedFd, stream: &UnixStream, end: End) {
+    let mut buffer = vec![0; CHUNK];
+    loop {
+        match read(from.as_fd(), &mut buffer) {
+            // The other side of a terminal that is gone is reported as an I/O error.
+            Ok(0) | Err(_) => break,
+            Ok(length) => {
+                if write_all(stream.as_fd(), &buffer[..length]).is_err() {
+                    forget_stdin();
+                    return;
+                }
+            }
+        }
+    }
+    // The other side may have closed it already.
+    let _ = match end {
+        End::Close => stream.shutdown(Shutdown::Write),
+        End::HangUp => stream.shutdown(Shutdown::Both),
+        End::Keep => Ok(()),
+    };
+}
+
+/// Puts `/dev/null` in place of standard input, so that the pipe behind it has no reader any more.
+fn forget_stdin() {
+    use rustix::fs::{Mode, OFlags};
+    if let Ok(null) = rustix::fs::open("/dev/null", OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty()) {
+        let _ = rustix::stdio::dup2_stdin(null);
+    }
+}
+
+/// The caller may have made its descriptors non-blocking; they are its own, so we wait instead of changing that.
+fn wait(fd: BorrowedFd<'_>, flags: PollFlags) -> Result<(), Errno> {
+    match poll(&mut [PollFd::from_borrowed_fd(fd, flags)], None) {
+        Ok(_) | Err(Errno::INTR) => Ok(()),
+        Err(errno) => Err(errno),
+    }
+}
+
+fn read(fd: BorrowedFd<'_>, buffer: &mut [u8]) -> Result<usize, Errno> {
+    loop {
+        match rustix::io::read(fd, &mut *buffer) {
+            Err(Errno::INTR) => {}
+            Err(Errno::AGAIN) => wait(fd, PollFlags::IN)?,
+            result => return result,
+        }
+    }
+}
+
+fn write_all(fd: BorrowedFd<'_>, mut bytes: &[u8]) -> Result<(), Errno> {
+    while !bytes.is_empty() {
+        match rustix::io::write(fd, bytes) {
+            Err(Errno::INTR) => {}
+            Err(Errno::AGAIN) => wait(fd, PollFlags::OUT)?,
+            Err(errno) => return Err(errno),
+            Ok(length) => bytes = &bytes[length..],
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::{Read, Write};
+    use std::thread::spawn;
+
+    #[test]
+    fn everything_arrives_and_the_end_of_file_is_a_half_close() {
+        let (reader, mut writer) = std::io::pipe().unwrap();
+        let (ours, mut guest) = UnixStream::pair().unwrap();
+        let sender = spawn(move || input(reader.into(), &ours, End::Close));
+        let text = vec![7; 3 * CHUNK + 5];
+        let expected = text.len();
+        let feeder = spawn(move || writer.write_all(&text).unwrap());
+        let mut received = Vec::new();
+        guest.read_to_end(&mut received).unwrap();
+        assert_eq!(received.len(), expected);
+        feeder.join().unwrap();
+        sender.join().unwrap();
+    }
+
+    #[test]
+    fn an_output_ends_with_its_stream_and_a_lost_reader_ends_the_stream() {
+        let progress = Progress::default();
+        let (ours, mut guest) = UnixStream::pair().unwrap();
+        let (mut reader, writer) = std::io::pipe().unwrap();
+        guest.write_all(b"abc").unwrap();
+        guest.shutdown(Shutdown::Write).unwrap();
+        output(&ours, writer.as_fd(), &progress);
+        assert_eq!((progress.moved(), progress.writing()), (1, false));
+        drop(writer);
+        let mut text = String::new();
+        reader.read_to_string(&mut text).unwrap();
+        assert_eq!(text, "abc");
+
+        let (ours, mut guest) = UnixStream::pair().unwrap();
+        let (reader, writer) = std::io::pipe().unwrap();
+        drop(reader);
+        guest.write_all(b"abc").unwrap();
+        output(&ours, writer.as_fd(), &progress);
+        assert!(guest.write_all(b"more").is_err());
+    }
+}

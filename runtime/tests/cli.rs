@@ -1,0 +1,269 @@
+//! The built program, as far as it goes without a machine: what it says, how it exits, and what it leaves behind.
+
+use std::fs;
+use std::os::fd::AsFd;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+
+use rustix::fs::{FlockOperation, flock};
+use serde_json::{Value, json};
+
+const PODHULL: &str = env!("CARGO_BIN_EXE_podhull");
+
+/// A directory with a bundle and a state root, removed in the end.
+struct Place(PathBuf);
+
+impl Place {
+    fn new(name: &str) -> Self {
+        let path = std::env::temp_dir().join(format!("podhull-cli-{}-{name}", std::process::id()));
+        fs::create_dir_all(path.join("bundle/rootfs")).unwrap();
+        let place = Self(path.canonicalize().unwrap());
+        assert!(place.podhull(&["spec", "-b", "bundle"]).status.success());
+        place
+    }
+
+    fn podhull(&self, arguments: &[&str]) -> Output {
+        Command::new(PODHULL)
+            .arg("--root")
+            .arg(self.0.join("root"))
+            .args(arguments)
+            .current_dir(&self.0)
+            .output()
+            .unwrap()
+    }
+
+    fn config(&self) -> PathBuf {
+        self.0.join("bundle/config.json")
+    }
+
+    /// Changes one value of config.json, adding what is missing on the way.
+    fn set(&self, pointer: &str, value: Value) {
+        let mut config: Value = serde_json::from_slice(&fs::read(self.config()).unwrap()).unwrap();
+        let mut at = &mut config;
+        for key in pointer.split('.') {
+            at = match key.parse::<usize>() {
+                Ok(index) => &mut at[index],
+                Err(_) => &mut at[key],
+            };
+        }
+        *at = value;
+        fs::write(self.config(), config.to_string()).unwrap();
+    }
+
+    /// Everything below the state root, but the empty directory of pods.
+    fn left(&self) -> Vec<PathBuf> {
+        fn walk(path: &Path, found: &mut Vec<PathBuf>) {
+            for entry in fs::read_dir(path).into_iter().flatten().flatten() {
+                found.push(entry.path());
+                walk(&entry.path(), found);
+            }
+        }
+        let mut found = Vec::new();
+        walk(&self.0.join("root"), &mut found);
+        found.retain(|path| *path != self.0.join("root/pods"));
+        found
+    }
+
+    /// Runs, and expects one line that contains all of this, status 1, and nothing left behind.
+    fn refuses(&self, arguments: &[&str], expected: &[&str]) {
+        let output = self.podhull(arguments);
+        let text = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(text.lines().count(), 1, "{arguments:?}: {text}");
+        for part in expected {
+            assert!(text.contains(part), "{arguments:?}: {text:?} lacks {part:?}");
+        }
+        assert_eq!(output.status.code(), Some(1), "{arguments:?}");
+        assert!(output.stdout.is_empty());
+        assert_eq!(self.left(), Vec::<PathBuf>::new(), "{arguments:?}");
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir_all(&self.0);
+    }
+}
+
+const RUN: &[&str] = &["run", "-b", "bundle", "x"];
+
+#[test]
+fn spec_writes_the_document_of_runc_and_never_overwrites() {
+    let place = Place::new("spec");
+    let ours: Value = serde_json::from_slice(&fs::read(place.config()).unwrap()).unwrap();
+    let theirs: Value = serde_json::from_str(include_str!("golden/runc-1.1.15-spec.json")).unwrap();
+    assert_eq!(ours, theirs);
+    place.refuses(&["spec", "-b", "bundle"], &["bundle/config.json exists already"]);
+    place.refuses(&["spec", "-b", "nowhere"], &["nowhere/config.json", "No such file"]);
+}
+
+#[test]
+fn version_has_the_lines_callers_parse() {
+    let output = Command::new(PODHULL).arg("--version").output().unwrap();
+    let text = String::from_utf8(output.stdout).unwrap();
+    assert!(text.starts_with("podhull version "), "{text}");
+    assert_eq!(text.lines().last(), Some("spec: 1.2.0"));
+}
+
+#[test]
+fn help_has_examples_and_wrong_arguments_are_one_line() {
+    let place = Place::new("help");
+    for command in ["run", "spec", "check"] {
+        let output = place.podhull(&[command, "--help"]);
+        assert!(output.status.success());
+        assert!(String::from_utf8(output.stdout).unwrap().contains("Examples:\n  podhull"), "{command}");
+    }
+    place.refuses(&["run"], &["<ID>", "see podhull --help"]);
+    place.refuses(&["run", "--frob", "x"], &["--frob"]);
+    place.refuses(&["fly"], &["fly"]);
+}
+
+#[test]
+fn a_bundle_that_is_not_one_is_refused() {
+    let place = Place::new("bundle");
+    place.refuses(&["run", "-b", "nowhere", "x"], &["bundle nowhere", "No such file"]);
+    let config = fs::read_to_string(place.config()).unwrap();
+    fs::remove_file(place.config()).unwrap();
+    place.refuses(RUN, &["config.json", "No such file", "podhull spec"]);
+    fs::create_dir(place.config()).unwrap();
+    place.refuses(RUN, &["config.json is not a regular file"]);
+    fs::remove_dir(place.config()).unwrap();
+    assert!(Command::new("mkfifo").arg(place.config()).status().unwrap().success());
+    place.refuses(RUN, &["config.json is not a regular file"]);
+    fs::remove_file(place.config()).unwrap();
+    fs::write(place.config(), b"{\n\"\xff\"").unwrap();
+    place.refuses(RUN, &["config.json:2: not UTF-8"]);
+    fs::write(place.config(), &config[..config.len() / 2]).unwrap();
+    place.refuses(RUN, &["config.json:", "EOF while parsing"]);
+    fs::write(place.config(), "[".repeat(100_000)).unwrap();
+    place.refuses(RUN, &["config.json:1:128: recursion limit exceeded"]);
+    fs::write(place.config(), " ".repeat(4 << 20)).unwrap();
+    place.refuses(RUN, &["4194304 bytes"]);
+}
+
+#[test]
+fn a_root_that_is_missing_or_reached_by_a_link_is_refused() {
+    let place = Place::new("root");
+    let root = place.0.join("bundle/rootfs");
+    fs::remove_dir(&root).unwrap();
+    place.refuses(RUN, &["root.path: ", "/bundle/rootfs: No such file"]);
+    std::os::unix::fs::symlink("/", &root).unwrap();
+    place.refuses(RUN, &["/bundle/rootfs is a symbolic link"]);
+    fs::remove_file(&root).unwrap();
+    fs::write(&root, "").unwrap();
+    place.refuses(RUN, &["/bundle/rootfs: Not a directory"]);
+    place.set("root.path", json!(""));
+    place.refuses(RUN, &["root.path: is empty"]);
+}
+
+#[test]
+fn each_unknown_word_and_each_refused_field_is_named() {
+    for (pointer, value, expected) in [
+        ("process.terminal", json!("yes"), &["config.json:1:", "process.terminal: invalid type: string"][..]),
+        ("process.capabilities.bounding.1", json!("CAP_FLY"), &["process.capabilities.bounding[1]: ", "CAP_FLY"]),
+        ("process.rlimits.0.type", json!("RLIMIT_LUCK"), &["process.rlimits[0].type: unknown variant `RLIMIT_LUCK`"]),
+        ("linux.namespaces.0.type", json!("astral"), &["linux.namespaces[0].type: unknown variant `astral`"]),
+        ("linux.namespaces.0.path", json!("/proc/1/ns/pid"), &["linux.namespaces[0].path: not supported"]),
+        ("mounts.1.options.0", json!("nosuidd"), &["mounts[1].options[0]: unknown mount option \"nosuidd\""]),
+        ("mounts.1.type", json!("ext4"), &["mounts[1].type: ", "ext4"]),
+        (
+            "linux.seccomp",
+            json!({"defaultAction": "SCMP_ACT_ALLOW", "syscalls": [{"names": ["opne"], "action": "SCMP_ACT_ERRNO"}]}),
+            &["linux.seccomp.syscalls[0].names[0]: unknown system call \"opne\""],
+        ),
+        (
+            "linux.seccomp",
+            json!({"defaultAction": "SCMP_ACT_ALLOW", "architectures": ["SCMP_ARCH_PDP11"]}),
+            &["linux.seccomp.architectures[0]: unknown variant `SCMP_ARCH_PDP11`"],
+        ),
+        ("linux.seccomp", json!({"defaultAction": "SCMP_ACT_NOTIFY"}), &["linux.seccomp.defaultAction: not supported"]),
+        (
+            "linux.resources.memory.limit",
+            json!(1_u64 << 60),
+            &["linux.resources.memory.limit: 1152921504606846976 bytes"],
+        ),
+        ("linux.intelRdt", json!({"closID": "a"}), &["linux.intelRdt: not supported"]),
+        ("hooks.prestart", json!([{"path": "/bin/true"}]), &["hooks.prestart: not supported"]),
+    ] {
+        let place = Place::new(&format!("word-{pointer}"));
+        place.set(pointer, value);
+        place.refuses(RUN, expected);
+    }
+}
+
+#[test]
+fn ids_that_are_invalid_or_in_use_are_refused() {
+    let place = Place::new("id");
+    for id in ["", ".", "..", "../x", "a/b", "a b", &"x".repeat(2000)] {
+        place.refuses(&["run", "-b", "bundle", id], &["invalid container id"]);
+    }
+    let held = place.0.join("root/held");
+    fs::create_dir_all(&held).unwrap();
+    let directory = fs::File::open(&held).unwrap();
+    flock(directory.as_fd(), FlockOperation::LockExclusive).unwrap();
+    let output = place.podhull(&["run", "-b", "bundle", "held"]);
+    assert_eq!(output.status.code(), Some(1));
+    assert_eq!(
+        String::from_utf8(output.stderr).unwrap(),
+        "podhull: container id \"held\" is in use: choose another, or end that container first\n"
+    );
+    assert!(held.exists());
+}
+
+#[test]
+fn an_error_is_the_last_line_of_a_json_log() {
+    let place = Place::new("log");
+    let log = place.0.join("log.json");
+    let output = place.podhull(&["--log", log.to_str().unwrap(), "--log-format", "json", "run", "-b", "nowhere", "x"]);
+    assert_eq!(output.status.code(), Some(1));
+    let text = fs::read_to_string(&log).unwrap();
+    let line: Value = serde_json::from_str(text.lines().last().unwrap()).unwrap();
+    assert_eq!(line["level"], "error");
+    assert!(line["msg"].as_str().unwrap().starts_with("bundle nowhere"));
+    assert!(line["time"].as_str().unwrap().ends_with('Z'));
+    assert_eq!(String::from_utf8(output.stderr).unwrap(), format!("podhull: {}\n", line["msg"].as_str().unwrap()));
+}
+
+#[test]
+fn check_says_what_is_missing_and_run_says_why_it_cannot() {
+    let place = Place::new("check");
+    let output = place.podhull(&["check"]);
+    let text = String::from_utf8(output.stdout).unwrap();
+    let able = !text.lines().any(|line| line.starts_with("missing"));
+    assert_eq!(output.status.code(), Some(if able { 0 } else { 1 }), "{text}");
+    assert!(text.contains("/dev/kvm"), "{text}");
+    let software = Path::new("/sys/module/kvm_pvm").exists()
+        && !Path::new("/sys/module/kvm_intel").exists()
+        && !Path::new("/sys/module/kvm_amd").exists();
+    if software && Path::new("/dev/kvm").exists() {
+        assert!(text.contains("missing  hardware virtualization   kvm_pvm"), "{text}");
+        place.set("process.terminal", json!(false));
+        place.refuses(RUN, &["/dev/kvm cannot boot a kernel: it is kvm_pvm"]);
+    }
+}
+
+/// Runs in a mount namespace of its own, after these commands of a shell.
+fn after(place: &Place, commands: &str) -> Output {
+    let script = format!("{commands}\nexec {PODHULL} --root {0}/root run -b {0}/bundle x", place.0.display());
+    Command::new("unshare").args(["-m", "sh", "-ec", &script]).output().unwrap()
+}
+
+#[test]
+fn a_host_without_kvm_and_a_full_disk_are_named() {
+    if !rustix::process::geteuid().is_root() {
+        eprintln!("skipped: needs root");
+        return;
+    }
+    let place = Place::new("host");
+    place.set("process.terminal", json!(false));
+    let output = after(&place, "mount -t tmpfs none /dev; mknod /dev/null c 1 3");
+    assert_eq!(output.status.code(), Some(1));
+    let text = String::from_utf8(output.stderr).unwrap();
+    assert!(text.starts_with("podhull: /dev/kvm is not there: load kvm_intel"), "{text}");
+    assert_eq!(place.left(), Vec::<PathBuf>::new());
+
+    let full = format!("mkdir -p {0}/root; mount -t tmpfs -o size=8k,nr_inodes=2 none {0}/root", place.0.display());
+    let output = after(&place, &full);
+    assert_eq!(output.status.code(), Some(1));
+    let text = String::from_utf8(output.stderr).unwrap();
+    assert!(text.contains("cannot write") && text.contains("No space left on device"), "{text}");
+}
