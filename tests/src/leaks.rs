@@ -37,7 +37,9 @@ impl Leaks {
             let Ok(namespace) = fs::read_link(format!("/proc/{}/ns/mnt", process.pid)) else { continue };
             if namespaces.insert(namespace) {
                 let table = fs::read_to_string(format!("/proc/{}/mountinfo", process.pid)).unwrap_or_default();
-                there.extend(table.lines().map(|line| format!("mount {line}")));
+                // Options of the file system itself, the last field, change without a mount: cgroup2 does so.
+                let mounts = table.lines().map(|line| line.rsplit_once(' ').map_or(line, |(mount, _)| mount));
+                there.extend(mounts.map(|mount| format!("mount {mount}")));
             }
         }
         for place in WATCHED {

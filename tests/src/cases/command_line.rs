@@ -1,6 +1,6 @@
 //! The command line itself: what a person or a caller asks before anything runs.
 
-use serde_json::Value;
+use serde_json::{Map, Value};
 
 use super::{oci, podhull};
 use crate::runtime::Runtime;
@@ -27,15 +27,26 @@ fn version_has_the_lines_callers_parse(scene: &Scene) -> Outcome {
 }
 
 fn spec_is_the_document_of_runc(scene: &Scene) -> Outcome {
-    let without_names = |spec: &Value| {
-        let mut spec = spec.clone();
-        // Each runtime puts its own name there.
-        spec["hostname"] = Value::Null;
-        spec["ociVersion"] = Value::Null;
-        spec
-    };
-    ensure_eq!(without_names(&scene.runtime.spec), without_names(&Runtime::runc()?.spec), "document of spec");
+    let mut differences = Vec::new();
+    compare("", &scene.runtime.spec, &Runtime::runc()?.spec, &mut differences);
+    // Each runtime puts its own name and version there.
+    differences.retain(|difference| !difference.starts_with("/hostname ") && !difference.starts_with("/ociVersion "));
+    ensure!(differences.is_empty(), "{}", differences.join("; "));
     Ok(())
+}
+
+/// Where two documents differ.
+fn compare(pointer: &str, ours: &Value, theirs: &Value, differences: &mut Vec<String>) {
+    match (ours, theirs) {
+        (Value::Object(ours), Value::Object(theirs)) => {
+            for name in ours.keys().chain(theirs.keys().filter(|name| !ours.contains_key(*name))) {
+                let side = |document: &Map<String, Value>| document.get(name).cloned().unwrap_or(Value::Null);
+                compare(&format!("{pointer}/{name}"), &side(ours), &side(theirs), differences);
+            }
+        }
+        _ if ours != theirs => differences.push(format!("{pointer} is {ours}, with runc {theirs}")),
+        _ => {}
+    }
 }
 
 fn check_says_that_this_host_can_run_pods(scene: &Scene) -> Outcome {

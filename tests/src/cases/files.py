@@ -3,7 +3,6 @@ import ctypes
 import errno
 import fcntl
 import mmap
-import multiprocessing
 import os
 import stat
 import sys
@@ -129,7 +128,9 @@ check("another user's rights, number", status == 0, status >> 8)
 nameless = os.open(".", os.O_TMPFILE | os.O_RDWR, 0o640)
 os.write(nameless, b"from nowhere")
 check("a nameless file has no names", os.fstat(nameless).st_nlink == 0)
-os.link(f"/proc/self/fd/{nameless}", "named", follow_symlinks=True)
+libc = ctypes.CDLL(None, use_errno=True)
+AT_FDCWD, AT_SYMLINK_FOLLOW = -100, 0x400
+check("naming it", libc.linkat(AT_FDCWD, b"/proc/self/fd/%d" % nameless, AT_FDCWD, b"named", AT_SYMLINK_FOLLOW) == 0)
 check("it gets one", read("named") == "from nowhere" and os.fstat(nameless).st_nlink == 1)
 os.close(nameless)
 
@@ -157,9 +158,8 @@ os.mkdir("full")
 write("full/file", "")
 check("a directory over a full one", refused(lambda: os.rename("empty", "full")) in ("ENOTEMPTY", "EEXIST"))
 check("removing a full one", refused(lambda: os.rmdir("full")) == "ENOTEMPTY")
-libc = ctypes.CDLL(None, use_errno=True)
-check("an exchange of two names", libc.renameat2(-100, b"link", -100, b"named", 2) == 0 and read("link") == "from nowhere")
-check("a rename that must not replace", libc.renameat2(-100, b"link", -100, b"named", 1) == -1 and ctypes.get_errno() == errno.EEXIST)
+check("an exchange of two names", libc.renameat2(AT_FDCWD, b"link", AT_FDCWD, b"named", 2) == 0 and read("link") == "from nowhere")
+check("a rename that must not replace", libc.renameat2(AT_FDCWD, b"link", AT_FDCWD, b"named", 1) == -1 and ctypes.get_errno() == errno.EEXIST)
 
 # Shared mappings, between two processes and with read and write
 with open("mapped", "wb") as file:

@@ -42,7 +42,7 @@ fn the_host_sees_only_podhull(scene: &Scene) -> Outcome {
         if let Some(mount) = thing.strip_prefix("mount ") {
             // Other namespaces hold copies of the host's own mounts; what counts is whose root file system or volume it is.
             let host = fs::read_to_string("/proc/self/mountinfo")?;
-            if host.lines().any(|line| line == mount) {
+            if host.lines().any(|line| line.starts_with(mount)) {
                 let point = mount.split(' ').nth(4).unwrap_or_default();
                 ensure!(point.starts_with("/run/podhull"), "mount of the container in the host's namespace: {mount}");
             }

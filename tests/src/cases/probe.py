@@ -59,6 +59,12 @@ def read(path):
         return len(file.read(1))
 
 
+def make(path):
+    os.mkdir(path)
+    os.rmdir(path)
+    return "made"
+
+
 def write(path):
     os.close(os.open(path, os.O_WRONLY))
     return "opened"
@@ -69,7 +75,7 @@ masked = ("/proc/acpi", "/proc/asound", "/proc/kcore", "/proc/keys", "/proc/time
 found["masked"] = {path: attempt(lambda: read(path)) for path in masked if os.path.exists(path)}
 readonly = ("/proc/sys/kernel/hostname", "/proc/sys/net/ipv4/ip_forward", "/proc/sysrq-trigger", "/proc/irq/default_smp_affinity")
 found["readonly"] = {path: attempt(lambda: write(path)) for path in readonly}
-found["write to root"] = attempt(lambda: os.mkdir("/made"))
+found["write to root"] = attempt(lambda: make("/made"))
 
 found["devices"] = {}
 for directory, _, names in os.walk("/dev"):

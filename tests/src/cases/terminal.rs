@@ -47,7 +47,7 @@ fn size_resize_interrupt_and_stop(scene: &Scene) -> Outcome {
     tmux.expect("\nstarted\n")?;
     tmux.key("C-c")?;
     tmux.expect("inside> ")?;
-    tmux.type_line("clear; echo status of in''terrupted: $?")?;
+    tmux.type_line("echo status of in''terrupted: $?")?;
     tmux.expect("\nstatus of interrupted: 130\n")?;
 
     tmux.type_line("clear; echo st''arted; sleep 1000")?;
@@ -56,7 +56,11 @@ fn size_resize_interrupt_and_stop(scene: &Scene) -> Outcome {
     tmux.expect("inside> ")?;
     tmux.type_line("clear; jobs")?;
     tmux.expect("[1]+  Stopped                 sleep 1000\n")?;
-    tmux.type_line("clear; kill -9 %1; wait; exit 9")?;
+    tmux.type_line("clear; fg")?;
+    tmux.expect("\nsleep 1000\n")?;
+    tmux.key("C-c")?;
+    tmux.expect("inside> ")?;
+    tmux.type_line("exit 9")?;
     tmux.expect("\nstatus 9\n")?;
     Ok(())
 }
