@@ -31,6 +31,9 @@ extern "C" fn main(_argc: libc::c_int, _argv: *const *const libc::c_char) -> lib
 
 #[cfg_attr(test, allow(dead_code))]
 fn run() -> i32 {
+    // A stream whose other end is gone is an error of the write, as in Rust's own runtime.
+    // SAFETY: ignores a signal; no handler is involved.
+    unsafe { libc::signal(libc::SIGPIPE, libc::SIG_IGN) };
     let mut arguments = std::env::args_os().skip(1);
     if rustix::process::getpid().is_init() && std::env::args_os().len() < 2 {
         boot::run();

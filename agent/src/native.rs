@@ -14,7 +14,7 @@ pub fn main(mut arguments: impl Iterator<Item = OsString>) -> i32 {
         (None, PathBuf::from("/sys/fs/cgroup"), String::from("podhull-agent-native"));
     while let Some(argument) = arguments.next() {
         let Some(value) = arguments.next() else {
-            eprintln!("podhull-agent: {} needs a value", argument.display());
+            eprintln!("podhull-agent: {} needs a value", argument.to_string_lossy());
             return 2;
         };
         match argument.to_str() {
@@ -22,7 +22,7 @@ pub fn main(mut arguments: impl Iterator<Item = OsString>) -> i32 {
             Some("--cgroup2") => mount_point = PathBuf::from(value),
             Some("--cgroup") => name = value.to_string_lossy().into_owned(),
             _ => {
-                eprintln!("podhull-agent: unknown option {}", argument.display());
+                eprintln!("podhull-agent: unknown option {}", argument.to_string_lossy());
                 return 2;
             }
         }

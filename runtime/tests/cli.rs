@@ -235,7 +235,7 @@ fn check_says_what_is_missing_and_run_says_why_it_cannot() {
         && !Path::new("/sys/module/kvm_intel").exists()
         && !Path::new("/sys/module/kvm_amd").exists();
     if software && Path::new("/dev/kvm").exists() {
-        assert!(text.contains("missing  hardware virtualization   kvm_pvm"), "{text}");
+        assert!(text.contains("missing  hardware virtualization  kvm_pvm"), "{text}");
         place.set("process.terminal", json!(false));
         place.refuses(RUN, &["/dev/kvm cannot boot a kernel: it is kvm_pvm"]);
     }

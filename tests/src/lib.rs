@@ -2,11 +2,12 @@
 //!
 //! [`runtime`] knows the program under test, [`bundle`] makes what it is given, [`run`] starts it and waits with a deadline,
 //! [`terminal`] gives it a terminal, [`leaks`] finds what it left behind, [`seccomp`] reads the host's default profile,
-//! [`suite`] drives [`cases`], one module for each topic.
+//! [`suite`] drives [`cases`], one module for each topic. [`bench`] measures with the same tools.
 //!
 //! The tests speak OCI, so that most of them can be tried on runc: `PODHULL_RUNTIME=runc podhull-e2e`. Only what is about
 //! virtual machines is left out then.
 
+pub mod bench;
 pub mod bundle;
 pub mod cases;
 pub mod leaks;

@@ -1,6 +1,6 @@
 //! The program under test.
 
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -24,10 +24,11 @@ impl Runtime {
 
     /// What podhull is compared with where the answer is "as runc does".
     pub fn runc() -> Outcome<Self> {
-        Self::find(&OsString::from("runc"))
+        Self::find(OsStr::new("runc"))
     }
 
-    fn find(name: &OsString) -> Outcome<Self> {
+    /// A runtime by the name or the path of its program.
+    pub fn find(name: &OsStr) -> Outcome<Self> {
         let path = std::env::var_os("PATH").unwrap_or_default();
         let program = std::env::split_paths(&path)
             .map(|directory| directory.join(name))

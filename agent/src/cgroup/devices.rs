@@ -198,8 +198,11 @@ fn compile(rules: &[Rule]) -> Vec<Instruction> {
 }
 
 fn compile_rule(rule: Rule) -> Vec<Instruction> {
-    let conditions =
-        [(KIND, rule.kind), (MAJOR, rule.major.map(u32::cast_signed)), (MINOR, rule.minor.map(u32::cast_signed))];
+    let conditions = [
+        (KIND, rule.kind),
+        (MAJOR, rule.major.map(|number| number as i32)),
+        (MINOR, rule.minor.map(|number| number as i32)),
+    ];
     let body = if rule.allow {
         // What this rule allows is decided; nothing left means allowed.
         let mut body = vec![and(ACCESS, !rule.access), jump_if_not_equal(ACCESS, 0, 2)];

@@ -204,7 +204,11 @@ impl One<'_> {
                 self.set(&tree)?;
                 Ok((tree, target))
             }
-            other => Ok((other?, target)),
+            other => {
+                let tree = other?;
+                self.set(&tree)?;
+                Ok((tree, target))
+            }
         }
     }
 

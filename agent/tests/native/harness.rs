@@ -13,11 +13,11 @@ use podhull_protocol::{
 use serde_json::{Value, json};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
-use ttrpc::r#async::Client;
+use ttrpc::r#async::{Client, ClientStreamReceiver};
 use ttrpc::context;
 
 /// Longer than anything here takes, emulated or not.
-pub const DEADLINE: Duration = Duration::from_secs(120);
+pub const DEADLINE: Duration = Duration::from_secs(30);
 
 static NUMBER: AtomicU64 = AtomicU64::new(1);
 
@@ -42,12 +42,36 @@ pub fn lacks_controller(name: &str) -> bool {
     lacks
 }
 
+/// Number of the capability that raises limits, and sets those of other users' processes.
+pub const SYS_RESOURCE: u32 = 24;
+
+/// Says loudly that a test cannot be run here, because the tests themselves may not do what the guest's PID 1 may.
+pub fn lacks_capability(number: u32) -> bool {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap();
+    let effective = status.lines().find_map(|line| line.strip_prefix("CapEff:\t")).unwrap();
+    let lacks = u64::from_str_radix(effective, 16).unwrap() & 1 << number == 0;
+    if lacks {
+        assert!(
+            std::env::var_os("PODHULL_TEST_EVERYTHING").is_none(),
+            "capability {number} is missing, and PODHULL_TEST_EVERYTHING is set"
+        );
+        eprintln!("NOT TESTED: capability {number} is not available; run this in the software host");
+    }
+    lacks
+}
+
+fn agent_binary() -> std::ffi::OsString {
+    std::env::var_os("PODHULL_AGENT").unwrap_or(env!("CARGO_BIN_EXE_podhull-agent").into())
+}
+
 /// A running agent, and the directory it serves.
 pub struct Agent {
     pub dir: tempfile::TempDir,
     pub client: AgentClient,
     pub cgroup: PathBuf,
     child: Child,
+    /// The one reader of events.
+    events: tokio::sync::Mutex<Option<ClientStreamReceiver<Event>>>,
 }
 
 /// How a container ended.
@@ -74,7 +98,7 @@ impl Agent {
         std::fs::set_permissions(dir.path(), std::fs::Permissions::from_mode(0o755)).unwrap();
         std::fs::create_dir(dir.path().join("share")).unwrap();
         let name = format!("podhull-test-{}-{}", std::process::id(), NUMBER.fetch_add(1, Ordering::Relaxed));
-        let child = Command::new(env!("CARGO_BIN_EXE_podhull-agent"))
+        let child = Command::new(agent_binary())
             .arg("native")
             .arg("--dir")
             .arg(dir.path())
@@ -90,10 +114,20 @@ impl Agent {
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
         let client = Client::connect(&format!("unix://{}", socket.display())).await.unwrap();
-        let agent = Self { dir, client: AgentClient::new(client), cgroup: cgroup2().join(name), child };
+        let agent = Self {
+            dir,
+            client: AgentClient::new(client),
+            cgroup: cgroup2().join(name),
+            child,
+            events: tokio::sync::Mutex::default(),
+        };
         let request = CreatePodRequest { protocol_version: VERSION, ..CreatePodRequest::default() };
         agent.client.create_pod(deadline(), &request).await.unwrap();
         agent
+    }
+
+    pub fn pid(&self) -> u32 {
+        self.child.id()
     }
 
     /// A root filesystem of busybox below the share, and its name there.
@@ -103,8 +137,9 @@ impl Agent {
         for dir in ["bin", "etc", "dev", "proc", "sys", "tmp", "root"] {
             std::fs::create_dir_all(root.join(dir)).unwrap();
         }
-        std::fs::copy("/bin/busybox", root.join("bin/busybox")).expect("these tests need the package busybox-static");
-        let applets = Command::new("/bin/busybox").arg("--list").output().unwrap().stdout;
+        let busybox = std::env::var_os("PODHULL_BUSYBOX").unwrap_or("/bin/busybox".into());
+        std::fs::copy(&busybox, root.join("bin/busybox")).expect("these tests need the package busybox-static");
+        let applets = Command::new(&busybox).arg("--list").output().unwrap().stdout;
         for applet in String::from_utf8(applets).unwrap().lines().filter(|applet| *applet != "busybox") {
             std::os::unix::fs::symlink("busybox", root.join("bin").join(applet)).unwrap();
         }
@@ -198,7 +233,15 @@ impl Agent {
 
     /// Waits for the exit of a container, whose events are the only ones.
     pub async fn exit_of(&self, id: &str) -> Exit {
-        let mut events = self.client.events(deadline(), &Empty::default()).await.unwrap();
+        let mut events = self.events.lock().await;
+        let events = match &mut *events {
+            Some(events) => events,
+            none => {
+                // Open for as long as the test runs.
+                let endless = context::Context::default();
+                none.insert(self.client.events(endless, &Empty::default()).await.unwrap())
+            }
+        };
         loop {
             let event: Event = tokio::time::timeout(DEADLINE, events.recv()).await.unwrap().unwrap().unwrap();
             assert_eq!(event.container_id, id);
@@ -295,4 +338,60 @@ pub fn spec(args: &[&str]) -> Value {
 /// The same for a line of shell.
 pub fn shell(line: &str) -> Value {
     spec(&["/bin/sh", "-c", line])
+}
+
+/// Sets a value in a specification: `set(&mut spec, "/process/user/uid", 5)`.
+pub fn set(spec: &mut Value, pointer: &str, value: impl Into<Value>) {
+    let (parent, key) = pointer.rsplit_once('/').unwrap();
+    let parent = spec.pointer_mut(parent).unwrap_or_else(|| panic!("no {parent} in the specification"));
+    match parent {
+        Value::Array(list) if key == "-" => list.push(value.into()),
+        parent => parent[key] = value.into(),
+    }
+}
+
+/// A specification with some values set.
+pub fn with<const N: usize>(mut spec: Value, values: [(&str, Value); N]) -> Value {
+    for (pointer, value) in values {
+        set(&mut spec, pointer, value);
+    }
+    spec
+}
+
+/// A shell line that may write to its root and do everything.
+pub fn privileged(line: &str) -> Value {
+    let all = json!([
+        "CAP_CHOWN",
+        "CAP_DAC_OVERRIDE",
+        "CAP_FOWNER",
+        "CAP_FSETID",
+        "CAP_KILL",
+        "CAP_MKNOD",
+        "CAP_NET_ADMIN",
+        "CAP_SETGID",
+        "CAP_SETPCAP",
+        "CAP_SETUID",
+        "CAP_SYS_ADMIN",
+        "CAP_SYS_CHROOT",
+        "CAP_SYSLOG"
+    ]);
+    with(
+        shell(line),
+        [
+            ("/process/capabilities", json!({"bounding": all, "effective": all, "permitted": all})),
+            ("/root/readonly", json!(false)),
+        ],
+    )
+}
+
+/// Adds a mount.
+pub fn mount(spec: &mut Value, destination: &str, kind: &str, source: &str, options: &[&str]) {
+    let mount = json!({"destination": destination, "type": kind, "source": source, "options": options});
+    set(spec, "/mounts/-", mount);
+}
+
+/// Removes a namespace.
+pub fn without_namespace(spec: &mut Value, kind: &str) {
+    let namespaces = spec.pointer_mut("/linux/namespaces").unwrap().as_array_mut().unwrap();
+    namespaces.retain(|namespace| namespace["type"] != kind);
 }

@@ -80,6 +80,7 @@ impl<'a> Session<'a> {
     ) -> Result<Outcome, RunError> {
         let ready = self.channel.agent_ready();
         start.await?;
+        self.log.debug(|| format!("{}: machine runs", self.id));
         let exits = match tokio::time::timeout(BOOT, ready).await {
             Ok(Ok(exits)) => exits,
             Ok(Err(_)) => return Err(MachineError::Failed("its process is gone".into()).into()),
@@ -128,6 +129,7 @@ impl<'a> Session<'a> {
             self.log.debug(|| format!("{}: {error}", self.id));
         }
         drained?;
+        self.log.debug(|| format!("{}: output written, container deleted", self.id));
         Ok(Outcome::Exited(exit))
     }
 

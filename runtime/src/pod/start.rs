@@ -97,6 +97,7 @@ pub enum RunError {
 
 /// Runs a container; returns the status to exit with.
 pub fn run(run: Run<'_>) -> Result<u8, RunError> {
+    run.log.debug(|| format!("{}: run", run.id));
     state::check_id(run.id)?;
     let mut bundle = Bundle::open(run.bundle)?;
     for property in bundle.config.unknown() {
@@ -133,6 +134,7 @@ pub fn run(run: Run<'_>) -> Result<u8, RunError> {
     let request = pod_request(run.id, &bundle, &stdio, size)?;
     drop(bundle);
 
+    run.log.debug(|| format!("{}: starting its machine", run.id));
     let mut process = Process::spawn()?;
     let runtime =
         tokio::runtime::Builder::new_current_thread().enable_io().enable_time().build().map_err(RunError::Signals)?;

@@ -183,8 +183,12 @@ pub const FIELDS: &[(&str, Fate)] = &[
     ("linux.seccomp.listenerMetadata", Refused("a notification descriptor cannot leave the guest's kernel")),
     ("linux.seccomp.syscalls", Enforced),
     ("linux.seccomp.syscalls[]", Enforced),
-    ("linux.seccomp.syscalls[].*", Enforced),
-    ("linux.seccomp.syscalls[].*[]", Enforced),
+    ("linux.seccomp.syscalls[].names", Enforced),
+    ("linux.seccomp.syscalls[].names[]", Enforced),
+    ("linux.seccomp.syscalls[].action", Enforced),
+    ("linux.seccomp.syscalls[].errnoRet", Enforced),
+    ("linux.seccomp.syscalls[].args", Enforced),
+    ("linux.seccomp.syscalls[].args[]", Enforced),
     ("linux.seccomp.syscalls[].args[].*", Enforced),
     ("linux.rootfsPropagation", Enforced),
     ("linux.maskedPaths", Enforced),
@@ -289,6 +293,57 @@ mod tests {
         let mut document = json!({"process": {"wishes": [1]}, "annotations": {"io.x.y": "z"}});
         assert_eq!(check(&mut document).unwrap(), ["process.wishes"]);
         assert_eq!(document, json!({"process": {}, "annotations": {"io.x.y": "z"}}));
+    }
+
+    #[test]
+    fn nothing_that_is_enforced_is_taken_out() {
+        let document = json!({
+            "ociVersion": "1.2.0",
+            "process": {
+                "terminal": true, "consoleSize": {"height": 1, "width": 2}, "cwd": "/", "env": ["A=b"], "args": ["a"],
+                "user": {"uid": 1, "gid": 2, "umask": 3, "additionalGids": [4]}, "noNewPrivileges": true,
+                "rlimits": [{"type": "RLIMIT_CPU", "soft": 1, "hard": 2}], "capabilities": {"bounding": ["CAP_KILL"]},
+                "oomScoreAdj": 1, "scheduler": {"policy": "SCHED_OTHER", "nice": 1, "flags": ["SCHED_FLAG_RESET_ON_FORK"]},
+                "ioPriority": {"class": "IOPRIO_CLASS_IDLE", "priority": 1},
+            },
+            "root": {"path": "r", "readonly": true}, "hostname": "h", "domainname": "d",
+            "mounts": [{"destination": "/a", "type": "bind", "source": "/b", "options": ["ro"]}],
+            "hooks": {"startContainer": [{"path": "/a", "args": ["a"], "env": ["A=b"], "timeout": 1}]},
+            "annotations": {"a": "b"},
+            "linux": {
+                "namespaces": [{"type": "pid"}],
+                "uidMappings": [{"containerID": 0, "hostID": 1, "size": 2}],
+                "gidMappings": [{"containerID": 0, "hostID": 1, "size": 2}],
+                "timeOffsets": {"monotonic": {"secs": 1, "nanosecs": 2}},
+                "devices": [{"type": "c", "path": "/d", "major": 1, "minor": 3, "fileMode": 4, "uid": 5, "gid": 6}],
+                "cgroupsPath": "/a/b",
+                "resources": {
+                    "devices": [{"allow": true, "type": "c", "major": 1, "minor": 3, "access": "rwm"}],
+                    "memory": {"limit": 1, "reservation": 2, "swap": 3, "useHierarchy": true, "checkBeforeUpdate": true},
+                    "cpu": {"shares": 1, "quota": 2, "burst": 3, "period": 4, "cpus": "0", "mems": "0", "idle": 1},
+                    "pids": {"limit": 1}, "hugepageLimits": [{"pageSize": "2MB", "limit": 1}],
+                    "blockIO": {
+                        "weight": 10, "weightDevice": [{"major": 1, "minor": 2, "weight": 3}],
+                        "throttleReadBpsDevice": [{"major": 1, "minor": 2, "rate": 3}],
+                    },
+                    "unified": {"memory.high": "1"},
+                },
+                "sysctl": {"a.b": "c"},
+                "seccomp": {
+                    "defaultAction": "SCMP_ACT_ALLOW", "defaultErrnoRet": 1, "architectures": ["SCMP_ARCH_X86"],
+                    "flags": ["SECCOMP_FILTER_FLAG_LOG"],
+                    "syscalls": [{
+                        "names": ["read"], "action": "SCMP_ACT_ERRNO", "errnoRet": 1,
+                        "args": [{"index": 0, "value": 1, "valueTwo": 2, "op": "SCMP_CMP_EQ"}],
+                    }],
+                },
+                "rootfsPropagation": "private", "maskedPaths": ["/a"], "readonlyPaths": ["/b"],
+                "personality": {"domain": "LINUX32", "flags": ["x"]},
+            },
+        });
+        let mut checked = document.clone();
+        assert_eq!(check(&mut checked).unwrap(), Vec::<String>::new());
+        assert_eq!(checked, document);
     }
 
     #[test]

@@ -63,13 +63,13 @@ pub fn read(text: &str) -> Result<Config, ConfigError> {
         problem: problem(&e),
     })?;
     let unknown = fields::check(&mut document)?;
+    validate::capability_names(&document)?;
     let spec: Spec = serde_json::from_str(text).map_err(|e| ConfigError::Type {
         line: e.line(),
         column: e.column(),
         field: position::field_at(text, e.line(), e.column()),
         problem: problem(&e),
     })?;
-    validate::capability_names(&document)?;
     validate::check(&spec)?;
     Ok(Config { spec, document, unknown })
 }

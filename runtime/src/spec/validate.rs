@@ -6,8 +6,8 @@ use std::collections::HashSet;
 use std::path::Path;
 
 use oci_spec::runtime::{
-    Arch, Linux, LinuxDevice, LinuxDeviceType, LinuxNamespaceType, LinuxResources, LinuxSeccomp, LinuxSeccompAction,
-    Mount, Process, Spec,
+    Arch, Capability, Linux, LinuxDevice, LinuxDeviceType, LinuxNamespaceType, LinuxResources, LinuxSeccomp,
+    LinuxSeccompAction, Mount, Process, Spec,
 };
 
 use serde_json::Value;
@@ -39,7 +39,7 @@ pub fn capability_names(document: &Value) -> Result<(), ConfigError> {
     let Some(sets) = document.pointer("/process/capabilities").and_then(Value::as_object) else { return Ok(()) };
     for (set, names) in sets {
         for (index, name) in names.as_array().into_iter().flatten().filter_map(Value::as_str).enumerate() {
-            if !name.starts_with("CAP_") || name.starts_with("CAP_CAP_") || name.contains(|c: char| c.is_lowercase()) {
+            if name.strip_prefix("CAP_").is_none_or(|name| name.parse::<Capability>().is_err()) {
                 let field = format!("process.capabilities.{set}[{index}]");
                 return Err(wrong(field, format!("unknown capability {name:?}")));
             }

@@ -36,8 +36,13 @@ impl Muxer {
                 break;
             }
             let Some(chain) = self.from_guest.pop()? else {
-                exhausted = true;
-                break;
+                self.pass_on(&mut burst, poll)?;
+                exhausted = !self.from_guest.enable_notification()?;
+                if exhausted {
+                    break;
+                }
+                self.from_guest.disable_notification()?;
+                continue;
             };
             let mut packet = chain.readable(&memory);
             let header = Header::read(&mut packet).ok_or(Broken::Request("packet shorter than its header"))?;
@@ -60,7 +65,7 @@ impl Muxer {
         self.pass_on(&mut burst, poll)?;
         self.from_guest.notify()?;
         // If replies hold it up, it goes on when they have gone (`serve`).
-        if self.resets.len() < MAX_RESETS && (!exhausted || self.from_guest.enable_notification()?) {
+        if !exhausted && self.resets.len() < MAX_RESETS {
             self.from_guest.kick_self();
         }
         Ok(())

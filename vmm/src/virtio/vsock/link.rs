@@ -17,6 +17,9 @@ use crate::virtio::{Buffers, Poll};
 /// How long the guest may take to answer: a request for a connection, and the end of one that the host has left.
 const ANSWER_DEADLINE: Duration = Duration::from_secs(10);
 
+/// Most bytes dropped of a socket that is closed: more than one holds by default.
+const MAX_UNWANTED: usize = 1 << 20;
+
 /// Most buffers of the driver filled in one turn.
 pub const MAX_BATCH: usize = 32;
 
@@ -253,6 +256,10 @@ impl Drop for Link {
         // be if bytes that the guest did not want were left unread (unix(7), `ECONNRESET`).
         let _ = shutdown(&self.socket, rustix::net::Shutdown::Both);
         let mut unwanted = [0; 4096];
-        while recv(&self.socket, &mut unwanted, RecvFlags::DONTWAIT).is_ok_and(|(_, count)| count > 0) {}
+        for _ in 0..MAX_UNWANTED / unwanted.len() {
+            if !recv(&self.socket, &mut unwanted, RecvFlags::DONTWAIT).is_ok_and(|(_, count)| count > 0) {
+                break;
+            }
+        }
     }
 }

@@ -238,9 +238,9 @@ impl Muxer {
         }
         let memory = self.events.memory().clone();
         loop {
-            let mut spare = 0usize;
+            let mut spare = 0;
             let first = self.events.pop()?;
-            while first.is_some() && self.events.pop()?.is_some() {
+            while first.is_some() && spare < self.events.state().size && self.events.pop()?.is_some() {
                 spare += 1;
             }
             let again = self.events.enable_notification()?;

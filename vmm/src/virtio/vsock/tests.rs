@@ -269,8 +269,9 @@ fn what_the_guest_sent_before_it_closed_reaches_a_slow_peer_whole_and_then_the_e
     for end in [Op::Shutdown, Op::Reset] {
         let mut guest = guest();
         let (mut ours, ports) = connected(&mut guest);
-        // Stays unread by the guest; the peer must see an end and no error nonetheless.
-        ours.write_all(b"unread").unwrap();
+        // More than the guest takes stays unread; the peer must see an end and no error nonetheless.
+        fill(&mut guest, &ours);
+        ours.set_nonblocking(false).unwrap();
         let data = pattern(2 * MIB, 2);
         let sent = guest.write_some(ports, &data, 60_000);
         guest.idle(Duration::from_millis(100));
@@ -577,6 +578,34 @@ fn a_clone_knows_that_the_agent_listens_and_uses_other_ports_than_its_template_d
     }
 }
 
+#[test]
+fn a_guest_that_does_not_answer_loses_the_connection_at_its_deadline() {
+    let mut guest = guest();
+    let (unanswered, theirs) = UnixStream::pair().unwrap();
+    unanswered.set_read_timeout(Some(Duration::from_secs(15))).unwrap();
+    guest.driver.handle().connect(theirs.into(), 4000);
+    let (request, _) = guest.driver.receive();
+    assert_eq!(request.op(), Some(Op::Request));
+    let (left, left_ports) = connected(&mut guest);
+    let (mut lasting, ports) = connected(&mut guest);
+    drop(left);
+    guest.until("the end", |guest| guest.sockets[&left_ports].host == Shutdown::BOTH);
+    let began = Instant::now();
+    assert_closed(&unanswered);
+    assert!(began.elapsed() > Duration::from_secs(5));
+    guest.until("the reset", |guest| guest.sockets[&left_ports].reset);
+    lasting.write_all(b"x").unwrap();
+    guest.read_exact(ports, 1);
+}
+
+/// Writes until neither the guest nor the socket takes any more.
+fn fill(guest: &mut Guest, mut ours: &UnixStream) {
+    ours.set_nonblocking(true).unwrap();
+    while ours.write(&[0; 4096]).is_ok() {
+        guest.idle(Duration::from_millis(2));
+    }
+}
+
 /// The device's thread uses no processor while nothing happens.
 fn assert_sleeps(guest: &mut Guest, state: &str) {
     guest.idle(Duration::from_millis(50));
@@ -593,12 +622,6 @@ fn the_thread_sleeps_while_it_can_do_nothing() {
     let mut guest = Guest::new(driver, &[PORT]);
     assert_sleeps(&mut guest, "idle");
 
-    let fill = |guest: &mut Guest, mut ours: &UnixStream| {
-        ours.set_nonblocking(true).unwrap();
-        while ours.write(&[0; 4096]).is_ok() {
-            guest.idle(Duration::from_millis(2));
-        }
-    };
     let (stuck, _) = connected(&mut guest);
     fill(&mut guest, &stuck);
     assert_sleeps(&mut guest, "bytes for a guest without room");
