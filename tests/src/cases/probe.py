@@ -8,6 +8,8 @@ status = dict(line.rstrip("\n").split(":\t", 1) for line in open("/proc/self/sta
 wanted = ("Uid", "Gid", "Groups", "Umask", "NoNewPrivs", "Seccomp", "SigBlk", "SigIgn",
           "CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb")
 found = {name: " ".join(status[name].split()) for name in wanted}
+# Signals 32 and 33 are the C library's own: whoever started the runtime may have left them ignored.
+found["SigIgn"] = f"{int(found['SigIgn'], 16) & ~(3 << 31):016x}"
 
 for name in ("oom_score_adj", "uid_map", "gid_map", "setgroups", "personality"):
     try:
@@ -32,10 +34,14 @@ for line in open("/proc/self/mountinfo"):
     fields = line.split()
     separator = fields.index("-")
     kind = fields[separator + 1]
-    options = set(fields[5].split(",")) - {"relatime"}
+    # Whether times of access are kept is inherited from where the files lie.
+    options = set(fields[5].split(",")) - {"relatime", "noatime"}
     # A tmpfs has the size of its options; the rest of its line differs between kernels.
     sizes = sorted(word for word in fields[separator + 3].split(",") if word.startswith(("size=", "mode=", "ptmxmode=", "gid=")))
-    if kind not in ("proc", "sysfs", "tmpfs", "devpts", "mqueue", "cgroup2", "devtmpfs"):
+    if kind == "devtmpfs":
+        # In a user namespace device nodes are bind mounts of the system's own.
+        kind, sizes, options = "device", [], set()
+    elif kind not in ("proc", "sysfs", "tmpfs", "devpts", "mqueue", "cgroup2"):
         kind, sizes = "files", []
     if fields[4].startswith(("/proc/", "/sys/firmware")):
         # A masked path: what hides it is the runtime's choice. What can be read of it is compared below.
@@ -81,6 +87,9 @@ found["devices"] = {}
 for directory, _, names in os.walk("/dev"):
     for name in names:
         path = os.path.join(directory, name)
+        if path == "/dev/core":
+            # A link that a runtime makes where the kernel has a /proc/kcore.
+            continue
         about = os.lstat(path)
         if stat.S_ISLNK(about.st_mode):
             found["devices"][path] = os.readlink(path)
