@@ -24,7 +24,7 @@ const KILL_DEADLINE: Duration = Duration::from_secs(10);
 /// What cannot be done with a control group.
 #[derive(Debug, thiserror::Error)]
 pub enum CgroupError {
-    #[error("cgroupsPath {0:?}: expected a path without \"..\", or slice:prefix:name")]
+    #[error("linux.cgroupsPath {0:?}: expected a path without \"..\", or slice:prefix:name")]
     Path(String),
     #[error("make the control group {path}: {source}")]
     Make { path: PathBuf, source: io::Error },
