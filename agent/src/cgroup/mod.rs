@@ -24,7 +24,7 @@ const KILL_DEADLINE: Duration = Duration::from_secs(10);
 /// What cannot be done with a control group.
 #[derive(Debug, thiserror::Error)]
 pub enum CgroupError {
-    #[error("cgroupsPath {0:?}: expected a path without \"..\", or slice:prefix:name")]
+    #[error("linux.cgroupsPath {0:?}: expected a path without \"..\", or slice:prefix:name")]
     Path(String),
     #[error("make the control group {path}: {source}")]
     Make { path: PathBuf, source: io::Error },
@@ -81,7 +81,7 @@ impl Hierarchy {
         write(&self.top.join("memory.high"), &bytes.map_or("max".into(), |bytes| bytes.to_string()))
     }
 
-    /// Makes a container's group and sets its limits. A group that exists already is taken if it is empty.
+    /// Makes a container's group, with its device rules. A group that exists already is taken if it is empty.
     pub fn create(&self, cgroups_path: &str, id: &str, limits: &Resources) -> Result<Cgroup, CgroupError> {
         let mut cgroup = Cgroup { path: self.top.clone(), made: Vec::new() };
         match cgroup.make(names(cgroups_path, id)?).and_then(|()| cgroup.prepare(limits)) {
@@ -118,12 +118,13 @@ impl Cgroup {
         if !read(&self.path.join("cgroup.procs"))?.is_empty() {
             return Err(CgroupError::Occupied { path: self.path.clone() });
         }
-        self.set_limits(limits)?;
         devices::Program::new(&limits.devices)?.attach(&self.open()?)?;
         Ok(())
     }
 
-    fn set_limits(&self, limits: &Resources) -> Result<(), CgroupError> {
+    /// Sets the limits. To be called when the init is ready for its program, not before: making a container is our work, and
+    /// at a tenth of a processor would take ten times as long.
+    pub fn set_limits(&self, limits: &Resources) -> Result<(), CgroupError> {
         let current = || read(&self.path.join("memory.current")).ok().and_then(|text| text.trim().parse().ok());
         for setting in resources::settings(limits, current)? {
             let written = setting.files.iter().find_map(|file| {

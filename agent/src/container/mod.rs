@@ -210,8 +210,8 @@ impl Container {
             cgroup.delegate(spec.linux.guest_uid(0))?;
         }
         let mut launched = launch::launch(&config, spec, namespaces, &cgroup.open()?, ends, around.reaper)?;
-        let result = Self::await_ready(&mut launched, limits, terminal, &mut pumps).await;
-        match result {
+        let ready = Self::await_ready(&mut launched, limits, terminal, &mut pumps).await;
+        match ready.and_then(|master| cgroup.set_limits(&spec.linux.resources).map_err(Into::into).map(|()| master)) {
             Ok(master) => Ok(Made { launched, pumps, master }),
             Err(error) => {
                 // It may have ended by itself; then there is nothing to kill.
