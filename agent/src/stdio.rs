@@ -311,7 +311,10 @@ enum Turn {
 
 fn turn(from: impl AsFd, to: impl AsFd) -> Result<Turn, Errno> {
     TURN.with_borrow_mut(|buffer| {
-        buffer.resize(TURN_BYTES, 0);
+        if buffer.is_empty() {
+            // Zeroed by the kernel, page by page as it is used.
+            *buffer = vec![0; TURN_BYTES];
+        }
         let count = match rustix::io::read(from, &mut buffer[..]) {
             Ok(0) => return Ok(Turn::EndOfFile),
             Ok(count) => count,

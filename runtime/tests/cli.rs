@@ -131,11 +131,11 @@ fn a_bundle_that_is_not_one_is_refused() {
     place.refuses(RUN, &["config.json is not a regular file"]);
     fs::remove_file(place.config()).unwrap();
     fs::write(place.config(), b"{\n\"\xff\"").unwrap();
-    place.refuses(RUN, &["config.json:2: not UTF-8"]);
+    place.refuses(RUN, &["config.json: line 2: not UTF-8"]);
     fs::write(place.config(), &config[..config.len() / 2]).unwrap();
-    place.refuses(RUN, &["config.json:", "EOF while parsing"]);
+    place.refuses(RUN, &["config.json: line ", "EOF while parsing"]);
     fs::write(place.config(), "[".repeat(100_000)).unwrap();
-    place.refuses(RUN, &["config.json:1:128: recursion limit exceeded"]);
+    place.refuses(RUN, &["config.json: line 1, column 128: recursion limit exceeded"]);
     fs::write(place.config(), " ".repeat(4 << 20)).unwrap();
     place.refuses(RUN, &["4194304 bytes"]);
 }
@@ -158,7 +158,11 @@ fn a_root_that_is_missing_or_reached_by_a_link_is_refused() {
 #[test]
 fn each_unknown_word_and_each_refused_field_is_named() {
     for (pointer, value, expected) in [
-        ("process.terminal", json!("yes"), &["config.json:1:", "process.terminal: invalid type: string"][..]),
+        (
+            "process.terminal",
+            json!("yes"),
+            &["config.json: line 1, column ", "process.terminal: invalid type: string"][..],
+        ),
         ("process.capabilities.bounding.1", json!("CAP_FLY"), &["process.capabilities.bounding[1]: ", "CAP_FLY"]),
         ("process.rlimits.0.type", json!("RLIMIT_LUCK"), &["process.rlimits[0].type: unknown variant `RLIMIT_LUCK`"]),
         ("linux.namespaces.0.type", json!("astral"), &["linux.namespaces[0].type: unknown variant `astral`"]),

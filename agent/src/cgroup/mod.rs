@@ -84,19 +84,10 @@ impl Hierarchy {
     /// Makes a container's group and sets its limits. A group that exists already is taken if it is empty.
     pub fn create(&self, cgroups_path: &str, id: &str, limits: &Resources) -> Result<Cgroup, CgroupError> {
         let mut cgroup = Cgroup { path: self.top.clone(), made: Vec::new() };
-        for name in names(cgroups_path, id)? {
-            hand_down_controllers(&cgroup.path)?;
-            cgroup.path.push(name);
-            if make(&cgroup.path)? {
-                cgroup.made.push(cgroup.path.clone());
-            }
-        }
-        let made = cgroup.prepare(limits);
-        match made {
+        match cgroup.make(names(cgroups_path, id)?).and_then(|()| cgroup.prepare(limits)) {
             Ok(()) => Ok(cgroup),
             Err(error) => {
-                // The reason is the error to tell; what cannot be removed now is the pod's, and goes with it.
-                let _ = cgroup.remove_empty();
+                cgroup.remove_made();
                 Err(error)
             }
         }
@@ -112,6 +103,17 @@ pub struct Cgroup {
 }
 
 impl Cgroup {
+    fn make(&mut self, names: Vec<String>) -> Result<(), CgroupError> {
+        for name in names {
+            hand_down_controllers(&self.path)?;
+            self.path.push(name);
+            if make(&self.path)? {
+                self.made.push(self.path.clone());
+            }
+        }
+        Ok(())
+    }
+
     fn prepare(&self, limits: &Resources) -> Result<(), CgroupError> {
         if !read(&self.path.join("cgroup.procs"))?.is_empty() {
             return Err(CgroupError::Occupied { path: self.path.clone() });
@@ -218,13 +220,20 @@ impl Cgroup {
         for group in self.groups()?.iter().rev() {
             std::fs::remove_dir(group).map_err(|source| CgroupError::Remove { path: group.clone(), source })?;
         }
-        for group in self.made.iter().rev().filter(|group| **group != self.path) {
-            // Another container may be in it by now; then it is that one's.
-            if std::fs::remove_dir(group).is_err() {
-                break;
+        self.remove_made();
+        Ok(())
+    }
+
+    /// Removes the groups that were made on the way, as far as they are not in use.
+    fn remove_made(&self) {
+        for group in self.made.iter().rev() {
+            match std::fs::remove_dir(group) {
+                Ok(()) => {}
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+                // Another container may be in it by now; then it is that one's.
+                Err(_) => break,
             }
         }
-        Ok(())
     }
 
     /// The group and the groups below, parents first.

@@ -60,12 +60,14 @@ impl Terminal {
     /// Shows it as `/dev/console`.
     pub fn mount_console(&self, root: &Rootfs) -> Result<(), TerminalError> {
         let (parent, name) = root.parent(Path::new("/dev/console")).map_err(TerminalError::MakeConsole)?;
-        let flags = OFlags::CREATE | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
-        let target = match rustix::fs::openat(&parent, name, flags, Mode::from_raw_mode(0o600)) {
-            Ok(_) => {
-                rustix::fs::openat(&parent, name, OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC, Mode::empty())
+        // One that is there may be a device of the image's choice: it is looked at, but not opened.
+        let look = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let target = match rustix::fs::openat(&parent, name, look, Mode::empty()) {
+            Err(Errno::NOENT) => {
+                let make = OFlags::CREATE | OFlags::EXCL | OFlags::WRONLY | OFlags::CLOEXEC;
+                rustix::fs::openat(&parent, name, make, Mode::from_raw_mode(0o600))
             }
-            Err(errno) => Err(errno),
+            other => other,
         }
         .map_err(TerminalError::Console)?;
         let flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC | OpenTreeFlags::AT_EMPTY_PATH;

@@ -1,5 +1,6 @@
 //! An agent on this machine, and what to do with it.
 
+use std::io::Write;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command};
@@ -28,6 +29,13 @@ pub fn cgroup2() -> PathBuf {
     PathBuf::from(line.expect("these tests need cgroup2 mounted").split(' ').nth(1).unwrap())
 }
 
+/// To the real standard error: what is printed by a test that passes is not shown.
+fn say(what: &str) {
+    let test = std::thread::current();
+    let name = test.name().unwrap_or_default();
+    writeln!(std::io::stderr(), "NOT TESTED: {name}: {what}; run it in the software host").unwrap();
+}
+
 /// Says loudly that a test cannot be run here, and why; then the caller returns.
 pub fn lacks_controller(name: &str) -> bool {
     let controllers = std::fs::read_to_string(cgroup2().join("cgroup.controllers")).unwrap();
@@ -37,7 +45,7 @@ pub fn lacks_controller(name: &str) -> bool {
             std::env::var_os("PODHULL_TEST_EVERYTHING").is_none(),
             "the controller {name} of cgroup v2 is missing, and PODHULL_TEST_EVERYTHING is set"
         );
-        eprintln!("NOT TESTED: the controller {name} of cgroup v2 is not available; run this in the software host");
+        say(&format!("the controller {name} of cgroup v2 is not available"));
     }
     lacks
 }
@@ -55,7 +63,7 @@ pub fn lacks_capability(number: u32) -> bool {
             std::env::var_os("PODHULL_TEST_EVERYTHING").is_none(),
             "capability {number} is missing, and PODHULL_TEST_EVERYTHING is set"
         );
-        eprintln!("NOT TESTED: capability {number} is not available; run this in the software host");
+        say(&format!("capability {number} is not available"));
     }
     lacks
 }

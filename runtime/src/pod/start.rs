@@ -182,6 +182,10 @@ async fn supervise(
     let ended = tokio::select! {
         biased;
         lived = live => match lived {
+            // The machine knows its files by what they are, not by their names.
+            Err(RunError::Machine(MachineError::Failed(line))) if !session.booted() => {
+                return Err(MachineError::Failed(with_paths(line)).into());
+            }
             // The connection to the agent breaks when the machine does; the machine knows why.
             Err(RunError::Agent(AgentError::Gone(_)) | RunError::Stdio(StdioError::Connect(..))) => {
                 match tokio::time::timeout(GRACE, &mut drive).await {
@@ -201,6 +205,12 @@ async fn supervise(
         }
         error => Err(error.into()),
     }
+}
+
+fn with_paths(line: String) -> String {
+    [("guest kernel", KERNEL), ("guest image", IMAGE)]
+        .iter()
+        .fold(line, |line, (what, name)| line.replacen(what, &format!("{what} {}", library_file(name).display()), 1))
 }
 
 /// How long the end of a machine may come after the end of the connection to its agent.

@@ -202,16 +202,25 @@ pub const FIELDS: &[(&str, Fate)] = &[
     ("linux.personality.flags[]", Enforced),
 ];
 
-/// Refuses what is refused; removes refused fields that ask for nothing, and unknown ones, whose paths it returns: the
-/// runtime specification (`config.md`, Extensibility) wants properties it does not define to be ignored.
-pub fn check(document: &mut Value) -> Result<Vec<String>, ConfigError> {
-    let mut unknown = Vec::new();
-    walk(document, "", "", &mut unknown)?;
-    Ok(unknown)
+/// What a walk over a document has found.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub struct Checked {
+    /// Paths of properties that no specification we know has.
+    pub unknown: Vec<String>,
+    /// Paths of lists where no list belongs.
+    pub lists: Vec<String>,
+}
+
+/// Refuses what is refused; removes refused fields that ask for nothing, and unknown ones: the runtime specification
+/// (`config.md`, Extensibility) wants properties it does not define to be ignored.
+pub fn check(document: &mut Value) -> Result<Checked, ConfigError> {
+    let mut checked = Checked::default();
+    walk(document, "", "", &mut checked)?;
+    Ok(checked)
 }
 
 /// `path` as people read it, `pattern` as the table has it.
-fn walk(value: &mut Value, path: &str, pattern: &str, unknown: &mut Vec<String>) -> Result<(), ConfigError> {
+fn walk(value: &mut Value, path: &str, pattern: &str, checked: &mut Checked) -> Result<(), ConfigError> {
     match value {
         Value::Object(members) => {
             let mut kept = serde_json::Map::new();
@@ -221,17 +230,21 @@ fn walk(value: &mut Value, path: &str, pattern: &str, unknown: &mut Vec<String>)
                     Some((_, Refused(_))) if is_empty(&member) => {}
                     Some((_, Refused(reason))) => return Err(ConfigError::Refused { field: path, reason }),
                     Some((pattern, Enforced | Host)) => {
-                        walk(&mut member, &path, pattern, unknown)?;
+                        walk(&mut member, &path, pattern, checked)?;
                         kept.insert(key, member);
                     }
-                    None => unknown.push(path),
+                    None => checked.unknown.push(path),
                 }
             }
             *members = kept;
         }
         Value::Array(elements) => {
+            let pattern = format!("{pattern}[]");
+            if !FIELDS.iter().any(|(known, _)| *known == pattern) {
+                checked.lists.push(path.to_owned());
+            }
             for (index, element) in elements.iter_mut().enumerate() {
-                walk(element, &format!("{path}[{index}]"), &format!("{pattern}[]"), unknown)?;
+                walk(element, &format!("{path}[{index}]"), &pattern, checked)?;
             }
         }
         _ => {}
@@ -281,7 +294,7 @@ mod tests {
             "process": {"apparmorProfile": "", "user": {"username": ""}, "cwd": "/"},
             "linux": {"resources": {"memory": {"swappiness": null, "disableOOMKiller": false, "limit": 5}}, "intelRdt": {}},
         });
-        assert_eq!(check(&mut document).unwrap(), Vec::<String>::new());
+        assert_eq!(check(&mut document).unwrap(), Checked::default());
         assert_eq!(
             document,
             json!({"process": {"user": {}, "cwd": "/"}, "linux": {"resources": {"memory": {"limit": 5}}}})
@@ -291,7 +304,7 @@ mod tests {
     #[test]
     fn properties_of_no_specification_are_ignored_and_reported() {
         let mut document = json!({"process": {"wishes": [1]}, "annotations": {"io.x.y": "z"}});
-        assert_eq!(check(&mut document).unwrap(), ["process.wishes"]);
+        assert_eq!(check(&mut document).unwrap().unknown, ["process.wishes"]);
         assert_eq!(document, json!({"process": {}, "annotations": {"io.x.y": "z"}}));
     }
 
@@ -342,7 +355,7 @@ mod tests {
             },
         });
         let mut checked = document.clone();
-        assert_eq!(check(&mut checked).unwrap(), Vec::<String>::new());
+        assert_eq!(check(&mut checked).unwrap(), Checked::default());
         assert_eq!(checked, document);
     }
 

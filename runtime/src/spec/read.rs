@@ -9,13 +9,13 @@ use super::{Config, fields, position, validate};
 #[derive(Debug, thiserror::Error)]
 pub enum ConfigError {
     /// A byte that is not UTF-8.
-    #[error(":{line}: not UTF-8 text")]
+    #[error(": line {line}: not UTF-8 text")]
     NotText {
         /// Counted from 1.
         line: usize,
     },
     /// Not JSON.
-    #[error(":{line}:{column}: {problem}")]
+    #[error(": line {line}, column {column}: {problem}")]
     Syntax {
         /// Counted from 1.
         line: usize,
@@ -25,7 +25,7 @@ pub enum ConfigError {
         problem: String,
     },
     /// A value of another type or from another vocabulary than the field has.
-    #[error(":{line}:{column}: {field}: {problem}")]
+    #[error(": line {line}, column {column}: {field}: {problem}")]
     Type {
         /// Counted from 1.
         line: usize,
@@ -62,7 +62,10 @@ pub fn read(text: &str) -> Result<Config, ConfigError> {
         column: e.column(),
         problem: problem(&e),
     })?;
-    let unknown = fields::check(&mut document)?;
+    if !document.is_object() {
+        return Err(ConfigError::Syntax { line: 1, column: 1, problem: "expected an object".into() });
+    }
+    let fields::Checked { unknown, lists } = fields::check(&mut document)?;
     validate::capability_names(&document)?;
     let spec: Spec = serde_json::from_str(text).map_err(|e| ConfigError::Type {
         line: e.line(),
@@ -70,6 +73,10 @@ pub fn read(text: &str) -> Result<Config, ConfigError> {
         field: position::field_at(text, e.line(), e.column()),
         problem: problem(&e),
     })?;
+    // The typed view takes a list for an object, member by member.
+    if let Some(field) = lists.into_iter().next() {
+        return Err(ConfigError::Value { field, problem: "expected an object, found a list".into() });
+    }
     validate::check(&spec)?;
     Ok(Config { spec, document, unknown })
 }
@@ -99,15 +106,25 @@ mod tests {
 
     #[test]
     fn broken_json_is_reported_with_line_and_column() {
-        assert_eq!(error("{\n  \"ociVersion\": oops\n}"), "config.json:2:17: expected value");
-        assert_eq!(error(""), "config.json:1:0: EOF while parsing a value");
-        assert_eq!(error("{\"a\":1} x"), "config.json:1:9: trailing characters");
+        assert_eq!(error("{\n  \"ociVersion\": oops\n}"), "config.json: line 2, column 17: expected value");
+        assert_eq!(error(""), "config.json: line 1, column 0: EOF while parsing a value");
+        assert_eq!(error("{\"a\":1} x"), "config.json: line 1, column 9: trailing characters");
     }
 
     #[test]
     fn a_wrong_type_is_reported_with_its_field() {
         let text = "{\n\"ociVersion\": \"1.2.0\",\n\"process\": {\"cwd\": \"/\", \"args\": [\"a\", 7]}\n}";
-        assert_eq!(error(text), "config.json:3:39: process.args[1]: invalid type: integer `7`, expected a string");
+        assert_eq!(
+            error(text),
+            "config.json: line 3, column 39: process.args[1]: invalid type: integer `7`, expected a string"
+        );
+    }
+
+    #[test]
+    fn a_list_is_no_object() {
+        assert_eq!(error("[]"), "config.json: line 1, column 1: expected an object");
+        let text = "{\"ociVersion\":\"1.2.0\",\"root\":[\"rootfs\",true]}";
+        assert_eq!(error(text), "config.json: root: expected an object, found a list");
     }
 
     #[test]

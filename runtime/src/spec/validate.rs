@@ -3,7 +3,7 @@
 //! The agent checks again what it enforces; here it is refused before anything is made.
 
 use std::collections::HashSet;
-use std::path::Path;
+use std::path::{Component, Path};
 
 use oci_spec::runtime::{
     Arch, Capability, Linux, LinuxDevice, LinuxDeviceType, LinuxNamespaceType, LinuxResources, LinuxSeccomp,
@@ -166,6 +166,11 @@ fn linux(spec: &Spec, linux: &Linux) -> Result<(), ConfigError> {
     }
     if let Some(resources) = linux.resources() {
         check_resources(resources)?;
+    }
+    let cgroup = linux.cgroups_path().as_deref().unwrap_or(Path::new(""));
+    text("linux.cgroupsPath", &cgroup.to_string_lossy())?;
+    if cgroup.components().any(|component| component == Component::ParentDir) {
+        return Err(wrong("linux.cgroupsPath", format!("{cgroup:?} contains \"..\"")));
     }
     match linux.rootfs_propagation().as_deref().unwrap_or_default() {
         "" | "private" | "rprivate" | "slave" | "rslave" | "unbindable" | "runbindable" => {}
@@ -380,6 +385,7 @@ mod tests {
             ("mounts.1.type", json!("overlay"), ": mounts[1].type: unknown or unsupported mount type \"overlay\""),
             ("mounts.1.options.0", json!("nosuidd"), ": mounts[1].options[0]: unknown mount option \"nosuidd\""),
             ("linux.rootfsPropagation", json!("odd"), ": linux.rootfsPropagation: unknown propagation \"odd\""),
+            ("linux.cgroupsPath", json!("/../up"), ": linux.cgroupsPath: \"/../up\" contains \"..\""),
             ("linux.namespaces.1.type", json!("pid"), ": linux.namespaces[1].type: is there twice"),
             (
                 "linux.resources.cpu",

@@ -3,6 +3,7 @@
 use std::fs;
 use std::path::Path;
 use std::process::Command;
+use std::time::Duration;
 
 use super::Bench;
 use super::report::{Figure, Panel};
@@ -11,6 +12,9 @@ use crate::run::Running;
 use crate::{Outcome, ensure};
 
 const MIB: f64 = 256.0;
+
+/// How long the three transfers may take: in an emulated host that others keep busy it can be minutes.
+const TRANSFERS: Duration = Duration::from_secs(600);
 
 /// Reads `source` twice, then writes `written`: what it reads first is in the host's page cache, not in the guest's, and the
 /// second time in both; what it writes has reached the host's disk when it is done. `dd` times itself.
@@ -37,7 +41,7 @@ pub fn measure(bench: &Bench) -> Outcome<Vec<Panel>> {
     let (mut pod, mut host): ([Vec<f64>; 3], [Vec<f64>; 3]) = Default::default();
     bench.rounds("files", |round| {
         for (words, samples) in [(&inside[..], &mut pod), (&outside[..], &mut host)] {
-            let said = Running::start(words, &[])?.wait()?.expect_status(0)?.stderr;
+            let said = Running::start(words, &[])?.wait_within(TRANSFERS)?.expect_status(0)?.stderr;
             ensure!(fs::metadata(data.join("written"))?.len() == (MIB as u64) << 20, "not all was written: {said}");
             fs::remove_file(data.join("written"))?;
             let rates = rates(&said)?;
