@@ -206,6 +206,7 @@ fn check_percent(scene: &Scene, bundle: &Bundle) -> Outcome {
     let [first, began, last, ended] = figures[..] else { return Err(format!("no four figures but {text:?}").into()) };
     let percent = 100.0 * (last - first) / (ended - began);
     ensure!((9.0..=11.0).contains(&percent), "{percent:.2} % of a processor instead of 10 %: {text:?}");
-    ensure!(ended - began > 9e6, "not ten seconds: {text:?}");
+    let long_enough = ended - began > 9e6;
+    ensure!(long_enough, "not ten seconds: {text:?}");
     Ok(())
 }
