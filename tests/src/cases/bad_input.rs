@@ -112,16 +112,20 @@ fn bundles_that_are_none(scene: &Scene) -> Outcome {
     let empty = scene.make_directory("empty")?;
     table.refuses_directory("no config.json", &["config.json", &empty.to_string_lossy()], &empty)?;
     let texts = [
-        ("cut off", "{\n  \"ociVersion\": \"1.2.0\",\n", ["line 3", "column"]),
-        ("a member without a value", "{\n  \"ociVersion\": \"1.2.0\",\n  \"process\": }\n", ["line 3", "column 14"]),
-        ("empty", "", ["line 1", "column 0"]),
-        ("binary", "\u{1}\u{2}", ["line 1", "column 1"]),
-        ("a list", "[]", ["config.json", "line 1"]),
+        ("cut off", "{\n  \"ociVersion\": \"1.2.0\",\n", "line 3, column 0"),
+        ("a member without a value", "{\n  \"ociVersion\": \"1.2.0\",\n  \"process\": }\n", "line 3, column 14"),
+        ("empty", "", "line 1, column 0"),
+        ("binary", "\u{1}\u{2}", "line 1, column 1"),
+        ("a list", "[]", "object"),
     ];
     for (what, text, place) in texts {
         let directory = scene.make_directory("broken")?;
         fs::write(directory.join("config.json"), text)?;
-        table.refuses_directory(&format!("broken JSON, {what}"), &["config.json", place[0], place[1]], &directory)?;
+        table.refuses_directory(
+            &format!("broken JSON, {what}"),
+            &[&directory.to_string_lossy(), "config.json", place],
+            &directory,
+        )?;
     }
     let directory = scene.make_directory("directory")?;
     fs::create_dir(directory.join("config.json"))?;
@@ -159,7 +163,7 @@ fn wrong_types(scene: &Scene) -> Outcome {
         ("/process/args", json!([]), &["process.args"]),
         ("/process/cwd", json!("relative"), &["process.cwd", "relative"]),
         ("/process", Value::Null, &["process"]),
-        ("/linux/cgroupsPath", json!("/../../escape"), &["linux.cgroupsPath"]),
+        ("/linux/cgroupsPath", json!("/../../escape"), &["cgroupsPath", "/../../escape"]),
         (
             "/linux/resources/unified",
             json!({ "../cgroup.procs": "1" }),
@@ -310,29 +314,30 @@ fn files_of_the_caller(scene: &Scene) -> Outcome {
 
 fn a_kvm_that_does_not_serve(scene: &Scene) -> Outcome {
     let mut table = Table::new(scene);
+    // -n: mount(8) keeps no record under /run.
     let absent = "
-mount -t tmpfs none $DIRECTORY
+mount -n -t tmpfs none $DIRECTORY
 cp -a /dev/null /dev/zero /dev/full /dev/random /dev/urandom /dev/tty /dev/ptmx /dev/net $DIRECTORY
 mkdir $DIRECTORY/pts $DIRECTORY/shm
-mount --rbind /dev/pts $DIRECTORY/pts
-mount --move $DIRECTORY /dev";
+mount -n --rbind /dev/pts $DIRECTORY/pts
+mount -n --move $DIRECTORY /dev";
     table.refuses_after("no /dev/kvm", &["/dev/kvm"], absent)?;
     // Not even root may open a device on a mount without devices.
-    let denied = "mount --bind /dev/kvm /dev/kvm\nmount -o remount,bind,nodev /dev/kvm";
+    let denied = "mount -n --bind /dev/kvm /dev/kvm\nmount -n -o remount,bind,nodev /dev/kvm";
     table.refuses_after("no permission on /dev/kvm", &["/dev/kvm", "ermission"], denied)?;
-    table.refuses_after("a /dev/kvm that is something else", &["/dev/kvm"], "mount --bind /dev/null /dev/kvm")?;
+    table.refuses_after("a /dev/kvm that is something else", &["/dev/kvm"], "mount -n --bind /dev/null /dev/kvm")?;
     table.outcome()
 }
 
 fn a_full_disk(scene: &Scene) -> Outcome {
     let mut table = Table::new(scene);
     // What stays in the small file system after the refusal goes to stderr, where it is a line too many.
-    let fill = "mkdir -p /run/podhull\nmount -t tmpfs -o size=8k,nr_inodes=64 none /run/podhull
+    let fill = "mkdir -p /run/podhull\nmount -n -t tmpfs -o size=8k,nr_inodes=64 none /run/podhull
 ! head -c 100000 /dev/zero >/run/podhull/.full 2>/dev/null
 run() { \"$@\"; status=$?; find /run/podhull -mindepth 1 ! -name .full ! -name pods >&2; return $status; }
 set -- run \"$@\"";
     table.refuses_after("no block left under /run", &["/run/podhull", "No space"], fill)?;
-    let fill = "mkdir -p /run/podhull\nmount -t tmpfs -o nr_inodes=1 none /run/podhull";
+    let fill = "mkdir -p /run/podhull\nmount -n -t tmpfs -o nr_inodes=1 none /run/podhull";
     table.refuses_after("no inode left under /run", &["/run/podhull", "No space"], fill)?;
     table.outcome()
 }
