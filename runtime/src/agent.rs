@@ -63,6 +63,17 @@ pub struct Exit {
     pub killed: bool,
 }
 
+/// What a guest is to take into use.
+#[derive(Debug, Clone, Copy)]
+pub struct Growth {
+    /// CPUs that are to be online.
+    pub cpus: u32,
+    /// Bytes of memory to wait for; 0: none.
+    pub memory_bytes: u64,
+    /// Look for new devices.
+    pub rescan: bool,
+}
+
 /// Connection to the agent of a pod.
 #[derive(Clone)]
 pub struct Agent {
@@ -128,8 +139,9 @@ impl Agent {
     }
 
     /// Takes new devices, CPUs and memory into use.
-    pub async fn grow(&self, cpus: u32, memory_bytes: u64) -> Result<(), AgentError> {
-        let request = GrowRequest { cpus, memory_bytes, rescan: true, ..Default::default() };
+    pub async fn grow(&self, growth: Growth) -> Result<(), AgentError> {
+        let Growth { cpus, memory_bytes, rescan } = growth;
+        let request = GrowRequest { cpus, memory_bytes, rescan, ..Default::default() };
         self.client.grow(with_duration(WORK), &request).await.map(drop).map_err(|e| AgentError::of("Grow", e))
     }
 

@@ -107,7 +107,7 @@ pub fn rfc3339(time: SystemTime) -> String {
 /// Year, month and day of a number of days since 1970-01-01, in the Gregorian calendar.
 fn civil(days: u64) -> (u64, u64, u64) {
     let (mut year, mut rest) = (1970, days);
-    let leap = |y: u64| y % 4 == 0 && (y % 100 != 0 || y % 400 == 0);
+    let leap = |y: u64| y.is_multiple_of(4) && (!y.is_multiple_of(100) || y.is_multiple_of(400));
     loop {
         let length = if leap(year) { 366 } else { 365 };
         if rest < length {

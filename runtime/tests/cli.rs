@@ -1,5 +1,7 @@
 //! The built program, as far as it goes without a machine: what it says, how it exits, and what it leaves behind.
 
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on panics")]
+
 use std::fs;
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};

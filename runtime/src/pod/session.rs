@@ -9,7 +9,7 @@ use podhull_vmm::control::Device;
 
 use super::size::Size;
 use super::start::RunError;
-use crate::agent::{Agent, Exit};
+use crate::agent::{Agent, Exit, Growth};
 use crate::log::Log;
 use crate::machine::{Channel, MachineError};
 use crate::signals::{self, Signals};
@@ -97,9 +97,13 @@ impl<'a> Session<'a> {
             Ok::<_, RunError>(flow)
         };
         let pod = async { Ok(self.agent.create_pod(&request).await?) };
-        let (mut flow, release) = tokio::try_join!(streams, pod)?;
+        let (mut flow, release, ()) = tokio::try_join!(streams, pod, self.add_cpus())?;
         self.log.debug(|| format!("{}: container created on Linux {release}", self.id));
         created()?;
+        if self.size.cpus > 1 {
+            // Programs count the CPUs once, when they start, and size their thread pools by it.
+            self.agent.grow(Growth { cpus: self.size.cpus, memory_bytes: 0, rescan: false }).await?;
+        }
 
         self.phase.set(Phase::Running);
         if let Some(terminal) = self.stdio.terminal() {
@@ -133,18 +137,22 @@ impl<'a> Session<'a> {
         Ok(Outcome::Exited(exit))
     }
 
-    /// Brings the machine from what boots soonest to what the container was promised.
-    async fn grow(&self) -> Result<(), RunError> {
-        self.channel.add(vec![Device::Entropy, Device::Balloon]).await?;
+    async fn add_cpus(&self) -> Result<(), RunError> {
         if self.size.cpus > 1 {
             self.channel.set_cpus(self.size.cpus).await?;
         }
+        Ok(())
+    }
+
+    /// Brings the machine from what boots soonest to what the container was promised.
+    async fn grow(&self) -> Result<(), RunError> {
+        self.channel.add(vec![Device::Entropy, Device::Balloon]).await?;
         if self.size.memory > self.size.memory_base {
             self.channel.set_memory(self.size.memory).await?;
         }
         // Until all of its memory is there the container is held back at what there is.
-        let memory = if self.size.memory > self.size.memory_base { self.size.memory } else { 0 };
-        self.agent.grow(self.size.cpus, memory).await?;
+        let memory_bytes = if self.size.memory > self.size.memory_base { self.size.memory } else { 0 };
+        self.agent.grow(Growth { cpus: self.size.cpus, memory_bytes, rescan: true }).await?;
         self.log.debug(|| format!("{}: {} CPUs, {} bytes of memory", self.id, self.size.cpus, self.size.memory));
         Ok(())
     }

@@ -160,6 +160,9 @@ pub fn run(run: Run<'_>) -> Result<u8, RunError> {
     runtime.shutdown_background();
     // The terminal is the caller's again before anything is said on it.
     drop(stdio);
+    if let (Err(_), Some(path)) = (&outcome, run.pid_file) {
+        remove_own_pid_file(path);
+    }
     match outcome {
         Ok(Outcome::Exited(exit)) => {
             report_out_of_memory(&run, exit, limit);
@@ -262,6 +265,13 @@ fn listen(directory: &Directory) -> Result<(PathBuf, UnixListener), RunError> {
 
 fn open(path: &Path) -> Result<OwnedFd, RunError> {
     File::open(path).map(OwnedFd::from).map_err(|e| RunError::Directory(path.to_owned(), e))
+}
+
+/// A run that failed has no pid; a file of somebody else's is not ours to remove.
+fn remove_own_pid_file(path: &Path) {
+    if std::fs::read(path).is_ok_and(|text| text == std::process::id().to_string().as_bytes()) {
+        let _ = std::fs::remove_file(path);
+    }
 }
 
 fn report_out_of_memory(run: &Run<'_>, exit: Exit, limit: Option<u64>) {

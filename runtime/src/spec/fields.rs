@@ -359,6 +359,35 @@ mod tests {
         assert_eq!(checked, document);
     }
 
+    /// The page of the documentation that says what becomes of each field.
+    fn page() -> String {
+        let mut page = String::from(
+            "# Which fields of the OCI runtime specification podhull enforces\n\n\
+             Made from the table in `runtime/src/spec/fields.rs` by its tests: after a change there, run\n\
+             `PODHULL_WRITE_DOCS=1 cargo test -p podhull fields`.\n\n\
+             A refused field is an error that names it, unless its value asks for nothing (`null`, `\"\"`, `0`, `false`, `[]`,\n\
+             `{}`). Properties that the specification does not define are ignored, as it demands. `[]` stands for each element\n\
+             of a list, `*` for each key of a map.\n\n| field | |\n| --- | --- |\n",
+        );
+        for (pattern, fate) in FIELDS {
+            page += &match fate {
+                Enforced => format!("| `{pattern}` | enforced in the guest |\n"),
+                Host => format!("| `{pattern}` | enforced on the host, or on both sides |\n"),
+                Refused(reason) => format!("| `{pattern}` | refused: {reason} |\n"),
+            };
+        }
+        page
+    }
+
+    #[test]
+    fn the_documentation_says_what_the_table_says() {
+        let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/oci-support.md");
+        if std::env::var_os("PODHULL_WRITE_DOCS").is_some() {
+            std::fs::write(path, page()).unwrap();
+        }
+        assert!(std::fs::read_to_string(path).unwrap() == page(), "docs/oci-support.md is stale: see its first lines");
+    }
+
     #[test]
     fn the_table_has_each_field_once_and_after_its_parent() {
         for (index, (pattern, _)) in FIELDS.iter().enumerate() {
