@@ -16,8 +16,9 @@ const MIB: f64 = 256.0;
 /// How long the three transfers may take: in an emulated host that others keep busy it can be minutes.
 const TRANSFERS: Duration = Duration::from_secs(600);
 
-/// Reads `source` twice, then writes `written`: what it reads first is in the host's page cache, not in the guest's, and the
-/// second time in both; what it writes has reached the host's disk when it is done. `dd` times itself.
+/// Reads `source` twice, then writes `written`. The host has `source` in its page cache; the guest has nothing of it the
+/// first time, and the second time what it kept. What is written has reached the host's disk when `dd`, which times itself,
+/// is done.
 const SCRIPT: &str = "set -e; cd \"$0\"; export LC_ALL=C
 dd if=source of=/dev/null bs=1M
 dd if=source of=/dev/null bs=1M
@@ -61,7 +62,7 @@ pub fn measure(bench: &Bench) -> Outcome<Vec<Panel>> {
         figures.extend([pod, host, ratio]);
     }
     Ok(vec![Panel {
-        title: "256 MiB by dd bs=1M: first read from the host's page cache, second also from the guest's (more is better)",
+        title: "256 MiB by dd bs=1M, all of it in the host's page cache, none in the guest's at the first read (more is better)",
         unit: "MiB/s",
         successive: false,
         figures,

@@ -120,6 +120,9 @@ fn run() -> Outcome<bool> {
         .collect();
     ensure!(!chosen.is_empty(), "no measurement has {filters:?} in its name; see --help");
     fs::create_dir_all(&out)?;
+    if filters.is_empty() && rounds >= ROUNDS {
+        eprintln!("{rounds} rounds: about 10 minutes in a software host that has two CPUs to itself");
+    }
 
     let directory = PathBuf::from(format!("/var/tmp/podhull-bench.{}", std::process::id()));
     fs::create_dir_all(&directory)?;

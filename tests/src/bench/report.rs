@@ -67,14 +67,16 @@ pub struct Panel {
     pub figures: Vec<Figure>,
 }
 
-/// A number with three significant digits, or all of its integer part.
+/// A number with about three significant digits, and all of its integer part.
 pub fn number(value: f64) -> String {
     let digits = if value == 0.0 || value.abs() >= 100.0 {
         0
     } else if value.abs() >= 10.0 {
         1
-    } else {
+    } else if value.abs() >= 0.1 {
         2
+    } else {
+        4
     };
     format!("{value:.digits$}")
 }
@@ -152,6 +154,6 @@ mod tests {
 
     #[test]
     fn numbers_are_as_precise_as_they_are_read() {
-        assert_eq!([0.0, 0.123, 12.34, 1234.5].map(number), ["0", "0.12", "12.3", "1234"]);
+        assert_eq!([0.0, 0.00723, 0.123, 12.34, 1234.5].map(number), ["0", "0.0072", "0.12", "12.3", "1234"]);
     }
 }
