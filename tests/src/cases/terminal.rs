@@ -50,8 +50,8 @@ fn size_resize_interrupt_and_stop(scene: &Scene) -> Outcome {
     tmux.type_line("echo status of in''terrupted: $?")?;
     tmux.expect("\nstatus of interrupted: 130\n")?;
 
-    tmux.type_line("clear; echo st''arted; sleep 1000")?;
-    tmux.expect("\nstarted\n")?;
+    tmux.type_line("clear; echo ag''ain; sleep 1000")?;
+    tmux.expect("\nagain\n")?;
     tmux.key("C-z")?;
     tmux.expect("inside> ")?;
     tmux.type_line("clear; jobs")?;
