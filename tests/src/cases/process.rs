@@ -224,7 +224,9 @@ print(subprocess.check_output('hello', text=True).strip())
     let ours = scene.run(&bundle)?.output()?;
     let theirs = scene.start_with(&Runtime::runc()?, &bundle)?.wait()?.output()?;
     for (ours, theirs) in ours.lines().zip(theirs.lines()) {
-        ensure_eq!(ours, theirs, "result under the default profile");
+        // A call that the guest's kernel lacks is no hole in the profile.
+        let lacking = ours.ends_with(" ENOSYS") && !theirs.ends_with(" EPERM");
+        ensure!(lacking || ours == theirs, "under the default profile: {ours}, with runc {theirs}");
     }
     ensure_eq!(ours.lines().count(), theirs.lines().count(), "lines");
     ensure!(
