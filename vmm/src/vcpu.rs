@@ -209,7 +209,7 @@ impl Loop {
                         VcpuExit::MmioRead(address, data) => bus.read_memory(address, data),
                         VcpuExit::MmioWrite(address, data) => bus.write_memory(address, data),
                         VcpuExit::Shutdown => {
-                            ended(End::Crash("triple fault".into()));
+                            ended(End::Crash(format!("triple fault; {}", self.location())));
                             return Stop::Ended;
                         }
                         VcpuExit::Intr => return Stop::Interrupted,
