@@ -36,8 +36,7 @@ const CONFIG_ADDRESS: IoEventAddress = IoEventAddress::Pio(0xcf8);
 
 /// Kernel command line of every machine:
 /// `reboot=k panic=-1` make a panic one write to port 0x64; `pci=noearly` leaves out the search for quirky chipsets (a fifth
-/// of all exits to user space); `noreplace-smp` keeps the kernel's text as it is on disk, and
-/// so shared; `maxcpus=1` leaves the other CPUs to the agent; what virtio-mem brings can be taken away again.
+/// of all exits to user space); `noreplace-smp` leaves the lock prefixes as they are; `maxcpus=1` leaves the other CPUs to the agent; what virtio-mem brings can be taken away again.
 const CMDLINE: &str = "reboot=k panic=-1 pci=noearly noreplace-smp maxcpus=1 memhp_default_state=online_movable \
     root=/dev/pmem0 rootfstype=erofs rootflags=dax=always ro init=/sbin/podhull-agent";
 
@@ -123,11 +122,11 @@ impl Machine {
         let (ram, hotplug, cpus) = check(config)?;
         let image_size = parts.image.metadata().map_err(|e| BuildError::Image(e.to_string()))?.len();
         let memory = memory::build(ram, hotplug)?;
-        let kernel::Kernel { entry, mapped } = kernel::load(&parts.kernel, &memory)?;
+        let entry = kernel::load(&parts.kernel, &memory)?;
         let cmdline = cmdline(config, parts.console.is_some());
         boot::write_tables(&memory, &Boot { ram, image: image_size, cpus, cmdline: &cmdline, entry })?;
 
-        let mut machine = Self::assemble(parts.kvm, memory, FileBacked::new(mapped), cpus, parts.console, listeners)?;
+        let mut machine = Self::assemble(parts.kvm, memory, FileBacked::default(), cpus, parts.console, listeners)?;
         machine.map_image(&parts.image, image_size)?;
         machine.prepare_vm()?;
         let first = machine.create_vcpu(0)?;
