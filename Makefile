@@ -17,7 +17,7 @@ repeat_test := 10
 repeat_soak := 200
 
 .DEFAULT_GOAL := all
-.PHONY: all bench clean help host install kernel lint packages programs run soak stage test
+.PHONY: all bench clean help host install kernel lint packages programs run soak stage stage-native test
 
 help:
 	@echo 'make                 build podhull, its guest kernel and its guest image into $(dist)'
@@ -66,19 +66,27 @@ stage: all
 	$(call install_into,$(staged)/usr)
 	@install -D -t $(staged)$(installed_tests) $(programs)/podhull-e2e $(programs)/podhull-bench tests/host/demo
 
+# And the agent's native tests.
+stage-native: stage
+	@cargo test --no-run -p podhull-agent --test native
+	@install $$(cargo test --no-run -p podhull-agent --test native 2>&1 | sed -n 's/.*(\(.*\))$$/\1/p') \
+		$(staged)$(installed_tests)/agent-native
+	@install -t $(staged)$(installed_tests) $(programs)/podhull-agent
+
 run: stage
 	@echo "Hardware KVM: $$(tests/host/has-kvm)" >&2
 	@$(host) $(installed_tests)/demo
 
-test: stage
+test: stage-native
+	guest-kernel/test
 	@echo 'Unit tests: about 4 minutes the first time' >&2
 	cargo test --workspace
 	@echo "Hardware KVM: $$(tests/host/has-kvm)" >&2
-	@echo 'End-to-end tests: about 10 minutes in the software host' >&2
-	TIMEOUT=3600 $(host) 'PODHULL_TEST_REPEAT=$(repeat_test) $(installed_tests)/podhull-e2e'
+	@echo 'End-to-end tests: about 10 minutes in software hosts' >&2
+	TIMEOUT=2400 tests/host/end-to-end $(repeat_test)
 
-soak: stage
-	TIMEOUT=14400 $(host) 'PODHULL_TEST_REPEAT=$(repeat_soak) $(installed_tests)/podhull-e2e'
+soak: stage-native
+	TIMEOUT=14400 tests/host/end-to-end $(repeat_soak)
 
 bench: stage
 	TIMEOUT=3600 $(host) --out target/bench 'cd /out && $(installed_tests)/podhull-bench'

@@ -124,6 +124,7 @@ fn run(filters: &[String]) -> Outcome<bool> {
             "PODHULL_RUNTIME: the program under test (podhull). With another, tests of virtual machines are left out."
         );
         println!("PODHULL_TEST_REPEAT: how often what must never fail is tried (10).");
+        println!("PODHULL_TEST_PART: K/N, only every Nth test from the Kth on, to share them among hosts.");
         return Ok(true);
     }
     ensure!(rustix::process::geteuid().is_root(), "the tests need root");
@@ -141,7 +142,8 @@ fn run(filters: &[String]) -> Outcome<bool> {
         let wanted = filters.is_empty() || filters.iter().any(|filter| case.name.contains(filter.as_str()));
         wanted && (scene.runtime.is_virtual() || case.subject == Subject::Oci)
     });
-    let chosen: Vec<&Case> = chosen.collect();
+    let (part, parts) = part()?;
+    let chosen: Vec<&Case> = chosen.skip(part - 1).step_by(parts).collect();
     let started = Instant::now();
     let (mut passed, mut failed) = (0, Vec::new());
     for case in chosen {
@@ -164,6 +166,13 @@ fn run(filters: &[String]) -> Outcome<bool> {
     }
     println!("{passed} passed, {} failed ({:.0} s)", failed.len(), started.elapsed().as_secs_f64());
     Ok(passed > 0 && failed.is_empty())
+}
+
+/// `$PODHULL_TEST_PART`: which part of how many.
+fn part() -> Outcome<(usize, usize)> {
+    let Ok(text) = std::env::var("PODHULL_TEST_PART") else { return Ok((1, 1)) };
+    let numbers = text.split_once('/').and_then(|(part, parts)| Some((part.parse().ok()?, parts.parse().ok()?)));
+    Ok(numbers.filter(|(part, parts)| (1..=*parts).contains(part)).ok_or("PODHULL_TEST_PART is not K/N")?)
 }
 
 /// Runs one case between two looks at the host.
