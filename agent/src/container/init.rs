@@ -150,6 +150,9 @@ fn process_kind(error: &ProcessError) -> ErrorKind {
 
 /// Entry of `podhull-agent init`. Returns only if the program could not be executed.
 pub fn main() -> i32 {
+    // A terminal that goes with a failure must not kill who has to report it.
+    // SAFETY: ignores a signal; no handler is involved.
+    unsafe { libc::signal(libc::SIGHUP, libc::SIG_IGN) };
     // SAFETY: the agent starts us with this descriptor open, and nothing else uses it.
     let socket = unsafe { OwnedFd::from_raw_fd(SOCKET) };
     match run(&socket) {
@@ -220,9 +223,11 @@ fn run(socket: &OwnedFd) -> Result<std::convert::Infallible, InitError> {
             filter.load()?;
         }
     }
-    // Ignored signals stay ignored in the program.
-    // SAFETY: restores a default; no handler is involved.
-    unsafe { libc::signal(libc::SIGPIPE, libc::SIG_DFL) };
+    // Ignored signals would stay ignored in the program.
+    for signal in [libc::SIGPIPE, libc::SIGHUP] {
+        // SAFETY: restores a default; no handler is involved.
+        unsafe { libc::signal(signal, libc::SIG_DFL) };
+    }
     Err(program.exec().into())
 }
 

@@ -12,7 +12,7 @@ use rustix::mount::{
 
 use super::copy_up::{self, CopyUpError};
 use super::mount_options::{Attributes, MountOptions, OptionError, attribute};
-use super::rootfs::{self, Rootfs, RootfsError, set_attributes};
+use super::rootfs::{Rootfs, RootfsError, set_attributes};
 use crate::spec::Mount;
 
 /// A mount that cannot be made.
@@ -102,9 +102,10 @@ pub fn mount(root: &Rootfs, mount: &Mount) -> Result<(), MountError> {
         (None, "cgroup" | "cgroup2") => one.cgroup()?,
         (None, kind) => one.filesystem(kind, &mount.source)?,
     };
-    rootfs::attach(&tree, &target).map_err(|source| one.failed(source))?;
+    root.attach(tree, &target).map_err(|source| one.failed(source))?;
     for (kind, recursive) in &options.propagation {
-        set_attributes(&tree, Attributes::default(), Some(*kind), *recursive)
+        root.open_raw(destination, OFlags::PATH)
+            .and_then(|tree| set_attributes(tree, Attributes::default(), Some(*kind), *recursive))
             .map_err(|source| MountError::Propagation { destination: destination.clone(), source })?;
     }
     Ok(())
@@ -214,19 +215,23 @@ impl One<'_> {
 
     fn filesystem(&self, kind: &str, source: &str) -> Result<(OwnedFd, OwnedFd), MountError> {
         let mut extra = Vec::new();
-        if matches!(kind, "proc" | "sysfs") {
+        let existing = if matches!(kind, "proc" | "sysfs") {
             // A link in their place would have the truth about the guest appear where nobody guards it.
-            self.check_ordinary_directory()?;
-        }
-        let existed = self.root.open_raw(self.destination, OFlags::PATH).ok();
-        let target = self.root.directory(self.destination).map_err(|source| self.rootfs(source))?;
-        self.check_target(&target, kind == "proc")?;
-        if kind == "tmpfs" && !self.options.data.iter().any(|(key, _)| key == "mode") {
-            if let Some(covered) = &existed {
+            self.ordinary_directory()?
+        } else {
+            self.root.open_raw(self.destination, OFlags::PATH).ok()
+        };
+        if let Some(covered) = &existing {
+            if kind == "tmpfs" && !self.options.data.iter().any(|(key, _)| key == "mode") {
                 let mode = rustix::fs::fstat(covered).map_err(|source| self.failed(source))?.st_mode & 0o7777;
                 extra.push(("mode".to_owned(), format!("{mode:o}")));
             }
         }
+        let target = match existing {
+            Some(existing) => existing,
+            None => self.root.directory(self.destination).map_err(|source| self.rootfs(source))?,
+        };
+        self.check_target(&target, kind == "proc")?;
         let tree = self.instance(kind, source, &extra)?;
         if self.options.copy_up {
             if kind != "tmpfs" {
@@ -245,23 +250,19 @@ impl One<'_> {
         Ok((tree, target))
     }
 
-    fn check_ordinary_directory(&self) -> Result<(), MountError> {
+    /// The destination, if it is there, and is itself and not a link.
+    fn ordinary_directory(&self) -> Result<Option<OwnedFd>, MountError> {
+        let not_directory =
+            || MountError::NotDirectory { destination: self.destination.into(), kind: self.kind.into() };
         let normal: PathBuf =
             self.destination.components().filter(|component| *component != Component::CurDir).collect();
-        let target = self.root.open_raw(&normal, OFlags::PATH | OFlags::NOFOLLOW);
-        let ordinary = match &target {
-            Ok(fd) => {
-                let stat = rustix::fs::fstat(fd).map_err(|source| self.failed(source))?;
-                let inside = self.root.inside(fd).map_err(|source| self.failed(source))?;
-                FileType::from_raw_mode(stat.st_mode) == FileType::Directory && inside == normal
-            }
-            Err(Errno::NOENT) => true,
-            Err(_) => false,
+        let fd = match self.root.open_raw(&normal, OFlags::PATH | OFlags::NOFOLLOW | OFlags::DIRECTORY) {
+            Ok(fd) => fd,
+            Err(Errno::NOENT) => return Ok(None),
+            Err(_) => return Err(not_directory()),
         };
-        if ordinary {
-            return Ok(());
-        }
-        Err(MountError::NotDirectory { destination: self.destination.into(), kind: self.kind.into() })
+        let inside = self.root.inside(&fd).map_err(|source| self.failed(source))?;
+        if inside == normal { Ok(Some(fd)) } else { Err(not_directory()) }
     }
 
     /// A new, detached instance of a file system.

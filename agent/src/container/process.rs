@@ -2,10 +2,11 @@
 
 use std::ffi::{CString, NulError, OsStr};
 use std::io;
+use std::os::fd::AsRawFd;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{Access, AtFlags, CWD, FileType, Mode};
+use rustix::fs::{CWD, FileType, Mode, OFlags};
 use rustix::io::Errno;
 
 use super::rootfs::last_errno;
@@ -211,12 +212,19 @@ enum Lookup {
 }
 
 fn executable(path: &Path) -> Result<(), Lookup> {
-    let stat = rustix::fs::stat(path).map_err(Lookup::Stat)?;
+    // Walked to once: on the share every step is a question to the host.
+    let file = rustix::fs::openat(CWD, path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty()).map_err(Lookup::Stat)?;
+    let stat = rustix::fs::fstat(&file).map_err(Lookup::Stat)?;
     if FileType::from_raw_mode(stat.st_mode) == FileType::Directory {
         return Err(Lookup::Mode(Errno::ISDIR));
     }
     // By the effective user, and so by the capabilities it was given.
-    rustix::fs::accessat(CWD, path, Access::EXEC_OK, AtFlags::EACCESS).map_err(Lookup::Mode)?;
+    let flags = libc::AT_EACCESS | libc::AT_EMPTY_PATH;
+    // SAFETY: the path is empty, and the descriptor is open.
+    let access = unsafe { libc::syscall(libc::SYS_faccessat2, file.as_raw_fd(), c"".as_ptr(), libc::X_OK, flags) };
+    if access < 0 {
+        return Err(Lookup::Mode(last_errno()));
+    }
     if stat.st_mode & 0o111 == 0 { Err(Lookup::Mode(Errno::ACCESS)) } else { Ok(()) }
 }
 

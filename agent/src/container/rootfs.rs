@@ -4,6 +4,7 @@
 //! (`openat2` with `RESOLVE_IN_ROOT`), so that no symbolic link leads out, and what was resolved is used by its descriptor,
 //! so that it cannot be swapped in between.
 
+use std::cell::RefCell;
 use std::ffi::OsStr;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
@@ -48,6 +49,9 @@ pub enum RootfsError {
 /// An open root filesystem.
 pub struct Rootfs {
     fd: OwnedFd,
+    /// Mounts made inside, where each is, in the order they were made. A path below one is walked from there: what leads to it
+    /// is on the host, and each step of a path there is a question to the host and its answer.
+    mounts: RefCell<Vec<(PathBuf, OwnedFd)>>,
     /// As the kernel names it, without symbolic links.
     path: PathBuf,
 }
@@ -75,7 +79,7 @@ impl Rootfs {
         set_attributes(&fd, Attributes::default(), Some(PropagationKind::Private), false)
             .map_err(RootfsError::Propagation)?;
         let path = path_of(&fd).map_err(open)?;
-        Ok(Self { fd, path })
+        Ok(Self { fd, mounts: RefCell::default(), path })
     }
 
     /// Opens the root filesystem of a container that shares the guest's mounts.
@@ -84,7 +88,7 @@ impl Rootfs {
         let open = |source| RootfsError::Open { path: path.into(), source };
         let fd = rustix::fs::openat(CWD, path, flags, Mode::empty()).map_err(open)?;
         let path = path_of(&fd).map_err(open)?;
-        Ok(Self { fd, path })
+        Ok(Self { fd, mounts: RefCell::default(), path })
     }
 
     /// A path inside, as seen from there; nothing is created.
@@ -93,9 +97,33 @@ impl Rootfs {
     }
 
     pub fn open_raw(&self, path: &Path, flags: OFlags) -> Result<OwnedFd, Errno> {
-        let path = path.strip_prefix("/").unwrap_or(path);
-        let path = if path.as_os_str().is_empty() { Path::new(".") } else { path };
-        rustix::fs::openat2(&self.fd, path, flags | OFlags::CLOEXEC, Mode::empty(), ResolveFlags::IN_ROOT)
+        let flags = flags | OFlags::CLOEXEC;
+        let open = |from: &OwnedFd, path: &Path, resolve| {
+            let path = if path.as_os_str().is_empty() { Path::new(".") } else { path };
+            rustix::fs::openat2(from, path, flags, Mode::empty(), resolve)
+        };
+        let clean = path.components().all(|part| !matches!(part, Component::ParentDir));
+        let mounts = self.mounts.borrow();
+        let near = mounts.iter().rev().filter(|_| clean).find_map(|(at, fd)| Some((fd, path.strip_prefix(at).ok()?)));
+        if let Some((mount, below)) = near {
+            match open(mount, below, ResolveFlags::BENEATH | ResolveFlags::NO_MAGICLINKS) {
+                // A link leads out of the mount to elsewhere in the root, or the mount is a file.
+                Err(Errno::XDEV | Errno::LOOP | Errno::NOTDIR) => {}
+                other => return other,
+            }
+        }
+        open(&self.fd, path.strip_prefix("/").unwrap_or(path), ResolveFlags::IN_ROOT)
+    }
+
+    /// Mounts a detached mount on a target inside.
+    pub fn attach(&self, mount: OwnedFd, target: &OwnedFd) -> Result<(), Errno> {
+        let at = self.inside(target)?;
+        attach(&mount, target)?;
+        let mut mounts = self.mounts.borrow_mut();
+        // What it covers cannot be reached any more.
+        mounts.retain(|(there, _)| !there.starts_with(&at));
+        mounts.push((at, mount));
+        Ok(())
     }
 
     /// A directory inside, made with its parents if it is not there.

@@ -240,3 +240,25 @@ async fn mounts_of_the_container_are_not_seen_outside() {
     let rootfs = agent.rootfs();
     assert_eq!(std::fs::metadata(agent.root_path(&rootfs)).unwrap().uid(), 0);
 }
+
+#[tokio::test(flavor = "current_thread")]
+async fn mounts_below_mounts_are_where_their_paths_lead() {
+    let agent = Agent::start().await;
+    let rootfs = agent.rootfs();
+    let root = agent.root_path(&rootfs);
+    std::fs::create_dir(root.join("m")).unwrap();
+    symlink("/tmp", root.join("m/absolute")).unwrap();
+    symlink("../tmp", root.join("m/relative")).unwrap();
+    let mut spec =
+        privileged("grep -E '^(absolute|relative|covered|last|up) ' /proc/self/mounts | cut -d' ' -f1-2; ls /m");
+    mount(&mut spec, "/m", "tmpfs", "copied", &["tmpcopyup"]);
+    mount(&mut spec, "/m/absolute/a", "tmpfs", "absolute", &[]);
+    mount(&mut spec, "/m/relative/b", "tmpfs", "relative", &[]);
+    mount(&mut spec, "/m/../tmp/c", "tmpfs", "up", &[]);
+    mount(&mut spec, "/m/n", "tmpfs", "covered", &[]);
+    mount(&mut spec, "/m", "tmpfs", "new", &[]);
+    mount(&mut spec, "/m/n/k", "tmpfs", "last", &[]);
+    // /proc/self/mounts shows what is covered as well.
+    let expected = "absolute /tmp/a\nrelative /tmp/b\nup /tmp/c\ncovered /m/n\nlast /m/n/k\nn\n";
+    assert_eq!(agent.run_in(&rootfs, &spec, b"").await.ok(), expected);
+}

@@ -137,3 +137,15 @@ async fn call_and_specification_must_agree_on_the_terminal() {
     let (_, message) = agent.refusal(&on_terminal("true")).await;
     assert!(message.contains("process.terminal is true, but the call says false"), "{message}");
 }
+
+#[tokio::test(flavor = "current_thread")]
+async fn a_program_that_is_missing_is_told_with_a_terminal_too() {
+    let agent = Agent::start().await;
+    let spec = with(on_terminal(""), [("/process/args", json!(["missing"]))]);
+    for _ in 0..20 {
+        let token = new_token();
+        let stdio = Stdio { terminal: true, stdout: token, ..Stdio::default() };
+        let error = agent.create("a", &agent.rootfs(), &spec, stdio).await.unwrap_err().to_string();
+        assert!(error.contains("executable file not found in $PATH"), "{error}");
+    }
+}
