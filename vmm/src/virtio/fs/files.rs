@@ -27,6 +27,10 @@ const RESERVED_FILES: u64 = 512;
 /// Most files without a name, and handles of them.
 const MAX_UNNAMED: u64 = 16384;
 
+/// How long attributes count: as short as the guest can, one tick of its clock. So the answer to a look-up serves the call
+/// that asked, which otherwise asks again for the attributes of each directory it goes through: a third of all requests.
+const ATTRIBUTES: Duration = Duration::from_millis(1);
+
 /// `trusted.` attributes need `CAP_SYS_ADMIN` on the host, which no thread here has, and overlayfs in the guest needs them:
 /// they are kept as `user.` attributes, which the guest in turn cannot reach by that name.
 const XATTR_MAP: &str = ":map:trusted.:user.virtiofs.:";
@@ -54,10 +58,10 @@ impl Files {
             root_dir: root,
             proc_sfd_rawfd: Some(proc_self_fd),
             guest_fd_limit: available - unnamed_limit,
-            // Nothing about names and attributes is kept in the guest: the host may change them at any time. File
-            // contents are, which shared mappings need; they are dropped when the attributes differ.
+            // No name is kept in the guest: the host may put another file behind it at any time. File contents are, which
+            // shared mappings need; they are dropped when the attributes differ.
             entry_timeout: Duration::ZERO,
-            attr_timeout: Duration::ZERO,
+            attr_timeout: ATTRIBUTES,
             cache_policy: CachePolicy::Auto,
             writeback: false,
             // Entries that may not be kept are not worth the lookup.
