@@ -13,7 +13,8 @@ use crate::pod::{self, RunError};
 #[command(after_help = "Examples:
   podhull run -b /srv/hello hello            run the bundle in /srv/hello
   echo hi | podhull run cat                  run the bundle in the current directory
-  podhull run --pid-file /run/x.pid x        write the pid of this process to a file")]
+  podhull run --pid-file /run/x.pid x        write the pid of this process to a file
+  podhull run --guest-console boot.log x     see what the guest kernel prints, slowly")]
 pub struct Arguments {
     /// Directory with config.json and the root filesystem
     #[arg(short, long, value_name = "DIR", default_value = ".")]
@@ -27,6 +28,10 @@ pub struct Arguments {
     #[arg(long, value_name = "SOCKET")]
     console_socket: Option<PathBuf>,
 
+    /// File to append what the guest kernel prints to; slows the start down
+    #[arg(long, value_name = "FILE")]
+    guest_console: Option<PathBuf>,
+
     /// Name of the container: letters, digits, `_`, `+`, `-` and `.`
     id: String,
 }
@@ -39,6 +44,7 @@ impl Arguments {
             bundle: &self.bundle,
             pid_file: self.pid_file.as_deref(),
             console_socket: self.console_socket.as_deref(),
+            guest_console: self.guest_console.as_deref(),
             root: &context.root,
             log: &context.log,
         })

@@ -39,6 +39,8 @@ pub struct Run<'a> {
     pub pid_file: Option<&'a Path>,
     /// Where to send the terminal.
     pub console_socket: Option<&'a Path>,
+    /// Where to write what the guest kernel prints.
+    pub guest_console: Option<&'a Path>,
     /// Root of all state.
     pub root: &'a Path,
     /// Where to say what happens.
@@ -84,6 +86,9 @@ pub enum RunError {
     /// The pid file cannot be written.
     #[error("cannot write the pid file {0}: {1}")]
     PidFile(PathBuf, #[source] io::Error),
+    /// The file for the guest's console cannot be opened.
+    #[error("cannot open {0} for the guest's console: {1}")]
+    GuestConsole(PathBuf, #[source] io::Error),
     /// No event loop.
     #[error("cannot set up event handling: {0}")]
     Signals(#[source] io::Error),
@@ -129,6 +134,10 @@ pub fn run(run: Run<'_>) -> Result<u8, RunError> {
         (Resource::Remove { name: run.id.to_owned() }, open(directory.root())?),
         (Resource::Remove { name: run.id.to_owned() }, open(&directory.pods())?),
     ]);
+    if let Some(path) = run.guest_console {
+        let file = File::options().append(true).create(true).open(path);
+        machine.push((Resource::Console, file.map_err(|e| RunError::GuestConsole(path.to_owned(), e))?.into()));
+    }
     machine.extend(mounts::prepare(run.id, &mut bundle)?);
     let (config, fds) = machine_config(size, machine);
     let request = pod_request(run.id, &bundle, &stdio, size)?;

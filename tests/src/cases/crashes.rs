@@ -19,6 +19,7 @@ pub const CASES: &[Case] = &[
     podhull("crashes::a_killed_machine", a_killed_machine),
     podhull("crashes::a_killed_run", a_killed_run),
     podhull("crashes::a_guest_kernel_panic", a_guest_kernel_panic),
+    podhull("crashes::the_guest_console_has_the_panic", the_guest_console_has_the_panic),
     podhull("crashes::a_run_killed_while_it_starts", a_run_killed_while_it_starts),
 ];
 
@@ -127,6 +128,20 @@ fn a_guest_kernel_panic(scene: &Scene) -> Outcome {
         before.check()?;
     }
     check_times(times)
+}
+
+fn the_guest_console_has_the_panic(scene: &Scene) -> Outcome {
+    let console = scene.directory.join("console");
+    let bundle = scene.debian()?.privileged().sh("echo c >/proc/sysrq-trigger; sleep 1000");
+    bundle.write()?;
+    let mut words = scene.runtime.run_words(&bundle.directory, &scene.id());
+    words.splice(2..2, ["--guest-console".into(), console.clone().into()]);
+    check_report(&Running::start(&words, &[])?.wait()?, &["panic"])?;
+    let text = std::fs::read_to_string(&console)?;
+    for line in ["Linux version", "sysrq: Trigger a crash", "Kernel panic"] {
+        ensure!(text.contains(line), "no {line:?} among the {} lines of the console", text.lines().count());
+    }
+    Ok(())
 }
 
 /// Killed at moments spread over the whole of a start.

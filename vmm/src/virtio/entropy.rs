@@ -43,23 +43,14 @@ impl Worker for Requests {
     }
 
     fn handle(&mut self, _token: u64, _events: EventSet, _poll: &Poll) -> Result<(), Broken> {
-        self.queue.clear_kick();
-        loop {
-            self.queue.disable_notification()?;
-            while let Some(chain) = self.queue.pop()? {
-                let mut buffers = chain.writable(self.queue.memory());
-                let mut random = [0; MAX_REQUEST];
-                let random = &mut random[..buffers.len().min(MAX_REQUEST)];
-                rustix::rand::getrandom(&mut *random, rustix::rand::GetRandomFlags::empty())
-                    .map_err(|e| Broken::Host("getrandom", e.into()))?;
-                let written = buffers.write(random);
-                self.queue.complete(&chain, written as u32)?;
-            }
-            self.queue.notify()?;
-            if !self.queue.enable_notification()? {
-                return Ok(());
-            }
-        }
+        self.queue.serve(|memory, chain| {
+            let mut buffers = chain.writable(memory);
+            let mut random = [0; MAX_REQUEST];
+            let random = &mut random[..buffers.len().min(MAX_REQUEST)];
+            rustix::rand::getrandom(&mut *random, rustix::rand::GetRandomFlags::empty())
+                .map_err(|e| Broken::Host("getrandom", e.into()))?;
+            Ok(buffers.write(random) as u32)
+        })
     }
 
     fn queues(&self) -> Vec<Option<&ActiveQueue>> {

@@ -7,7 +7,6 @@
 pub mod balloon;
 pub mod block;
 pub mod buffers;
-pub mod console;
 pub mod entropy;
 pub mod fs;
 pub mod mem;
