@@ -25,9 +25,6 @@ const MEMORY_DEADLINE: Duration = Duration::from_secs(30);
 /// memory, and the last part of a device's block.
 const MEMORY_SLACK: u64 = 4 << 20;
 
-/// What the kernel and the agent keep for themselves while containers are held back for lack of memory.
-const MEMORY_RESERVE: u64 = 48 << 20;
-
 /// How far ahead files of the share are read, in KiB; the kernel's own 128 are for disks.
 const READ_AHEAD_KIB: &str = "512";
 
@@ -191,14 +188,6 @@ pub struct MemoryState {
     pub usable: u64,
 }
 
-impl MemoryState {
-    /// Where containers are to be held back while the pod waits for the rest of its `bytes`; nothing if all is there.
-    pub fn guard(self, bytes: u64) -> Option<u64> {
-        (self.usable + self.reserved + MEMORY_SLACK < bytes)
-            .then(|| self.usable.saturating_sub(MEMORY_RESERVE).max(self.usable / 2))
-    }
-}
-
 fn write(path: impl Into<PathBuf>, value: &str) -> Result<(), MachineError> {
     let path = path.into();
     std::fs::write(&path, value).map_err(|source| MachineError::Write { path, source })
@@ -265,13 +254,6 @@ mod tests {
         let iomem = "00000000-00000fff : Reserved\n00001000-0009fbff : System RAM\n00100000-0fffffff : System RAM\n  \
                      01000000-01ffffff : Kernel code\n100000000-107ffffff : virtio0\n  100000000-107ffffff : System RAM (virtio_mem)\n";
         assert_eq!(installed_bytes(iomem), 0x9fc00 - 0x1000 + 0x1000_0000 - 0x10_0000);
-    }
-
-    #[test]
-    fn containers_are_held_back_only_while_memory_is_missing() {
-        let state = MemoryState { reserved: 30 << 20, usable: 226 << 20 };
-        assert_eq!(state.guard(256 << 20), None);
-        assert_eq!(state.guard(2 << 30), Some(178 << 20));
     }
 
     #[test]

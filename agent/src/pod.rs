@@ -143,9 +143,6 @@ impl Pod {
                 if !request.share_tag.is_empty() {
                     machine.mount_share(&request.share_tag)?;
                 }
-                if let Some(bytes) = memory.guard(request.memory_bytes) {
-                    self.cgroups.set_memory_high(Some(bytes))?;
-                }
                 Some(memory)
             }
             None => None,
@@ -229,9 +226,6 @@ impl Pod {
         });
         let cpus_online = grown.await.map_err(PodError::CpuTask)??;
         let memory_bytes = machine.wait_for_memory(boot, request.memory_bytes).await?;
-        if boot.guard(memory_bytes).is_some() {
-            self.cgroups.set_memory_high(None)?;
-        }
         Ok(GrowResponse { cpus_online, memory_bytes, ..GrowResponse::default() })
     }
 

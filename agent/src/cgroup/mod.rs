@@ -76,11 +76,6 @@ impl Hierarchy {
         Ok(Self { top })
     }
 
-    /// Holds all containers together back at `bytes`, or no more.
-    pub fn set_memory_high(&self, bytes: Option<u64>) -> Result<(), CgroupError> {
-        write(&self.top.join("memory.high"), &bytes.map_or("max".into(), |bytes| bytes.to_string()))
-    }
-
     /// Makes a container's group, with its device rules. A group that exists already is taken if it is empty.
     pub fn create(&self, cgroups_path: &str, id: &str, limits: &Resources) -> Result<Cgroup, CgroupError> {
         let mut cgroup = Cgroup { path: self.top.clone(), made: Vec::new() };

@@ -97,12 +97,14 @@ impl<'a> Session<'a> {
             Ok::<_, RunError>(flow)
         };
         let pod = async { Ok(self.agent.create_pod(&request).await?) };
-        let (mut flow, release, ()) = tokio::try_join!(streams, pod, self.add_cpus())?;
+        let (mut flow, release, ()) = tokio::try_join!(streams, pod, self.add_cpus_and_memory())?;
         self.log.debug(|| format!("{}: container created on Linux {release}", self.id));
         created()?;
-        if self.size.cpus > 1 {
-            // Programs count the CPUs once, when they start, and size their thread pools by it.
-            self.agent.grow(Growth { cpus: self.size.cpus, memory_bytes: 0, rescan: false }).await?;
+        if self.size.cpus > 1 || self.grows() {
+            // Programs look once, when they start, at how many CPUs and how much memory there are, and size thread pools
+            // and heaps by it.
+            let memory_bytes = if self.grows() { self.size.memory } else { 0 };
+            self.agent.grow(Growth { cpus: self.size.cpus, memory_bytes, rescan: false }).await?;
         }
 
         self.phase.set(Phase::Running);
@@ -118,8 +120,8 @@ impl<'a> Session<'a> {
             tokio::select! {
                 biased;
                 exit = &mut exit => exit?,
-                grown = self.grow() => {
-                    grown?;
+                added = self.add_helpers() => {
+                    added?;
                     exit.await?
                 }
             }
@@ -137,22 +139,26 @@ impl<'a> Session<'a> {
         Ok(Outcome::Exited(exit))
     }
 
-    async fn add_cpus(&self) -> Result<(), RunError> {
+    /// Whether the machine is to have more memory than it boots with.
+    fn grows(&self) -> bool {
+        self.size.memory > self.size.memory_base
+    }
+
+    /// Brings the machine from what boots soonest to what the container was promised, while that is made.
+    async fn add_cpus_and_memory(&self) -> Result<(), RunError> {
         if self.size.cpus > 1 {
             self.channel.set_cpus(self.size.cpus).await?;
+        }
+        if self.grows() {
+            self.channel.set_memory(self.size.memory).await?;
         }
         Ok(())
     }
 
-    /// Brings the machine from what boots soonest to what the container was promised.
-    async fn grow(&self) -> Result<(), RunError> {
+    /// Adds what no program waits for.
+    async fn add_helpers(&self) -> Result<(), RunError> {
         self.channel.add(vec![Device::Entropy, Device::Balloon]).await?;
-        if self.size.memory > self.size.memory_base {
-            self.channel.set_memory(self.size.memory).await?;
-        }
-        // Until all of its memory is there the container is held back at what there is.
-        let memory_bytes = if self.size.memory > self.size.memory_base { self.size.memory } else { 0 };
-        self.agent.grow(Growth { cpus: self.size.cpus, memory_bytes, rescan: true }).await?;
+        self.agent.grow(Growth { cpus: self.size.cpus, memory_bytes: 0, rescan: true }).await?;
         self.log.debug(|| format!("{}: {} CPUs, {} bytes of memory", self.id, self.size.cpus, self.size.memory));
         Ok(())
     }

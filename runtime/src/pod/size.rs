@@ -9,7 +9,7 @@ const MIB: u64 = 1 << 20;
 /// Memory of a pod without a limit, if the host has as much.
 const DEFAULT_MEMORY: u64 = 2048 * MIB;
 
-/// Memory a machine boots with. What is missing to its size is plugged after its container has started: a smaller
+/// Memory a machine boots with. What is missing to its size is plugged while its container is made: a smaller
 /// machine boots sooner.
 const BASE_MEMORY: u64 = 256 * MIB;
 

@@ -140,7 +140,7 @@ pub fn run(run: Run<'_>) -> Result<u8, RunError> {
     }
     machine.extend(mounts::prepare(run.id, &mut bundle)?);
     let (config, fds) = machine_config(size, machine);
-    let request = pod_request(run.id, &bundle, &stdio, size)?;
+    let request = pod_request(run.id, &bundle, &stdio)?;
     drop(bundle);
 
     run.log.debug(|| format!("{}: starting its machine", run.id));
@@ -245,7 +245,7 @@ fn machine_config(size: Size, machine: Vec<(Resource, OwnedFd)>) -> (MachineConf
     (config, fds)
 }
 
-fn pod_request(id: &str, bundle: &Bundle, stdio: &Stdio, size: Size) -> Result<CreatePodRequest, RunError> {
+fn pod_request(id: &str, bundle: &Bundle, stdio: &Stdio) -> Result<CreatePodRequest, RunError> {
     let mut entropy = vec![0; ENTROPY];
     // Up to 256 bytes are never cut short (random(4)).
     rustix::rand::getrandom(&mut entropy, GetRandomFlags::empty()).map_err(RunError::Random)?;
@@ -255,7 +255,6 @@ fn pod_request(id: &str, bundle: &Bundle, stdio: &Stdio, size: Size) -> Result<C
         entropy,
         hostname: rustix::system::uname().nodename().to_string_lossy().into_owned(),
         share_tag: SHARE_TAG.to_owned(),
-        memory_bytes: size.memory,
         container: Some(container).into(),
         ..Default::default()
     })

@@ -10,6 +10,7 @@ use crate::{Outcome, ensure, ensure_eq};
 
 pub const CASES: &[Case] = &[
     oci("resources::limits_are_in_the_cgroup", limits_are_in_the_cgroup),
+    podhull("resources::a_program_finds_its_machine_whole", a_program_finds_its_machine_whole),
     oci("resources::cgroup_path_nests", cgroup_path_nests),
     oci("resources::too_much_memory_is_killed", too_much_memory_is_killed),
     podhull("resources::the_run_says_out_of_memory", the_run_says_out_of_memory),
@@ -28,6 +29,23 @@ look() { read name used </sys/fs/cgroup/cpu.stat; read up rest </proc/uptime; ec
 look; sleep 10; look
 kill $WORKERS
 ";
+
+/// What sizes a heap or a thread pool looks once, at its start.
+fn a_program_finds_its_machine_whole(scene: &Scene) -> Outcome {
+    let processors = std::thread::available_parallelism()?;
+    for (limit, least) in [(None, 1900), (Some(1024), 1024), (Some(64), 64)] {
+        let mut bundle = scene.debian()?.sh("read name kib rest </proc/meminfo; echo $((kib / 1024)) $(nproc)");
+        if let Some(limit) = limit {
+            bundle = bundle.set("/linux/resources/memory", json!({ "limit": limit << 20 }));
+        }
+        let found = scene.run(&bundle)?.output()?;
+        let (memory, cpus) = found.trim().split_once(' ').ok_or("one word only")?;
+        let memory: u64 = memory.parse()?;
+        ensure!(memory >= least, "{memory} MiB of memory with a limit of {limit:?} MiB");
+        ensure_eq!(cpus, processors.to_string(), "processors");
+    }
+    Ok(())
+}
 
 fn limits_are_in_the_cgroup(scene: &Scene) -> Outcome {
     let bundle = scene
