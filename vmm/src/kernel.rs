@@ -114,15 +114,15 @@ fn read(file: &File, segment: &Segment, memory: &GuestMemory) -> Result<(), Kern
     for slice in memory.get_slices(GuestAddress(address), file_size as usize) {
         let mut rest = slice?;
         while !rest.is_empty() {
-            let guard = rest.ptr_guard_mut();
-            // SAFETY: the slice is mapped guest memory that no vCPU runs on yet; the kernel writes at most its length.
-            let count =
-                unsafe { libc::pread(file.as_raw_fd(), guard.as_ptr().cast(), guard.len(), offset as libc::off_t) };
+            let count = {
+                let guard = rest.ptr_guard_mut();
+                // SAFETY: the slice is mapped guest memory that no vCPU runs on yet; the kernel writes at most its length.
+                unsafe { libc::pread(file.as_raw_fd(), guard.as_ptr().cast(), guard.len(), offset as libc::off_t) }
+            };
             match usize::try_from(count) {
                 Ok(0) => return Err(KernelError::Malformed("it was cut short while it was read")),
                 Ok(count) => {
                     offset += count as u64;
-                    drop(guard);
                     rest = rest.offset(count).map_err(vm_memory::GuestMemoryError::from)?;
                 }
                 Err(_) => match io::Error::last_os_error() {

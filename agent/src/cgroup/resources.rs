@@ -150,10 +150,10 @@ fn memory(
         return not_in_v2("memory.useHierarchy");
     }
     let limit = memory.limit.filter(|limit| *limit != 0);
-    if let (Some(true), Some(limit)) = (memory.check_before_update, limit) {
-        if let Some(current) = current().filter(|current| u64::try_from(limit).is_ok_and(|limit| limit < *current)) {
-            return Err(ResourcesError::BelowUse { limit, current });
-        }
+    if let (Some(true), Some(limit)) = (memory.check_before_update, limit)
+        && let Some(current) = current().filter(|current| u64::try_from(limit).is_ok_and(|limit| limit < *current))
+    {
+        return Err(ResourcesError::BelowUse { limit, current });
     }
     if let Some(swap) = swap_of(memory.swap.unwrap_or_default(), limit)? {
         settings.push(Setting {

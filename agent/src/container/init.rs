@@ -218,10 +218,10 @@ fn run(socket: &OwnedFd) -> Result<std::convert::Infallible, InitError> {
     report_created(socket, master)?;
     wait_for_start(socket)?;
     hooks::run(&spec, &config.id)?;
-    if spec.process.no_new_privileges {
-        if let Some(filter) = &filter {
-            filter.load()?;
-        }
+    if spec.process.no_new_privileges
+        && let Some(filter) = &filter
+    {
+        filter.load()?;
     }
     // Ignored signals would stay ignored in the program.
     for signal in [libc::SIGPIPE, libc::SIGHUP] {

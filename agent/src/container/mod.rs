@@ -304,10 +304,10 @@ impl Container {
     pub async fn delete(&self) -> Result<(), ContainerError> {
         self.cgroup.remove().await?;
         let reporter = self.reporter.lock().unwrap_or_else(PoisonError::into_inner).take();
-        if let Some(mut reporter) = reporter {
-            if tokio::time::timeout(EXIT_DEADLINE, &mut reporter).await.is_err() {
-                reporter.abort();
-            }
+        if let Some(mut reporter) = reporter
+            && tokio::time::timeout(EXIT_DEADLINE, &mut reporter).await.is_err()
+        {
+            reporter.abort();
         }
         Ok(())
     }

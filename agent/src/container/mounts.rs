@@ -221,11 +221,12 @@ impl One<'_> {
         } else {
             self.root.open_raw(self.destination, OFlags::PATH).ok()
         };
-        if let Some(covered) = &existing {
-            if kind == "tmpfs" && !self.options.data.iter().any(|(key, _)| key == "mode") {
-                let mode = rustix::fs::fstat(covered).map_err(|source| self.failed(source))?.st_mode & 0o7777;
-                extra.push(("mode".to_owned(), format!("{mode:o}")));
-            }
+        if let Some(covered) = &existing
+            && kind == "tmpfs"
+            && !self.options.data.iter().any(|(key, _)| key == "mode")
+        {
+            let mode = rustix::fs::fstat(covered).map_err(|source| self.failed(source))?.st_mode & 0o7777;
+            extra.push(("mode".to_owned(), format!("{mode:o}")));
         }
         let target = match existing {
             Some(existing) => existing,

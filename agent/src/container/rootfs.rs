@@ -218,11 +218,10 @@ impl Rootfs {
 
     /// Sets the propagation that was asked for, and read-only if it was.
     pub fn finish(&self, propagation: &str, readonly: bool) -> Result<(), RootfsError> {
-        if let Some((kind, recursive)) = PropagationKind::parse(propagation) {
-            if kind != PropagationKind::Private {
-                set_attributes(&self.fd, Attributes::default(), Some(kind), recursive)
-                    .map_err(RootfsError::Propagation)?;
-            }
+        if let Some((kind, recursive)) = PropagationKind::parse(propagation)
+            && kind != PropagationKind::Private
+        {
+            set_attributes(&self.fd, Attributes::default(), Some(kind), recursive).map_err(RootfsError::Propagation)?;
         }
         if readonly {
             let attributes = Attributes { set: attribute::RDONLY, clear: 0 };

@@ -30,6 +30,7 @@ pub fn cgroup2() -> PathBuf {
 }
 
 /// To the real standard error: what is printed by a test that passes is not shown.
+#[expect(clippy::explicit_write, reason = "the harness of tests would swallow it")]
 fn say(what: &str) {
     let test = std::thread::current();
     let name = test.name().unwrap_or_default();
