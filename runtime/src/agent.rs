@@ -2,6 +2,7 @@
 
 use std::io;
 use std::os::unix::net::UnixStream;
+use std::path::Path;
 use std::time::Duration;
 
 use podhull_protocol::{
@@ -88,6 +89,11 @@ impl Agent {
         Ok(Self { client: AgentClient::new(ttrpc::r#async::Client::new(Socket::new(stream))) })
     }
 
+    /// Speaks to the agent behind a pod's socket; needs a runtime.
+    pub fn dial(socket: &Path) -> Result<Self, AgentError> {
+        Self::new(crate::stdio::dial(socket, podhull_protocol::AGENT_PORT).map_err(AgentError::Connect)?)
+    }
+
     /// Makes the pod and its first container; returns the guest's kernel release.
     pub async fn create_pod(&self, request: &CreatePodRequest) -> Result<String, AgentError> {
         let answer =
@@ -109,8 +115,8 @@ impl Agent {
     }
 
     /// Sends a signal to the container's init.
-    pub async fn signal(&self, id: &str, signal: i32) -> Result<(), AgentError> {
-        let request = SignalContainerRequest { id: id.into(), signal, ..Default::default() };
+    pub async fn signal(&self, id: &str, signal: i32, all: bool) -> Result<(), AgentError> {
+        let request = SignalContainerRequest { id: id.into(), signal, all, ..Default::default() };
         self.client
             .signal_container(with_duration(PROMPT), &request)
             .await

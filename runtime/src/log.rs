@@ -24,12 +24,14 @@ pub struct Log {
     file: Option<File>,
     format: Format,
     debug: bool,
+    /// Standard error is the container's.
+    quiet: bool,
 }
 
 impl Log {
     /// A log that is standard error alone.
     pub fn stderr() -> Self {
-        Self { file: None, format: Format::Text, debug: false }
+        Self { file: None, format: Format::Text, debug: false, quiet: false }
     }
 
     /// Opens the file for appending, making it if it is not there.
@@ -37,7 +39,12 @@ impl Log {
         let open = |path: &Path| {
             OpenOptions::new().append(true).create(true).open(path).map_err(|e| LogError(path.to_owned(), e))
         };
-        Ok(Self { file: path.map(open).transpose()?, format, debug })
+        Ok(Self { file: path.map(open).transpose()?, format, debug, quiet: false })
+    }
+
+    /// The same without standard error.
+    pub fn quiet(self) -> Self {
+        Self { quiet: true, ..self }
     }
 
     /// The error a command ends with: into the log, and as one line to standard error.
@@ -45,7 +52,7 @@ impl Log {
         if self.file.is_some() {
             self.line("error", message);
         }
-        write_stderr(&format!("podhull: {}\n", one_line(message)));
+        self.to_stderr(&format!("podhull: {}\n", one_line(message)));
     }
 
     /// Something the user should know though the command goes on.
@@ -53,13 +60,20 @@ impl Log {
         if self.file.is_some() {
             self.line("warning", message);
         }
-        write_stderr(&format!("podhull: {}\n", one_line(message)));
+        self.to_stderr(&format!("podhull: {}\n", one_line(message)));
     }
 
     /// What is being done; the message is made only if somebody asked for it.
     pub fn debug(&self, message: impl FnOnce() -> String) {
         if self.debug {
             self.line("debug", &message());
+        }
+    }
+
+    /// Unlike `eprint!`, does not panic when standard error is closed.
+    fn to_stderr(&self, text: &str) {
+        if !self.quiet {
+            let _ = std::io::stderr().write_all(text.as_bytes());
         }
     }
 
@@ -75,14 +89,9 @@ impl Log {
             Some(mut file) => {
                 let _ = file.write_all(line.as_bytes());
             }
-            None => write_stderr(&line),
+            None => self.to_stderr(&line),
         }
     }
-}
-
-/// Unlike `eprint!`, does not panic when standard error is closed.
-fn write_stderr(text: &str) {
-    let _ = std::io::stderr().write_all(text.as_bytes());
 }
 
 /// Messages may quote what a bundle or the guest said; neither gets to write a second line or an escape sequence.

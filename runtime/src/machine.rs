@@ -89,6 +89,11 @@ impl Process {
         Ok(Self { child, stderr: File::from(stderr), channel: Some(ours) })
     }
 
+    /// Its process id.
+    pub fn pid(&self) -> i32 {
+        self.child.id().cast_signed()
+    }
+
     /// Takes the runtime's end of the channel.
     pub fn channel(&mut self) -> Result<Channel, MachineError> {
         Channel::new(self.channel.take().ok_or(ChannelError::Closed)?)

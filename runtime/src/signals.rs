@@ -57,6 +57,65 @@ pub fn ends_by_default(signal: Signal) -> bool {
     !is_ours(signal) && !matches!(signal, libc::SIGCONT | libc::SIGTSTP | libc::SIGPIPE)
 }
 
+/// The number of a signal given as a number or as a name, with or without `SIG`, as `kill` has them (signal(7)).
+pub fn parse(text: &str) -> Option<Signal> {
+    if let Ok(number) = text.parse::<Signal>() {
+        return (0..=MAX_SIGNAL).contains(&number).then_some(number);
+    }
+    let upper = text.to_ascii_uppercase();
+    let name = upper.strip_prefix("SIG").unwrap_or(&upper);
+    if let Some((_, number)) = NAMES.iter().find(|(known, _)| *known == name) {
+        return Some(*number);
+    }
+    let from = |prefix: &str, first: Signal, sign: Signal| {
+        let rest = name.strip_prefix(prefix)?;
+        let distance = if rest.is_empty() { 0 } else { rest.get(1..)?.parse::<Signal>().ok()? };
+        let number = first + sign * distance;
+        (libc::SIGRTMIN()..=MAX_SIGNAL).contains(&number).then_some(number)
+    };
+    from("RTMIN", libc::SIGRTMIN(), 1).or_else(|| from("RTMAX", MAX_SIGNAL, -1))
+}
+
+/// The last real-time signal.
+const MAX_SIGNAL: Signal = 64;
+
+const NAMES: [(&str, Signal); 34] = [
+    ("ABRT", libc::SIGABRT),
+    ("ALRM", libc::SIGALRM),
+    ("BUS", libc::SIGBUS),
+    ("CHLD", libc::SIGCHLD),
+    ("CLD", libc::SIGCHLD),
+    ("CONT", libc::SIGCONT),
+    ("FPE", libc::SIGFPE),
+    ("HUP", libc::SIGHUP),
+    ("ILL", libc::SIGILL),
+    ("INT", libc::SIGINT),
+    ("IO", libc::SIGIO),
+    ("IOT", libc::SIGABRT),
+    ("KILL", libc::SIGKILL),
+    ("PIPE", libc::SIGPIPE),
+    ("POLL", libc::SIGIO),
+    ("PROF", libc::SIGPROF),
+    ("PWR", libc::SIGPWR),
+    ("QUIT", libc::SIGQUIT),
+    ("SEGV", libc::SIGSEGV),
+    ("STKFLT", libc::SIGSTKFLT),
+    ("STOP", libc::SIGSTOP),
+    ("SYS", libc::SIGSYS),
+    ("TERM", libc::SIGTERM),
+    ("TRAP", libc::SIGTRAP),
+    ("TSTP", libc::SIGTSTP),
+    ("TTIN", libc::SIGTTIN),
+    ("TTOU", libc::SIGTTOU),
+    ("URG", libc::SIGURG),
+    ("USR1", libc::SIGUSR1),
+    ("USR2", libc::SIGUSR2),
+    ("VTALRM", libc::SIGVTALRM),
+    ("WINCH", libc::SIGWINCH),
+    ("XCPU", libc::SIGXCPU),
+    ("XFSZ", libc::SIGXFSZ),
+];
+
 /// The signals that arrive for this process; they must be blocked.
 pub struct Signals {
     fd: AsyncFd<OwnedFd>,
@@ -100,5 +159,31 @@ fn read(fd: &OwnedFd) -> io::Result<Signal> {
             return Err(io::Error::last_os_error());
         }
         Ok(info.assume_init().ssi_signo.cast_signed())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn signals_are_numbers_or_names() {
+        for (text, number) in [
+            ("9", Some(9)),
+            ("KILL", Some(9)),
+            ("SIGKILL", Some(9)),
+            ("sigterm", Some(15)),
+            ("0", Some(0)),
+            ("64", Some(64)),
+            ("RTMIN+1", Some(libc::SIGRTMIN() + 1)),
+            ("SIGRTMAX", Some(64)),
+            ("RTMAX-64", None),
+            ("65", None),
+            ("-1", None),
+            ("", None),
+            ("LEVITATE", None),
+        ] {
+            assert_eq!(parse(text), number, "{text}");
+        }
     }
 }

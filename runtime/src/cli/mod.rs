@@ -1,8 +1,15 @@
 //! The command line: global flags, one file per subcommand, and the one place where errors become exit codes.
 
 mod check;
+mod create;
+mod delete;
+mod kill;
+mod list;
 mod run;
+mod shadow;
 mod spec;
+mod start;
+mod state;
 mod vmm;
 
 use std::ffi::OsString;
@@ -55,13 +62,40 @@ struct Arguments {
     command: Option<Command>,
 }
 
+impl Arguments {
+    /// The global flags as they were given.
+    fn global_words(&self) -> Vec<OsString> {
+        let mut words: Vec<OsString> = vec!["--root".into(), self.root.clone().into()];
+        if let Some(log) = &self.log {
+            words.extend(["--log".into(), log.clone().into()]);
+        }
+        let format = match self.log_format {
+            Format::Text => "text",
+            Format::Json => "json",
+        };
+        words.extend(["--log-format".into(), format.into()]);
+        if self.debug {
+            words.push("--debug".into());
+        }
+        words
+    }
+}
+
 #[derive(Subcommand)]
 enum Command {
+    Create(create::Arguments),
+    Start(start::Arguments),
     Run(run::Arguments),
+    State(state::Arguments),
+    List(list::Arguments),
+    Kill(kill::Arguments),
+    Delete(delete::Arguments),
     Spec(spec::Arguments),
     Check(check::Arguments),
     #[command(hide = true)]
     Vmm(vmm::Arguments),
+    #[command(hide = true)]
+    Shadow(shadow::Arguments),
 }
 
 /// What a subcommand may need from the global flags.
@@ -70,6 +104,8 @@ pub struct Context {
     pub root: PathBuf,
     /// Where errors and debug lines go.
     pub log: Log,
+    /// The words of the global flags, for another process of ours.
+    pub words: Vec<OsString>,
 }
 
 /// Why a command failed.
@@ -77,6 +113,14 @@ pub struct Context {
 enum Failure {
     #[error(transparent)]
     Run(#[from] crate::pod::RunError),
+    #[error(transparent)]
+    Create(#[from] crate::pod::CreateError),
+    #[error(transparent)]
+    Command(#[from] crate::pod::CommandError),
+    #[error(transparent)]
+    State(#[from] crate::state::StateError),
+    #[error("unknown signal {0:?}: see signal(7) for names and numbers")]
+    UnknownSignal(String),
     #[error(transparent)]
     Spec(#[from] spec::SpecError),
     #[error(transparent)]
@@ -92,6 +136,7 @@ pub fn main() -> ExitCode {
     if arguments.version {
         return status(version().map(|()| 0).map_err(Failure::from), &Log::stderr());
     }
+    let words = arguments.global_words();
     let log = match Log::open(arguments.log.as_deref(), arguments.log_format, arguments.debug) {
         Ok(log) => log,
         Err(error) => {
@@ -99,12 +144,19 @@ pub fn main() -> ExitCode {
             return ExitCode::from(FAILURE);
         }
     };
-    let context = Context { root: arguments.root, log };
+    let context = Context { root: arguments.root, log, words };
     let result = match arguments.command {
-        Some(Command::Run(run)) => run.execute(&context).map_err(Failure::from),
+        Some(Command::Create(create)) => create.execute(&context).map_err(Failure::from),
+        Some(Command::Start(start)) => start.execute(&context).map_err(Failure::from),
+        Some(Command::Run(run)) => run.execute(&context),
+        Some(Command::State(state)) => state.execute(&context),
+        Some(Command::List(list)) => list.execute(&context),
+        Some(Command::Kill(kill)) => kill.execute(&context),
+        Some(Command::Delete(delete)) => delete.execute(&context).map_err(Failure::from),
         Some(Command::Spec(spec)) => spec.execute().map(|()| 0).map_err(Failure::from),
         Some(Command::Check(check)) => check.execute().map_err(Failure::from),
         Some(Command::Vmm(vmm)) => return vmm.execute(),
+        Some(Command::Shadow(shadow)) => return shadow.execute(context),
         None => Arguments::command().print_help().map(|()| 0).map_err(Failure::from),
     };
     status(result, &context.log)

@@ -1,16 +1,20 @@
 //! A pod on the host: what is opened for it, how large it is, and its life from start to end.
 
+mod command;
 mod mounts;
 mod resources;
 mod session;
+mod shadow;
 mod size;
 mod start;
 
 use std::path::PathBuf;
 
+pub use command::{CommandError, delete, kill, start as start_created};
 pub use resources::ResourceError;
+pub use shadow::{CreateError, Pipe, create};
 pub use size::host_memory;
-pub use start::{Run, RunError, run};
+pub use start::{Report, Run, RunError, run};
 
 /// Where the guest kernel is, if it is one.
 pub fn kernel() -> Result<PathBuf, ResourceError> {

@@ -72,10 +72,12 @@ impl<'a> Session<'a> {
     }
 
     /// The whole life. `request` makes pod and container; `created` is called when there is one, before its program runs.
+    /// If `starts` that is at once, else when somebody else asks the agent for it.
     pub async fn live(
         &self,
         start: impl Future<Output = Result<(), MachineError>>,
         mut request: CreatePodRequest,
+        starts: bool,
         created: impl FnOnce() -> Result<(), RunError>,
     ) -> Result<Outcome, RunError> {
         let ready = self.channel.agent_ready();
@@ -99,7 +101,6 @@ impl<'a> Session<'a> {
         let pod = async { Ok(self.agent.create_pod(&request).await?) };
         let (mut flow, release, ()) = tokio::try_join!(streams, pod, self.add_cpus_and_memory())?;
         self.log.debug(|| format!("{}: container created on Linux {release}", self.id));
-        created()?;
         if self.size.cpus > 1 || self.grows() {
             // Programs look once, when they start, at how many CPUs and how much memory there are, and size thread pools
             // and heaps by it.
@@ -107,13 +108,17 @@ impl<'a> Session<'a> {
             self.agent.grow(Growth { cpus: self.size.cpus, memory_bytes, rescan: false }).await?;
         }
 
-        self.phase.set(Phase::Running);
-        if let Some(terminal) = self.stdio.terminal() {
-            terminal.set_raw()?;
-        }
         let mut events = self.agent.events().await?;
-        self.agent.start_container(self.id).await?;
-        self.log.debug(|| format!("{}: container started", self.id));
+        created()?;
+
+        self.phase.set(Phase::Running);
+        if starts {
+            if let Some(terminal) = self.stdio.terminal() {
+                terminal.set_raw()?;
+            }
+            self.agent.start_container(self.id).await?;
+            self.log.debug(|| format!("{}: container started", self.id));
+        }
 
         let exit = {
             let mut exit = std::pin::pin!(events.exit_of(self.id));
@@ -181,7 +186,7 @@ impl<'a> Session<'a> {
                 (signal, _) if signals::is_ours(signal) => {}
                 (signal, _) if self.phase.get() == Phase::Running => {
                     // It may have ended at this very moment.
-                    if let Err(error) = self.agent.signal(self.id, signal).await {
+                    if let Err(error) = self.agent.signal(self.id, signal, false).await {
                         self.log.debug(|| format!("{}: signal {signal}: {error}", self.id));
                     }
                 }

@@ -41,11 +41,16 @@ pub struct Run<'a> {
     pub console_socket: Option<&'a Path>,
     /// Where to write what the guest kernel prints.
     pub guest_console: Option<&'a Path>,
+    /// Told when the container waits for `start`; without, it is started at once, and nothing of it is kept.
+    pub created: Option<Report>,
     /// Root of all state.
     pub root: &'a Path,
     /// Where to say what happens.
     pub log: &'a Log,
 }
+
+/// Tells who made a container that it is made.
+pub type Report = Box<dyn FnOnce() -> io::Result<()>>;
 
 /// Why a container did not run to its end.
 #[derive(Debug, thiserror::Error)]
@@ -89,6 +94,9 @@ pub enum RunError {
     /// The file for the guest's console cannot be opened.
     #[error("cannot open {0} for the guest's console: {1}")]
     GuestConsole(PathBuf, #[source] io::Error),
+    /// Who made the container is gone.
+    #[error("nobody waits for the container any more: {0}")]
+    Report(#[source] io::Error),
     /// No event loop.
     #[error("cannot set up event handling: {0}")]
     Signals(#[source] io::Error),
@@ -101,7 +109,7 @@ pub enum RunError {
 }
 
 /// Runs a container; returns the status to exit with.
-pub fn run(run: Run<'_>) -> Result<u8, RunError> {
+pub fn run(mut run: Run<'_>) -> Result<u8, RunError> {
     run.log.debug(|| format!("{}: run", run.id));
     state::check_id(run.id)?;
     let mut bundle = Bundle::open(run.bundle)?;
@@ -114,14 +122,15 @@ pub fn run(run: Run<'_>) -> Result<u8, RunError> {
     // From here on there is something to remove. What is declared later is dropped earlier: the machine's process is
     // gone before its directories are.
     signals::block();
-    let directory = Directory::create(run.root, run.id)?;
-    let path = (bundle.path.clone(), bundle.root_path.clone());
+    let report = run.created.take();
+    let kept = report.is_some();
+    let mut directory = Directory::create(run.root, run.id)?;
     let annotations = bundle.config.spec().annotations().clone();
-    let state = State::new(run.id, &path.0, &path.1, annotations.as_ref());
+    let mut state = State::new(run.id, &bundle.path, &bundle.root_path, annotations);
     directory.write(&state)?;
     let (kvm, kernel, image) = (resources::kvm()?, resources::kernel()?, resources::image()?);
     let console_size = bundle.config.console_size();
-    let stdio = Stdio::new(bundle.config.terminal(), run.console_socket, console_size)?;
+    let stdio = Stdio::new(bundle.config.terminal(), run.console_socket, console_size, kept)?;
 
     let (agent, their_agent) = UnixStream::pair().map_err(|e| RunError::Socket(directory.pod(), e))?;
     let (socket, listener) = listen(&directory)?;
@@ -131,9 +140,11 @@ pub fn run(run: Run<'_>) -> Result<u8, RunError> {
         (Resource::Image, image.into()),
         (Resource::Agent, their_agent.into()),
         (Resource::VsockListener, listener.into()),
-        (Resource::Remove { name: run.id.to_owned() }, open(directory.root())?),
         (Resource::Remove { name: run.id.to_owned() }, open(&directory.pods())?),
     ]);
+    if !kept {
+        machine.push((Resource::Remove { name: run.id.to_owned() }, open(directory.root())?));
+    }
     if let Some(path) = run.guest_console {
         let file = File::options().append(true).create(true).open(path);
         machine.push((Resource::Console, file.map_err(|e| RunError::GuestConsole(path.to_owned(), e))?.into()));
@@ -145,6 +156,7 @@ pub fn run(run: Run<'_>) -> Result<u8, RunError> {
 
     run.log.debug(|| format!("{}: starting its machine", run.id));
     let mut process = Process::spawn()?;
+    state.machine = Some(state::Machine::of(process.pid()));
     let runtime =
         tokio::runtime::Builder::new_current_thread().enable_io().enable_time().build().map_err(RunError::Signals)?;
     let outcome = runtime.block_on(async {
@@ -157,13 +169,19 @@ pub fn run(run: Run<'_>) -> Result<u8, RunError> {
             sent
         };
         let created = || {
-            directory.write(&state.with(Status::Running))?;
-            let pid = std::process::id().to_string();
-            run.pid_file.map_or(Ok(()), |path| {
-                state::replace(path, pid.as_bytes()).map_err(|e| RunError::PidFile(path.to_owned(), e))
-            })
+            (state.status, state.kept) = (if kept { Status::Created } else { Status::Running }, kept);
+            directory.write(&state)?;
+            if let Some(path) = run.pid_file {
+                let pid = std::process::id().to_string();
+                state::replace(path, pid.as_bytes()).map_err(|e| RunError::PidFile(path.to_owned(), e))?;
+            }
+            if let Some(report) = report {
+                report().map_err(RunError::Report)?;
+                directory.keep();
+            }
+            Ok(())
         };
-        supervise(&session, &signals, &channel, &mut process, session.live(start, request, created)).await
+        supervise(&session, &signals, &channel, &mut process, session.live(start, request, !kept, created)).await
     });
     // Threads that still wait for input must not hold up the end; they end with the process.
     runtime.shutdown_background();

@@ -17,18 +17,26 @@ const MAX_ANSWER: usize = 32;
 
 /// Connects, and names the stream by its token.
 pub fn connect(socket: &Path, token: u64) -> io::Result<UnixStream> {
+    let mut stream = dial(socket, STDIO_PORT)?;
+    stream.set_write_timeout(Some(DEADLINE))?;
+    stream.write_all(&token.to_le_bytes())?;
+    stream.set_write_timeout(None)?;
+    Ok(stream)
+}
+
+/// Connects to a port of the guest.
+pub fn dial(socket: &Path, port: u32) -> io::Result<UnixStream> {
     // By way of its directory's descriptor: paths of sockets are at most 107 bytes long.
     let directory = File::open(socket.parent().unwrap_or(Path::new("/")))?;
     let name = socket.file_name().unwrap_or_default();
     let mut stream = UnixStream::connect(Path::new(&format!("/proc/self/fd/{}", directory.as_raw_fd())).join(name))?;
     stream.set_read_timeout(Some(DEADLINE))?;
     stream.set_write_timeout(Some(DEADLINE))?;
-    stream.write_all(format!("CONNECT {STDIO_PORT}\n").as_bytes())?;
+    stream.write_all(format!("CONNECT {port}\n").as_bytes())?;
     let answer = line(&mut stream)?;
     if !answer.starts_with("OK ") {
         return Err(io::Error::new(io::ErrorKind::InvalidData, format!("the machine answered {answer:?}")));
     }
-    stream.write_all(&token.to_le_bytes())?;
     stream.set_read_timeout(None)?;
     stream.set_write_timeout(None)?;
     Ok(stream)

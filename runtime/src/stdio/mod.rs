@@ -19,6 +19,7 @@ use rustix::io::Errno;
 use rustix::rand::GetRandomFlags;
 use tokio::sync::mpsc;
 
+pub use connect::dial;
 use console::Console;
 use pump::Progress;
 use terminal::Terminal;
@@ -34,6 +35,11 @@ pub enum StdioError {
     /// The terminal cannot be set.
     #[error("terminal: {0}")]
     Terminal(#[source] Errno),
+    /// The terminal of the caller is not the container's in the background.
+    #[error(
+        "cannot allocate tty if podhull will detach without setting console socket: pass --console-socket, or set process.terminal to false"
+    )]
+    Detached,
     /// Nobody could use it.
     #[error("--console-socket is for a container with process.terminal")]
     ConsoleWithoutTerminal,
@@ -84,8 +90,15 @@ pub struct Stdio {
 
 impl Stdio {
     /// Decides where the streams go; nothing is connected yet. `size` is what the specification says about the terminal.
-    pub fn new(terminal: bool, console_socket: Option<&Path>, size: Option<(u16, u16)>) -> Result<Self, StdioError> {
+    /// With `detached` the caller's own terminal cannot be used.
+    pub fn new(
+        terminal: bool,
+        console_socket: Option<&Path>,
+        size: Option<(u16, u16)>,
+        detached: bool,
+    ) -> Result<Self, StdioError> {
         let ends = match (terminal, console_socket) {
+            (true, None) if detached => return Err(StdioError::Detached),
             (false, Some(_)) => return Err(StdioError::ConsoleWithoutTerminal),
             (true, Some(socket)) => Ends::Console(Console::open(socket, size)?),
             (true, None) => Ends::Terminal(Terminal::open()?),

@@ -6,6 +6,7 @@ mod crashes;
 mod exit_codes;
 mod files;
 mod isolation;
+mod lifecycle;
 mod load;
 mod namespaces;
 mod privileged;
@@ -22,6 +23,7 @@ pub const ALL: &[&[Case]] = &[
     command_line::CASES,
     exit_codes::CASES,
     isolation::CASES,
+    lifecycle::CASES,
     namespaces::CASES,
     process::CASES,
     privileged::CASES,

@@ -6,8 +6,12 @@
 //! <root>/@<pid>/               a container's directory in the making
 //! ```
 //!
-//! A container's directory is locked (`flock`) by the process that runs it for as long as it does. So an id is in use if
-//! and only if its directory is locked, and whatever is not locked was left by a process that was killed.
+//! A container's directory is locked (`flock`) by its shadow, or by the `podhull run` that runs it, for as long as that
+//! lives. An unlocked directory is a container that has ended, if its `state.json` says that it is kept until `delete`;
+//! everything else that is not locked was left by a process that was killed.
+
+mod document;
+mod known;
 
 use std::ffi::OsString;
 use std::fs;
@@ -15,17 +19,15 @@ use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
-use std::time::SystemTime;
 
 use rustix::fs::{FlockOperation, Mode, OFlags, RenameFlags};
 use rustix::io::Errno;
-use serde::Serialize;
+
+pub use document::{Machine, State, Status};
+pub use known::{Known, list, remove};
 
 /// Directory of the pods; not a container's id.
 const PODS: &str = "pods";
-
-/// Version of `state.json`. Raised when a reader of the version before could misread it.
-const STATE_VERSION: u32 = 1;
 
 /// What is wrong with the state of a container.
 #[derive(Debug, thiserror::Error)]
@@ -41,6 +43,12 @@ pub enum StateError {
     /// Its directory is locked.
     #[error("container id {0:?} is in use: choose another, or end that container first")]
     InUse(String),
+    /// There is no such container.
+    #[error("container {0:?} does not exist")]
+    Missing(String),
+    /// Its `state.json` cannot be used.
+    #[error("{0}: {1}; podhull delete --force removes the container")]
+    Unreadable(PathBuf, String),
     /// A file or directory could not be made.
     #[error("cannot write {0}: {1}")]
     Write(PathBuf, #[source] io::Error),
@@ -56,63 +64,11 @@ pub fn check_id(id: &str) -> Result<(), StateError> {
     if id == PODS { Err(StateError::ReservedId) } else { Ok(()) }
 }
 
-/// What `state.json` holds.
-#[derive(Debug, Serialize)]
-#[serde(rename_all = "camelCase")]
-pub struct State<'a> {
-    /// [`STATE_VERSION`]; set by [`Directory::write`].
-    version: u32,
-    oci_version: &'static str,
-    id: &'a str,
-    pid: u32,
-    status: Status,
-    bundle: &'a Path,
-    rootfs: &'a Path,
-    created: String,
-    annotations: Option<&'a std::collections::HashMap<String, String>>,
-}
-
-/// Where in its life a container is (runtime-spec, `runtime.md`).
-#[derive(Debug, Clone, Copy, Serialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Status {
-    /// Being made.
-    Creating,
-    /// Its program runs.
-    Running,
-}
-
-impl<'a> State<'a> {
-    /// The state of a container that this process makes now.
-    pub fn new(
-        id: &'a str,
-        bundle: &'a Path,
-        rootfs: &'a Path,
-        annotations: Option<&'a std::collections::HashMap<String, String>>,
-    ) -> Self {
-        Self {
-            version: STATE_VERSION,
-            oci_version: crate::cli::OCI_VERSION,
-            id,
-            pid: std::process::id(),
-            status: Status::Creating,
-            bundle,
-            rootfs,
-            created: crate::log::rfc3339(SystemTime::now()),
-            annotations,
-        }
-    }
-
-    /// The same in another status.
-    pub fn with(self, status: Status) -> Self {
-        Self { status, ..self }
-    }
-}
-
-/// The directories of one container, held and locked by this process; dropping it removes them.
+/// The directories of one container, held and locked by this process; dropping it removes them, unless they are kept.
 pub struct Directory {
     root: PathBuf,
     id: String,
+    keep: bool,
     /// Locked; the lock goes with it.
     _lock: OwnedFd,
 }
@@ -138,10 +94,15 @@ impl Directory {
                 errno => StateError::Write(path, errno.into()),
             });
         }
-        let directory = Self { root: root.to_owned(), id: id.to_owned(), _lock: lock };
+        let directory = Self { root: root.to_owned(), id: id.to_owned(), keep: false, _lock: lock };
         make(&directory.pods(), 0o711)?;
         make(&directory.pod(), 0o700)?;
         Ok(directory)
+    }
+
+    /// Leaves the container's directory, and what is in it, to `delete`.
+    pub fn keep(&mut self) {
+        self.keep = true;
     }
 
     /// The container's directory.
@@ -165,10 +126,8 @@ impl Directory {
     }
 
     /// Writes `state.json` by rename: a reader sees the old or the new one, whole.
-    pub fn write(&self, state: &State<'_>) -> Result<(), StateError> {
-        let path = self.container().join("state.json");
-        let text = serde_json::to_vec(state).map_err(|e| StateError::Write(path.clone(), e.into()))?;
-        replace(&path, &text).map_err(|e| StateError::Write(path, e))
+    pub fn write(&self, state: &State) -> Result<(), StateError> {
+        write(&self.container(), state)
     }
 }
 
@@ -176,8 +135,19 @@ impl Drop for Directory {
     fn drop(&mut self) {
         // Nothing can be done about an error here, and the next command sweeps.
         let _ = fs::remove_dir_all(self.pod());
-        let _ = fs::remove_dir_all(self.container());
+        if !self.keep {
+            let _ = fs::remove_dir_all(self.container());
+        }
     }
+}
+
+/// Name of the document in a container's directory.
+const DOCUMENT: &str = "state.json";
+
+fn write(container: &Path, state: &State) -> Result<(), StateError> {
+    let path = container.join(DOCUMENT);
+    let text = serde_json::to_vec(state).map_err(|e| StateError::Write(path.clone(), e.into()))?;
+    replace(&path, &text).map_err(|e| StateError::Write(path, e))
 }
 
 /// Writes a file of any directory by rename.
@@ -208,7 +178,7 @@ fn sweep(root: &Path) {
             continue;
         }
         // Between opening and locking, its owner may have removed it and another taken the name.
-        if same_file(&directory, &path) {
+        if same_file(&directory, &path) && !known::is_kept(&path) {
             let _ = fs::remove_dir_all(root.join(PODS).join(name));
             let _ = fs::remove_dir_all(&path);
         }

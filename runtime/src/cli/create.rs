@@ -1,0 +1,91 @@
+//! `podhull create`: everything but the program's start.
+
+use std::ffi::OsString;
+use std::path::{Path, PathBuf};
+
+use super::Context;
+use crate::pod::{self, CreateError};
+
+/// Create a container from a bundle; `start` runs its program
+///
+/// Returns when the container is made. What stands for it on the host then is a process whose pid is in `state` and in the
+/// pid file: it has the standard streams of this command, and exits with the status of the container.
+#[derive(clap::Args)]
+#[command(after_help = "Examples:
+  podhull create -b /srv/hello hello && podhull start hello
+  podhull create --pid-file /run/x.pid --console-socket /run/x.sock x")]
+pub struct Arguments {
+    #[command(flatten)]
+    pub container: Container,
+}
+
+/// What `create`, and `run` in the background, need to know.
+#[derive(clap::Args)]
+pub struct Container {
+    /// Directory with config.json and the root filesystem
+    #[arg(short, long, value_name = "DIR", default_value = ".")]
+    pub bundle: PathBuf,
+
+    /// File to write the pid that stands for the container to
+    #[arg(long, value_name = "FILE")]
+    pub pid_file: Option<PathBuf>,
+
+    /// Unix socket that is sent the terminal of a container with `process.terminal`
+    #[arg(long, value_name = "SOCKET")]
+    pub console_socket: Option<PathBuf>,
+
+    /// File to append what the guest kernel prints to; slows the start down
+    #[arg(long, value_name = "FILE")]
+    pub guest_console: Option<PathBuf>,
+
+    /// For callers of runc; the root of a container is always pivoted, in its own virtual machine
+    #[arg(long)]
+    pub no_pivot: bool,
+
+    /// For callers of runc; a container has no session keyring
+    #[arg(long)]
+    pub no_new_keyring: bool,
+
+    /// Name of the container: letters, digits, `_`, `+`, `-` and `.`
+    pub id: String,
+}
+
+impl Container {
+    /// Makes it, held by a shadow.
+    pub fn create(&self, context: &Context) -> Result<(), CreateError> {
+        let mut words = context.words.clone();
+        words.extend(["shadow".into(), "--bundle".into(), self.bundle.clone().into()]);
+        let mut option = |name: &str, path: &Option<PathBuf>| {
+            if let Some(path) = path {
+                words.extend([OsString::from(name), path.clone().into()]);
+            }
+        };
+        option("--pid-file", &self.pid_file);
+        option("--console-socket", &self.console_socket);
+        option("--guest-console", &self.guest_console);
+        words.extend(["--".into(), self.id.clone().into()]);
+        pod::create(&words, &context.root, &self.id)
+    }
+
+    /// What is to be run.
+    pub fn run<'a>(&'a self, context: &'a Context, created: Option<pod::Report>) -> pod::Run<'a> {
+        let path = |path: &'a Option<PathBuf>| -> Option<&'a Path> { path.as_deref() };
+        pod::Run {
+            id: &self.id,
+            bundle: &self.bundle,
+            pid_file: path(&self.pid_file),
+            console_socket: path(&self.console_socket),
+            guest_console: path(&self.guest_console),
+            created,
+            root: &context.root,
+            log: &context.log,
+        }
+    }
+}
+
+impl Arguments {
+    /// Makes the container.
+    pub fn execute(self, context: &Context) -> Result<u8, CreateError> {
+        self.container.create(context).map(|()| 0)
+    }
+}

@@ -1,0 +1,137 @@
+//! `state.json`: what is written down of a container.
+
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+use std::time::SystemTime;
+
+use serde::{Deserialize, Serialize};
+
+/// Version of `state.json`. Raised when a reader of the version before could misread it.
+pub const VERSION: u32 = 1;
+
+/// What `state.json` holds.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct State {
+    /// [`VERSION`] of who wrote it.
+    pub version: u32,
+    /// Version of the specification.
+    pub oci_version: String,
+    /// The container.
+    pub id: String,
+    /// The process that stands for the container on the host.
+    #[serde(flatten)]
+    pub process: Process,
+    /// As it was when this was written; [`super::Known::status`] knows better.
+    pub status: Status,
+    /// Directory of the bundle.
+    pub bundle: PathBuf,
+    /// Directory of its root file system.
+    pub rootfs: PathBuf,
+    /// When it was made, RFC 3339.
+    pub created: String,
+    /// Of the specification.
+    #[serde(default)]
+    pub annotations: Option<HashMap<String, String>>,
+    /// Whether it stays when it has ended, until `delete`.
+    #[serde(default)]
+    pub kept: bool,
+    /// The process of its machine.
+    #[serde(default)]
+    pub machine: Option<Machine>,
+}
+
+/// A process that is not taken for another with its number.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Process {
+    /// Its number.
+    pub pid: i32,
+    /// When it started, in clock ticks since boot (`/proc/<pid>/stat`, field 22); 0 if it is not known.
+    pub start_time: u64,
+}
+
+/// A machine's process.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Machine(pub Process);
+
+impl Machine {
+    /// The process with a number.
+    pub fn of(pid: i32) -> Self {
+        Self(Process::of(pid))
+    }
+}
+
+impl Process {
+    /// The process with a number.
+    pub fn of(pid: i32) -> Self {
+        Self { pid, start_time: start_time(pid).unwrap_or(0) }
+    }
+}
+
+/// Field 22, counted from behind the name, which may contain anything.
+pub fn start_time(pid: i32) -> Option<u64> {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    stat.rsplit_once(')')?.1.split_ascii_whitespace().nth(19)?.parse().ok()
+}
+
+/// Where in its life a container is (runtime-spec, `runtime.md`; `paused` is runc's).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Status {
+    /// Being made.
+    Creating,
+    /// Its program waits for `start`.
+    Created,
+    /// Its program runs.
+    Running,
+    /// Its program has ended.
+    Stopped,
+}
+
+impl std::fmt::Display for Status {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        formatter.write_str(match self {
+            Self::Creating => "creating",
+            Self::Created => "created",
+            Self::Running => "running",
+            Self::Stopped => "stopped",
+        })
+    }
+}
+
+impl State {
+    /// The state of a container that this process makes now.
+    pub fn new(id: &str, bundle: &Path, rootfs: &Path, annotations: Option<HashMap<String, String>>) -> Self {
+        Self {
+            version: VERSION,
+            oci_version: crate::cli::OCI_VERSION.into(),
+            id: id.into(),
+            process: Process::of(std::process::id().cast_signed()),
+            status: Status::Creating,
+            bundle: bundle.into(),
+            rootfs: rootfs.into(),
+            created: crate::log::rfc3339(SystemTime::now()),
+            annotations,
+            kept: false,
+            machine: None,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_state_is_read_as_it_was_written() {
+        let annotations = HashMap::from([("a".to_owned(), "b".to_owned())]);
+        let mut state = State::new("x", Path::new("/bundle"), Path::new("/root"), Some(annotations));
+        state.machine = Some(Machine(Process { pid: 7, start_time: 8 }));
+        let text = serde_json::to_string(&state).unwrap();
+        let read: State = serde_json::from_str(&text).unwrap();
+        assert_eq!(serde_json::to_string(&read).unwrap(), text);
+        assert_eq!(read.machine, state.machine);
+        assert!(read.process.start_time > 0);
+    }
+}

@@ -1,0 +1,254 @@
+//! A container made by one command, started by another, and removed by a third.
+
+use std::fs::{self, File};
+use std::os::unix::process::CommandExt;
+use std::path::PathBuf;
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+use rustix::process::{Pid, PidfdFlags, Signal, WaitOptions, kill_process, pidfd_open, waitpid};
+use serde_json::Value;
+
+use super::{oci, podhull};
+use crate::bundle::Bundle;
+use crate::leaks::Leaks;
+use crate::run::{DEADLINE, Ended, Running};
+use crate::suite::{Case, Scene};
+use crate::{Outcome, ensure, ensure_eq};
+
+pub const CASES: &[Case] = &[
+    oci("lifecycle::created_started_ended_deleted", created_started_ended_deleted),
+    oci("lifecycle::a_run_in_the_background", a_run_in_the_background),
+    oci("lifecycle::a_container_that_was_never_started", a_container_that_was_never_started),
+    oci("lifecycle::signals", signals),
+    oci("lifecycle::commands_in_the_wrong_state", commands_in_the_wrong_state),
+    podhull("lifecycle::errors_are_one_line_that_says_what_and_where", errors_are_one_line_that_says_what_and_where),
+    podhull("lifecycle::a_killed_shadow_takes_the_machine_along", a_killed_shadow_takes_the_machine_along),
+    podhull("lifecycle::two_starts_race", two_starts_race),
+];
+
+/// A container in the background, its output in a file.
+struct Container<'a> {
+    scene: &'a Scene,
+    id: String,
+    output: PathBuf,
+    pid: Pid,
+}
+
+impl<'a> Container<'a> {
+    /// `words` are `create`, or `run` and `--detach`.
+    fn make(scene: &'a Scene, bundle: &Bundle, words: &[&str]) -> Outcome<Self> {
+        bundle.write()?;
+        let id = scene.id();
+        let (output, pid_file) = (scene.directory.join(format!("{id}.out")), scene.directory.join(format!("{id}.pid")));
+        let file = File::create(&output)?;
+        let mut command = Command::new(scene.runtime.program());
+        command.args(words).arg("-b").arg(&bundle.directory).arg("--pid-file").arg(&pid_file).arg(&id);
+        command.stdin(Stdio::null()).stdout(file.try_clone()?).stderr(file).process_group(0);
+        let status = command.status()?;
+        ensure!(status.success(), "{words:?}: {status}: {}", fs::read_to_string(&output)?);
+        let pid = fs::read_to_string(&pid_file)?
+            .trim()
+            .parse()
+            .ok()
+            .and_then(Pid::from_raw)
+            .ok_or("no pid in the pid file")?;
+        Ok(Self { scene, id, output, pid })
+    }
+
+    fn create(scene: &'a Scene, bundle: &Bundle) -> Outcome<Self> {
+        Self::make(scene, bundle, &["create"])
+    }
+
+    fn call(&self, words: &[&str]) -> Outcome<Ended> {
+        self.scene.call(words)
+    }
+
+    fn start(&self) -> Outcome {
+        self.call(&["start", &self.id])?.output().map(drop)
+    }
+
+    fn state(&self) -> Outcome<Value> {
+        Ok(serde_json::from_str(&self.call(&["state", &self.id])?.output()?)?)
+    }
+
+    fn status(&self) -> Outcome<String> {
+        Ok(self.state()?["status"].as_str().unwrap_or_default().to_owned())
+    }
+
+    /// The status the process that stands for the container exits with: it is ours since its parent has gone.
+    fn wait(&self) -> Outcome<i32> {
+        let pidfd = pidfd_open(self.pid, PidfdFlags::empty())?;
+        let deadline = rustix::event::Timespec::try_from(DEADLINE)?;
+        let ready = rustix::event::poll(
+            &mut [rustix::event::PollFd::new(&pidfd, rustix::event::PollFlags::IN)],
+            Some(&deadline),
+        )?;
+        ensure!(ready == 1, "process {} did not end; output {:?}", self.pid.as_raw_nonzero(), self.output()?);
+        let status = waitpid(Some(self.pid), WaitOptions::empty())?.ok_or("no status")?.1;
+        Ok(status.exit_status().or(status.terminating_signal().map(|signal| -signal)).unwrap_or(-1000))
+    }
+
+    fn output(&self) -> Outcome<String> {
+        Ok(fs::read_to_string(&self.output)?)
+    }
+
+    /// Waits until the container has written this.
+    fn expect_output(&self, expected: &str) -> Outcome {
+        let began = std::time::Instant::now();
+        while !self.output()?.contains(expected) {
+            ensure!(began.elapsed() < DEADLINE, "no {expected:?} in {:?}", self.output()?);
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        Ok(())
+    }
+
+    fn delete(&self) -> Outcome {
+        self.call(&["delete", &self.id])?.output()?;
+        let gone = self.call(&["state", &self.id])?.expect_status(1)?;
+        ensure!(gone.stderr.contains("does not exist"), "after delete: {:?}", gone.stderr);
+        Ok(())
+    }
+}
+
+fn created_started_ended_deleted(scene: &Scene) -> Outcome {
+    let before = Leaks::watch();
+    let bundle =
+        scene.debian()?.set("/annotations", serde_json::json!({ "a.b/c": "d" })).sh("echo out; echo err >&2; exit 42");
+    let container = Container::create(scene, &bundle)?;
+    let state = container.state()?;
+    for (key, expected) in [
+        ("id", Value::from(container.id.as_str())),
+        ("status", "created".into()),
+        ("pid", container.pid.as_raw_nonzero().get().into()),
+        ("bundle", bundle.directory.to_string_lossy().into()),
+        ("owner", "root".into()),
+    ] {
+        ensure_eq!(state[key], expected, "{key} of {state}");
+    }
+    ensure_eq!(state["annotations"]["a.b/c"], Value::from("d"), "annotations");
+    ensure!(state["created"].as_str().is_some_and(|time| time.ends_with('Z')), "created of {state}");
+    ensure_eq!(container.output()?, "", "output before start");
+    let listed: Value = serde_json::from_str(&container.call(&["list", "--format", "json"])?.output()?)?;
+    let ours = listed.as_array().and_then(|all| all.iter().find(|one| one["id"] == state["id"]));
+    ensure_eq!(ours, Some(&state), "its entry in the list");
+    let table = container.call(&["list"])?.output()?;
+    ensure!(table.starts_with("ID ") && table.contains(&container.id), "table {table:?}");
+
+    container.start()?;
+    ensure_eq!(container.wait()?, 42, "exit status");
+    ensure_eq!(container.output()?, "out\nerr\n", "output");
+    let state = container.state()?;
+    ensure_eq!((&state["status"], &state["pid"]), (&Value::from("stopped"), &Value::from(0)), "afterwards");
+    container.delete()?;
+    ensure!(!container.call(&["list", "-q"])?.output()?.contains(&container.id), "still in the list");
+    before.check()
+}
+
+fn a_run_in_the_background(scene: &Scene) -> Outcome {
+    let bundle = scene.debian()?.sh("echo ready; exec sleep 1000");
+    let container = Container::make(scene, &bundle, &["run", "--detach"])?;
+    container.expect_output("ready")?;
+    ensure_eq!(container.status()?, "running", "status");
+    container.call(&["kill", &container.id, "KILL"])?.output()?;
+    ensure_eq!(container.wait()?, 137, "exit status");
+    container.delete()
+}
+
+fn a_container_that_was_never_started(scene: &Scene) -> Outcome {
+    let before = Leaks::watch();
+    let container = Container::create(scene, &scene.debian()?.sh("echo never"))?;
+    container.delete()?;
+    ensure!(container.wait()? != 0, "exit status 0");
+    ensure_eq!(container.output()?, "", "output");
+    before.check()
+}
+
+fn signals(scene: &Scene) -> Outcome {
+    let script = "trap 'echo usr1' USR1; trap 'echo term; exit 3' TERM; echo ready; while :; do sleep 0.1; done";
+    let container = Container::make(scene, &scene.debian()?.sh(script), &["run", "-d"])?;
+    container.expect_output("ready")?;
+    container.call(&["kill", &container.id, "SIGUSR1"])?.output()?;
+    container.expect_output("usr1")?;
+    // To the process itself: that is how callers forward.
+    kill_process(container.pid, Signal::USR1)?;
+    container.expect_output("usr1\nusr1")?;
+    container.call(&["kill", &container.id])?.output()?;
+    ensure_eq!(container.wait()?, 3, "exit status");
+    container.delete()
+}
+
+fn commands_in_the_wrong_state(scene: &Scene) -> Outcome {
+    let container = Container::create(scene, &scene.debian()?.sh("exec sleep 1000"))?;
+    container.start()?;
+    let refused = |words: &[&str], what: &str| -> Outcome {
+        let ended = container.call(words)?;
+        ensure!(ended.status != 0 && ended.stderr.contains(what), "{words:?}: {} {:?}", ended.status, ended.stderr);
+        Ok(())
+    };
+    refused(&["start", &container.id], "start")?;
+    refused(&["delete", &container.id], "not stopped")?;
+    container.call(&["kill", &container.id, "9"])?.output()?;
+    ensure_eq!(container.wait()?, 137, "exit status");
+    refused(&["kill", &container.id, "9"], "container not running")?;
+    refused(&["start", &container.id], "stopped")?;
+    container.delete()?;
+    refused(&["delete", &container.id], "does not exist")?;
+    refused(&["kill", &container.id], "does not exist")?;
+    container.call(&["delete", "--force", &container.id])?.output().map(drop)
+}
+
+fn errors_are_one_line_that_says_what_and_where(scene: &Scene) -> Outcome {
+    let before = Leaks::watch();
+    let running = Container::make(scene, &scene.debian()?.sh("exec sleep 1000"), &["run", "-d"])?;
+    let bundle = scene.debian()?.args(&["/no/such/program"]);
+    bundle.write()?;
+    let (directory, id) = (bundle.directory.to_string_lossy().into_owned(), scene.id());
+    for (words, what) in [
+        (&["create", "-b", "/no/such", &id][..], "/no/such"),
+        (&["create", "-b", &directory, &id], "/no/such/program"),
+        (&["create", "-b", &directory, &running.id], "in use"),
+        (&["create", "-b", &directory, "--console-socket", "/no/such.sock", &id], "console-socket"),
+        (&["run", "-d", "-b", &directory, &id], "/no/such/program"),
+        (&["kill", &running.id, "LEVITATE"], "LEVITATE"),
+        (&["state", "../x"], "../x"),
+        (&["start", "nobody"], "\"nobody\" does not exist"),
+    ] {
+        let ended = scene.call(words)?.expect_status(1)?;
+        ensure!(ended.stderr.contains(what), "{words:?}: {:?} does not name {what}", ended.stderr);
+        ensure_eq!(ended.stderr.lines().count(), 1, "{words:?}: lines of {:?}", ended.stderr);
+    }
+    running.call(&["delete", "--force", &running.id])?.output()?;
+    ensure_eq!(running.wait()?, -9, "signal of the shadow");
+    before.check()
+}
+
+fn a_killed_shadow_takes_the_machine_along(scene: &Scene) -> Outcome {
+    for _ in 0..scene.repeat.min(100) {
+        let before = Leaks::watch();
+        let container = Container::make(scene, &scene.debian()?.sh("exec sleep 1000"), &["run", "-d"])?;
+        kill_process(container.pid, Signal::KILL)?;
+        ensure_eq!(container.wait()?, -9, "signal");
+        ensure_eq!(container.status()?, "stopped", "status");
+        container.delete()?;
+        before.check()?;
+    }
+    Ok(())
+}
+
+fn two_starts_race(scene: &Scene) -> Outcome {
+    for _ in 0..scene.repeat.min(200) {
+        let container = Container::create(scene, &scene.debian()?.sh("echo once; exit 5"))?;
+        let words = || vec![scene.runtime.program().into(), "start".into(), container.id.clone().into()];
+        let starts = [Running::start(&words(), &[])?, Running::start(&words(), &[])?];
+        let mut succeeded = 0;
+        for start in starts {
+            succeeded += usize::from(start.wait()?.status == 0);
+        }
+        ensure_eq!(succeeded, 1, "starts that succeeded");
+        ensure_eq!(container.wait()?, 5, "exit status");
+        ensure_eq!(container.output()?, "once\n", "output");
+        container.delete()?;
+    }
+    Ok(())
+}
