@@ -5,7 +5,7 @@ use std::io::Write as _;
 
 use super::state::Shown;
 use super::{Context, Failure};
-use crate::state;
+use crate::state::{self, Known};
 
 /// List containers
 #[derive(clap::Args)]
@@ -32,7 +32,16 @@ enum Format {
 impl Arguments {
     /// Prints them.
     pub fn execute(self, context: &Context) -> Result<u8, Failure> {
-        let containers: Vec<Shown> = state::list(&context.root)?.into_iter().map(Shown::from).collect();
+        let shown = |known: Known| {
+            let owner = match known.owner() {
+                0 => "root".into(),
+                uid => format!("#{uid}"),
+            };
+            let mut shown = Shown::from(known);
+            shown.owner = owner;
+            shown
+        };
+        let containers: Vec<Shown> = state::list(&context.root)?.into_iter().map(shown).collect();
         let text = match self.format {
             _ if self.quiet => containers.iter().map(|container| format!("{}\n", container.id)).collect(),
             Format::Table => table(&containers),

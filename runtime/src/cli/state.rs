@@ -32,16 +32,13 @@ pub struct Shown {
     pub created: String,
     #[serde(skip_serializing_if = "Option::is_none")]
     annotations: Option<HashMap<String, String>>,
+    /// Only `list` says who.
     pub owner: String,
 }
 
 impl From<Known> for Shown {
     fn from(known: Known) -> Self {
         let status = known.status();
-        let owner = match known.owner() {
-            0 => "root".into(),
-            uid => format!("#{uid}"),
-        };
         let state = known.state;
         Self {
             oci_version: state.oci_version,
@@ -52,7 +49,7 @@ impl From<Known> for Shown {
             rootfs: state.rootfs,
             created: state.created,
             annotations: state.annotations.filter(|annotations| !annotations.is_empty()),
-            owner,
+            owner: String::new(),
         }
     }
 }
@@ -61,8 +58,8 @@ impl Arguments {
     /// Prints it.
     pub fn execute(self, context: &Context) -> Result<u8, Failure> {
         let shown = Shown::from(Known::load(&context.root, &self.id)?);
-        let mut text = serde_json::to_vec_pretty(&shown).map_err(std::io::Error::from)?;
-        text.push(b'\n');
+        // Without an end of line, as runc prints it.
+        let text = serde_json::to_vec_pretty(&shown).map_err(std::io::Error::from)?;
         std::io::stdout().write_all(&text)?;
         Ok(0)
     }

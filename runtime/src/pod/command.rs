@@ -16,14 +16,12 @@ pub enum CommandError {
     /// The agent, or what it says about the container.
     #[error(transparent)]
     Agent(#[from] AgentError),
-    /// `start` of one that does not wait for it.
-    #[error("cannot start container {id:?}: it is {status}")]
-    NotCreated {
-        /// Which.
-        id: String,
-        /// What it is instead.
-        status: Status,
-    },
+    /// `start` of one that was started.
+    #[error("cannot start an already running container: {0:?}")]
+    Started(String),
+    /// `start` of one that has ended.
+    #[error("cannot start a container that has stopped: {0:?}")]
+    Ended(String),
     /// A signal for one that has ended.
     #[error("container not running: {0:?} is stopped")]
     NotRunning(String),
@@ -45,7 +43,8 @@ pub fn start(root: &Path, id: &str, log: &Log) -> Result<(), CommandError> {
     let mut known = Known::load(root, id)?;
     match known.status() {
         Status::Created => {}
-        status => return Err(CommandError::NotCreated { id: id.into(), status }),
+        Status::Stopped => return Err(CommandError::Ended(id.into())),
+        Status::Creating | Status::Running => return Err(CommandError::Started(id.into())),
     }
     ask(&known, async |agent| agent.start_container(id).await)?;
     log.debug(|| format!("{id}: container started"));
