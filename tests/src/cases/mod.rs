@@ -9,6 +9,7 @@ mod isolation;
 mod lifecycle;
 mod load;
 mod namespaces;
+mod podman;
 mod privileged;
 mod process;
 mod resources;
@@ -34,6 +35,7 @@ pub const ALL: &[&[Case]] = &[
     crashes::CASES,
     resources::CASES,
     load::CASES,
+    podman::CASES,
 ];
 
 /// A test that holds for any OCI runtime.
