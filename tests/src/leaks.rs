@@ -17,8 +17,19 @@ const SETTLE: Duration = Duration::from_secs(5);
 /// Where files may appear while containers run.
 const WATCHED: [&str; 4] = ["/run", "/tmp", "/dev/shm", "/var/lib/podhull"];
 
-/// Directories that a runtime makes once, for the state of all its containers.
-const STATE_ROOTS: [&str; 5] = ["/run/podhull", "/run/podhull/pods", "/run/runc", "/run/crun", "/run/youki"];
+/// What a runtime or its caller makes once, for all its containers.
+const MADE_ONCE: [&str; 10] = [
+    "/run/podhull",
+    "/run/podhull/pods",
+    "/run/runc",
+    "/run/crun",
+    "/run/youki",
+    "/run/containers",
+    "/run/containers/networks",
+    "/run/lock",
+    "/run/lock/netavark.lock",
+    "/dev/shm/libpod_lock",
+];
 
 /// Everything that is there, at one moment.
 #[derive(Debug, Default, Clone)]
@@ -102,7 +113,7 @@ fn files(directory: &Path, what: &str, found: &mut BTreeSet<String>) {
     for entry in fs::read_dir(directory).into_iter().flatten().flatten() {
         let path = entry.path();
         let is_directory = entry.file_type().is_ok_and(|kind| kind.is_dir());
-        if !(is_directory && STATE_ROOTS.iter().any(|root| path == Path::new(root))) {
+        if !MADE_ONCE.iter().any(|made| path == Path::new(made)) {
             found.insert(format!("{what} {}", path.display()));
         }
         if is_directory {
