@@ -69,6 +69,10 @@ fn machine(code: &[u8]) -> (Machine, Receiver<End>) {
     let listeners = Listeners {
         ended: Arc::new(move |end| drop(sender.lock().unwrap().send(end))),
         broken: Arc::new(|device, error| panic!("{device}: {error}")),
+        confine: Arc::new(|kind| {
+            rustix::thread::set_no_new_privs(true)?;
+            kind.confine()
+        }),
     };
     (Machine::boot(&config, parts, listeners).unwrap(), ended)
 }

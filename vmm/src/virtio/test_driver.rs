@@ -10,7 +10,7 @@ use virtio_queue::{Queue, QueueT};
 use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::eventfd::EventFd;
 
-use super::worker::Running;
+use super::worker::{Running, Thread};
 use super::{Activation, ActiveQueue, Broken, Device, Interrupt, Worker};
 use crate::memory::{GuestMemory, SharedMemory};
 
@@ -293,7 +293,8 @@ pub fn drive_in(device: &mut dyn Device, features: u64, event_idx: bool, memory:
 
 fn run(worker: Box<dyn Worker>) -> (Running, mpsc::Receiver<Broken>) {
     let (sender, broken) = mpsc::channel();
-    let running = Running::start("test", worker, move |error| sender.send(error).unwrap()).unwrap();
+    let thread = Thread::spawn("test", || Ok(())).unwrap();
+    let running = thread.start(worker, move |error| sender.send(error).unwrap()).unwrap();
     (running, broken)
 }
 
