@@ -122,7 +122,6 @@ fn read(file: &File, segment: &Segment, memory: &GuestMemory) -> Result<(), Kern
                 Ok(0) => return Err(KernelError::Malformed("it was cut short while it was read")),
                 Ok(count) => {
                     offset += count as u64;
-                    drop(guard);
                     rest = rest.offset(count).map_err(vm_memory::GuestMemoryError::from)?;
                 }
                 Err(_) => match io::Error::last_os_error() {
