@@ -142,13 +142,13 @@ impl Loop {
         let mut running = false;
         loop {
             let command = if running {
-                match self.run() {
-                    Stop::Interrupted => {}
-                    Stop::Ended => running = false,
-                }
+                // Before it runs, too: a kick from before the flag was set is lost, but the command it was for is here.
                 match commands.try_recv() {
                     Ok(command) => command,
-                    Err(std::sync::mpsc::TryRecvError::Empty) => continue,
+                    Err(std::sync::mpsc::TryRecvError::Empty) => {
+                        running = matches!(self.run(), Stop::Interrupted);
+                        continue;
+                    }
                     Err(std::sync::mpsc::TryRecvError::Disconnected) => break,
                 }
             } else {
