@@ -68,6 +68,13 @@ impl Kind {
     }
 }
 
+/// Confines the calling thread of a test as it would be in a machine's process.
+#[cfg(test)]
+pub(crate) fn confine_in_test(kind: Kind) -> io::Result<()> {
+    rustix::thread::set_no_new_privs(true)?;
+    kind.confine()
+}
+
 impl Jail {
     /// Makes all of this final but the file server's rights. Below the directories `remove` entries can still be removed.
     pub fn close(self, remove: &[BorrowedFd<'_>]) -> Result<Closed, JailError> {

@@ -238,6 +238,8 @@ fn vcpu(calls: &mut Calls) {
 fn device(calls: &mut Calls) {
     calls.ioctls(&[KVM_SIGNAL_MSI]);
     calls.any(&[libc::SYS_epoll_ctl, libc::SYS_epoll_wait, libc::SYS_epoll_pwait, libc::SYS_poll, libc::SYS_ppoll]);
+    // The console's: what the guest prints.
+    calls.any(&[libc::SYS_writev]);
     // The file server's: it makes a session of the queues.
     calls.any(&[libc::SYS_epoll_create1, libc::SYS_eventfd2]);
     copies(calls);

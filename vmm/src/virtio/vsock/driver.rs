@@ -14,6 +14,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::packet::{HEADER_LENGTH, HOST_CID, Header, Op, Shutdown, TYPE_STREAM};
 use super::{Options, Vsock, VsockHandle};
+use crate::jail::{Kind, confine_in_test};
 use crate::memory::{GuestMemory, SharedMemory};
 use crate::virtio::worker::{Running, Thread};
 use crate::virtio::{Activation, ActiveQueue, Device, Interrupt};
@@ -202,7 +203,7 @@ impl Driver {
     fn run(&mut self, worker: Box<dyn crate::virtio::Worker>) {
         let told = self.told.clone();
         let broken = move |error: crate::virtio::Broken| drop(told.send(error.to_string()));
-        let thread = Thread::spawn(&self.name, || Ok(())).unwrap();
+        let thread = Thread::spawn(&self.name, || confine_in_test(Kind::Vsock)).unwrap();
         self.running = Some(thread.start(worker, broken).unwrap());
     }
 
