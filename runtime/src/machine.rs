@@ -14,6 +14,7 @@ use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketFlags, SocketType};
 use rustix::pipe::PipeFlags;
 use rustix::process::{Pid, PidfdFlags};
+use rustix::thread::{ThreadNameSpaceType, UnshareFlags};
 use tokio::io::unix::AsyncFd;
 use tokio::sync::oneshot;
 
@@ -50,6 +51,12 @@ pub enum MachineError {
     /// The process died by a signal.
     #[error("the virtual machine's process was killed by signal {0}")]
     Killed(i32),
+    /// The process made a system call that is on no list of its jail's.
+    #[error(
+        "the virtual machine's process was killed for a system call that its seccomp filter forbids (signal 31, SIGSYS); \
+         the kernel log names it, as type=1326"
+    )]
+    Forbidden,
     /// The process ended by itself without saying why on the channel.
     #[error("the virtual machine's process ended with status {status}{said}")]
     Exited {
@@ -68,8 +75,8 @@ pub struct Process {
 }
 
 impl Process {
-    /// Starts this program again as a machine. All signals are unblocked in it, and it inherits its end of the channel,
-    /// `/dev/null` and a pipe for last words.
+    /// Starts this program again as a machine, the first process of a pid namespace of its own. All signals are unblocked in
+    /// it, and it inherits its end of the channel, `/dev/null` and a pipe for last words.
     pub fn spawn() -> Result<Self, MachineError> {
         let spawn = |e: Errno| MachineError::Spawn(e.into());
         let (ours, theirs) =
@@ -85,7 +92,7 @@ impl Process {
         unsafe {
             command.pre_exec(move || inherit_only(fd));
         }
-        let child = command.spawn().map_err(MachineError::Spawn)?;
+        let child = in_new_pid_namespace(|| command.spawn()).map_err(MachineError::Spawn)?;
         Ok(Self { child, stderr: File::from(stderr), channel: Some(ours) })
     }
 
@@ -116,6 +123,7 @@ impl Process {
         match self.child.wait() {
             Err(error) => MachineError::Spawn(error),
             Ok(status) => match (status.signal(), status.code()) {
+                (Some(libc::SIGSYS), _) => MachineError::Forbidden,
                 (Some(signal), _) => MachineError::Killed(signal),
                 (None, code) => MachineError::Exited { status: code.unwrap_or(-1), said: self.last_words() },
             },
@@ -140,6 +148,23 @@ impl Drop for Process {
         // It may be gone already; then there is nothing to kill, and only the first wait gives its status.
         let _ = self.child.kill();
         let _ = self.child.wait();
+    }
+}
+
+/// Calls `spawn` so that the child it makes is in a new pid namespace. Until this returns the thread can start no other.
+fn in_new_pid_namespace(spawn: impl FnOnce() -> io::Result<Child>) -> io::Result<Child> {
+    let ours = rustix::process::pidfd_open(rustix::process::getpid(), PidfdFlags::empty())?;
+    // SAFETY: the flag decides about children to come, and nothing else.
+    unsafe { rustix::thread::unshare_unsafe(UnshareFlags::NEWPID) }?;
+    let child = spawn();
+    let back = rustix::thread::move_into_thread_name_spaces(ours.as_fd(), ThreadNameSpaceType::PROCESS_ID);
+    match (child, back) {
+        (Ok(mut child), Err(errno)) => {
+            let _ = child.kill();
+            let _ = child.wait();
+            Err(errno.into())
+        }
+        (child, _) => child,
     }
 }
 

@@ -29,8 +29,9 @@ pub const MAX_FDS: usize = 200;
 pub enum Request {
     /// Builds the machine and runs it. The first request, and only the first.
     Start(MachineConfig),
-    /// Puts devices, mounts and sockets into the running machine. Devices appear on its PCI bus; the guest sees them after
-    /// a rescan.
+    /// Puts disks and devices into the running machine. They appear on its PCI bus; the guest sees them after a rescan.
+    /// Mounts and directories to remove are given at the start: by then the process has nothing left to mount with, or to
+    /// reach other directories. Nor is it given its share later.
     Add {
         /// One for each attached file descriptor, in order.
         resources: Vec<Resource>,
@@ -81,7 +82,7 @@ pub enum Resource {
     /// A file that gets what the guest kernel prints. The machine has a console only if this is there.
     Console,
     /// A detached mount (`open_tree`), attached at this path below the root of the machine's share: relative, without
-    /// `..`; missing directories (for a mounted directory) or the file (for a mounted file) are made.
+    /// `..`; missing directories (for a mounted directory) or the file (for a mounted file) are made. At the start only.
     Mount {
         /// Relative path below the share.
         path: String,
@@ -94,7 +95,7 @@ pub enum Resource {
         serial: String,
     },
     /// A directory; the entry `name` in it, with all below it, is removed when the machine ends because its channel was
-    /// closed.
+    /// closed. At the start only.
     Remove {
         /// One path component.
         name: String,
@@ -105,7 +106,7 @@ pub enum Resource {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Device {
-    /// virtio-fs with tag [`SHARE_TAG`], serving the machine's share.
+    /// virtio-fs with tag [`SHARE_TAG`], serving the machine's share. In [`MachineConfig::devices`] only.
     Share,
     /// virtio-mem, carrying the memory between `memory_bytes` and `memory_max_bytes`; none if they are equal.
     Memory,

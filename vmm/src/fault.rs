@@ -1,5 +1,8 @@
 //! Faults of the process itself that a guest or a file can cause: a device that is made to touch guest memory which is not
 //! there (unplugged), and a mapped file that was cut short. They end the machine; the runtime is told which.
+//!
+//! And a panic, whose message is on standard error: the process is the first of its pid namespace, for which the kernel
+//! ignores a `SIGABRT` of its own, and `abort` would go on to a fault that means something else.
 
 use std::os::fd::RawFd;
 use std::sync::OnceLock;
@@ -14,17 +17,28 @@ static CHANNEL: AtomicI32 = AtomicI32::new(-1);
 /// What to say, written out beforehand: a signal handler must not allocate.
 static LAST_WORDS: OnceLock<[Vec<u8>; 2]> = OnceLock::new();
 
-/// Installs the handlers of `SIGSEGV` and `SIGBUS`, which tell the runtime over `channel` and end the process.
+/// What a shell makes of an end by `SIGABRT`.
+const ABORTED: libc::c_int = 128 + libc::SIGABRT;
+
+/// Installs the handlers of `SIGSEGV` and `SIGBUS`, which tell the runtime over `channel` and end the process, and of
+/// `SIGABRT`.
 pub fn install_handlers(channel: RawFd) -> std::io::Result<()> {
     let words = |what: &str| serde_json::to_vec(&Notice::Ended(End::Misbehaved(what.into())));
     let segv = words("a device was made to use guest memory that is not there")?;
     let bus = words("a mapped file (guest kernel or image) was cut short")?;
     let _ = LAST_WORDS.set([segv, bus]);
     CHANNEL.store(channel, Ordering::SeqCst);
-    for signal in [libc::SIGSEGV, libc::SIGBUS] {
-        register_signal_handler(signal, last_words).map_err(|e| std::io::Error::from_raw_os_error(e.errno()))?;
+    for (signal, handler) in
+        [(libc::SIGSEGV, last_words as _), (libc::SIGBUS, last_words as _), (libc::SIGABRT, end as _)]
+    {
+        register_signal_handler(signal, handler).map_err(|e| std::io::Error::from_raw_os_error(e.errno()))?;
     }
     Ok(())
+}
+
+extern "C" fn end(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {
+    // SAFETY: _exit is async-signal-safe, and who aborts does not go on.
+    unsafe { libc::_exit(ABORTED) };
 }
 
 extern "C" fn last_words(signal: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {

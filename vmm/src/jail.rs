@@ -1,28 +1,32 @@
-//! The file system a machine's process lives in: a small read-only one of its own that holds the pod's share and nothing
-//! else. The process makes it before it has a thread, and the host's file system is out of its reach from then on.
+//! What a machine's process may still do, once it has what it needs: the less, the less a guest that broke out into it has
+//! won. Each step is an error if it cannot be taken; only Landlock may be missing from a kernel.
+//!
+//! 1. [`Jail::enter`], with one thread: namespaces of its own, and a root that holds the pod's share and nothing else
+//!    (`root`). A pid namespace is entered by being born in it: that is up to whoever starts the process.
+//! 2. [`Jail::attach`]: the share's mounts.
+//! 3. [`Jail::close`]: no capability but those by which the file server acts for the guest's users, none to be had again
+//!    (`rights`), and no path but those below the share (`paths`). The file server's threads start here, and keep these.
+//! 4. [`Closed::leave_files`]: no capability and no path for the main thread, and so for all threads to come.
+//! 5. [`Kind::confine`]: each thread, the main one too, keeps the system calls that its work needs (`filter`).
+//!
+//! Threads inherit all of it, so the order in which they start is part of it: a thread never has more than the one that
+//! started it. The file server's start before step 4; the others after it, by the main thread alone, whose filter allows
+//! what any of theirs does. Nothing in the process can ever be mounted, executed or made a socket of.
 
-use std::fs::File;
+mod filter;
+mod paths;
+mod rights;
+mod root;
+
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::path::{Component, Path};
+use std::os::fd::BorrowedFd;
+use std::sync::Arc;
 
-use rustix::fs::{AtFlags, FileType, Mode, OFlags, ResolveFlags, fstat, mkdirat, openat2};
 use rustix::io::Errno;
-use rustix::mount::{
-    FsMountFlags, FsOpenFlags, MountAttrFlags, MountFlags, MountPropagationFlags, MoveMountFlags, OpenTreeFlags,
-    UnmountFlags, fsconfig_create, fsconfig_set_string, fsmount, fsopen, mount_change, mount_remount, move_mount,
-    open_tree, unmount,
-};
-use rustix::process::{chdir, pivot_root};
-use rustix::thread::{UnshareFlags, unshare_unsafe};
+use rustix::process::{DumpableBehavior, Resource, Rlimit, getrlimit, set_dumpable_behavior, setrlimit};
 
-/// A directory that every host has; the new root is mounted on it, in our own mount namespace, for the moment before it
-/// becomes the root.
-const STAGE: &str = "/proc";
-
-/// Bounds of the root itself: it holds mount points only, but the guest may ask for more.
-const ROOT_SIZE: &str = "256k";
-const ROOT_INODES: &str = "4096";
+pub use paths::landlock;
+pub use root::{Jail, remove_tree};
 
 /// A step failed; the process must not go on.
 #[derive(Debug, thiserror::Error)]
@@ -36,136 +40,76 @@ fn step<T>(step: &str, result: Result<T, Errno>) -> Result<T, JailError> {
     result.map_err(|errno| JailError { step: step.into(), source: errno.into() })
 }
 
-/// The process's root, and through it the pod's share.
-#[derive(Debug)]
-pub struct Jail {
-    /// The root's file system, writable, for mount points; the guest sees the read-only mount.
-    root: OwnedFd,
-    /// `/proc/self/fd`, opened while there was a `/proc`.
-    proc_self_fd: File,
+/// What a thread is for: it decides which system calls it may make.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Kind {
+    /// Serves the control channel, and starts the threads of vCPUs and devices.
+    Main,
+    /// Runs a virtual CPU, and answers its exits: what a driver sets up is set up here.
+    Vcpu,
+    /// A device of queues, guest memory and nothing else. That of the file system lends its queues.
+    Device,
+    /// Moves bytes between guest memory and sockets that it is given.
+    Vsock,
+    /// Moves bytes between guest memory and disks.
+    Block,
+    /// Serves files.
+    Files,
+}
+
+/// Confines the calling thread as one of a kind, for good.
+pub type Confine = Arc<dyn Fn(Kind) -> io::Result<()> + Send + Sync>;
+
+impl Kind {
+    /// Leaves the calling thread the system calls of its kind; any other ends the process with `SIGSYS`. The thread must
+    /// have `no_new_privs`, which it inherits.
+    pub fn confine(self) -> io::Result<()> {
+        filter::install(self)
+    }
+}
+
+/// Confines the calling thread of a test as it would be in a machine's process.
+#[cfg(test)]
+pub(crate) fn confine_in_test(kind: Kind) -> io::Result<()> {
+    rustix::thread::set_no_new_privs(true)?;
+    kind.confine()
 }
 
 impl Jail {
-    /// Enters: no path of the host can be named afterwards. Call it while the process has one thread.
-    pub fn enter() -> Result<Self, JailError> {
-        let path = "/proc/self/fd";
-        let proc_self_fd = step(path, rustix::fs::open(path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty()))?.into();
-        // SAFETY: mount namespaces are per process here; no descriptor table is unshared.
-        step("unshare", unsafe { unshare_unsafe(UnshareFlags::NEWNS) })?;
-        // Nothing of what follows may reach the namespace we come from.
-        let private = MountPropagationFlags::PRIVATE | MountPropagationFlags::REC;
-        step("private mounts", mount_change("/", private))?;
-
-        let context = step("fsopen", fsopen("tmpfs", FsOpenFlags::FSOPEN_CLOEXEC))?;
-        for (key, value) in [("size", ROOT_SIZE), ("nr_inodes", ROOT_INODES), ("mode", "0755")] {
-            step("tmpfs option", fsconfig_set_string(context.as_fd(), key, value))?;
-        }
-        step("tmpfs", fsconfig_create(context.as_fd()))?;
-        let attributes = MountAttrFlags::MOUNT_ATTR_NOSUID | MountAttrFlags::MOUNT_ATTR_NODEV;
-        let mount = step("fsmount", fsmount(context.as_fd(), FsMountFlags::FSMOUNT_CLOEXEC, attributes))?;
-        attach(&mount, rustix::fs::CWD, STAGE)?;
-        let clone = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
-        let root = step("open_tree", open_tree(rustix::fs::CWD, STAGE, clone))?;
-        let flags = MountFlags::BIND | MountFlags::RDONLY | MountFlags::NOSUID | MountFlags::NODEV;
-        step("read-only root", mount_remount(STAGE, flags, ""))?;
-
-        // The old root is stacked on the new one, and taken off.
-        step("chdir", chdir(STAGE))?;
-        step("pivot_root", pivot_root(".", "."))?;
-        step("umount of the old root", unmount(".", UnmountFlags::DETACH))?;
-        step("chdir", chdir("/"))?;
-        Ok(Self { root, proc_self_fd })
+    /// Makes all of this final but the file server's rights. Below the directories `remove` entries can still be removed.
+    pub fn close(self, remove: &[BorrowedFd<'_>]) -> Result<Closed, JailError> {
+        // No memory of a guest in core files, and nobody looks into the process but who may look into all of them.
+        step("limit of core files", setrlimit(Resource::Core, Rlimit { current: Some(0), maximum: Some(0) }))?;
+        step("not dumpable", set_dumpable_behavior(DumpableBehavior::NotDumpable))?;
+        rights::keep_those_of_the_file_server()?;
+        paths::only_the_share(remove)?;
+        Ok(Closed { jail: self })
     }
+}
 
-    /// Attaches a detached mount at a relative path of the share.
-    pub fn attach(&self, path: &str, mount: &OwnedFd) -> Result<(), JailError> {
-        let refuse = |errno| step::<()>(&format!("mount point {path:?}"), Err(errno));
-        let mut names = Vec::new();
-        for component in Path::new(path).components() {
-            match component {
-                Component::Normal(name) => names.push(name),
-                _ => return refuse(Errno::INVAL),
-            }
-        }
-        let Some((last, parents)) = names.split_last() else { return refuse(Errno::INVAL) };
-        let mut directory = step("dup", rustix::io::fcntl_dupfd_cloexec(&self.root, 0))?;
-        for name in parents {
-            directory = make_directory(directory.as_fd(), Path::new(name), path)?;
-        }
-        let is_directory =
-            FileType::from_raw_mode(step("fstat of a mount", fstat(mount))?.st_mode) == FileType::Directory;
-        if is_directory {
-            make_directory(directory.as_fd(), Path::new(last), path)?;
-        } else {
-            let flags = OFlags::CREATE | OFlags::EXCL | OFlags::WRONLY | OFlags::CLOEXEC;
-            match rustix::fs::openat(&directory, Path::new(last), flags, Mode::from_raw_mode(0o644)) {
-                Ok(_) | Err(Errno::EXIST) => {}
-                Err(errno) => return refuse(errno),
-            }
-        }
-        attach(mount, rustix::fs::CWD, &format!("/{path}"))
-    }
+/// A jail whose walls stand; only the file server's threads are to be started.
+#[derive(Debug)]
+pub struct Closed {
+    jail: Jail,
+}
 
+impl Closed {
     /// `/proc/self/fd`, by which the file server reopens what it knows.
-    pub fn proc_self_fd(&self) -> io::Result<File> {
-        self.proc_self_fd.try_clone()
+    pub fn proc_self_fd(&self) -> io::Result<std::fs::File> {
+        self.jail.proc_self_fd()
+    }
+
+    /// Gives up what only the file server's threads need; what starts from now on has none of it.
+    pub fn leave_files(self, remove: &[BorrowedFd<'_>]) -> Result<(), JailError> {
+        rights::drop_all()?;
+        paths::none(remove)
     }
 }
 
-fn make_directory(parent: BorrowedFd<'_>, name: &Path, path: &str) -> Result<OwnedFd, JailError> {
-    let what = format!("mount point {path:?}");
-    match mkdirat(parent, name, Mode::from_raw_mode(0o755)) {
-        Ok(()) | Err(Errno::EXIST) => {}
-        Err(errno) => return step(&what, Err(errno)),
-    }
-    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
-    let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_XDEV;
-    step(&what, openat2(parent, name, flags, Mode::empty(), resolve))
-}
-
-fn attach(mount: &OwnedFd, directory: impl AsFd, path: &str) -> Result<(), JailError> {
-    let flags = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH;
-    step(&format!("move_mount to {path:?}"), move_mount(mount, "", directory, path, flags))
-}
-
-/// Removes the entry `name` of `directory` with all below it; what is not there is fine. Symbolic links are removed, not
-/// followed.
-pub fn remove_tree(directory: BorrowedFd<'_>, name: &std::ffi::CStr) -> Result<(), Errno> {
-    match rustix::fs::unlinkat(directory, name, AtFlags::empty()) {
-        Ok(()) | Err(Errno::NOENT) => return Ok(()),
-        Err(Errno::ISDIR | Errno::PERM) => {}
-        Err(errno) => return Err(errno),
-    }
-    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-    let inner = rustix::fs::openat(directory, name, flags, Mode::empty())?;
-    for entry in rustix::fs::Dir::read_from(&inner)? {
-        let entry = entry?;
-        if !matches!(entry.file_name().to_bytes(), b"." | b"..") {
-            remove_tree(inner.as_fd(), entry.file_name())?;
-        }
-    }
-    rustix::fs::unlinkat(directory, name, AtFlags::REMOVEDIR)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_tree_is_removed_without_following_its_links() {
-        let base = std::env::temp_dir().join(format!("podhull-remove-{}", std::process::id()));
-        std::fs::create_dir_all(base.join("tree/a/b")).unwrap();
-        std::fs::write(base.join("kept"), "x").unwrap();
-        std::fs::write(base.join("tree/a/file"), "x").unwrap();
-        std::os::unix::fs::symlink("../kept", base.join("tree/link")).unwrap();
-        let directory = File::open(&base).unwrap();
-        remove_tree(directory.as_fd(), c"tree").unwrap();
-        remove_tree(directory.as_fd(), c"tree").unwrap();
-        assert!(!base.join("tree").exists() && base.join("kept").exists());
-        remove_tree(
-            File::open(std::env::temp_dir()).unwrap().as_fd(),
-            &std::ffi::CString::new(base.file_name().unwrap().as_encoded_bytes()).unwrap(),
-        )
-        .unwrap();
-    }
+/// Raises the limit of open files to what the process was allowed: the file server holds a descriptor for each file that the
+/// guest knows.
+pub fn raise_descriptor_limit() {
+    let maximum = getrlimit(Resource::Nofile).maximum;
+    // The hard limit may always be taken; if not, the guest has fewer files.
+    let _ = setrlimit(Resource::Nofile, Rlimit { current: maximum, maximum });
 }

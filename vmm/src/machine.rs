@@ -18,12 +18,14 @@ use crate::arch::layout::{HUGE_PAGE, IMAGE, IMAGE_MAX, RAM_END_MAX};
 use crate::arch::state::{StateContext, StateError};
 use crate::bus::Bus;
 use crate::control::{End, MachineConfig};
+use crate::jail::Confine;
 use crate::kernel::{self, KernelError};
 use crate::memory::discard::FileBacked;
 use crate::memory::{self, MemoryError, SharedMemory};
 use crate::pci;
 use crate::vcpu::{Shared, Vcpu, lock};
 use crate::virtio::pci::{OnBroken, VirtioPci};
+use crate::virtio::worker::Thread;
 use crate::virtio::{ActivateError, Device};
 
 /// Fewest bytes of RAM a machine boots with.
@@ -94,12 +96,14 @@ pub struct Parts {
     pub console: Option<File>,
 }
 
-/// Whom a machine tells what happens to it, from its threads.
+/// Whom a machine calls from its threads.
 pub struct Listeners {
     /// A vCPU cannot go on, or the guest asked for the end.
     pub ended: Arc<dyn Fn(End) + Send + Sync>,
     /// A device was stopped because its driver broke the rules.
     pub broken: OnBroken,
+    /// Confines each thread of the machine before it does anything.
+    pub confine: Confine,
 }
 
 /// A machine, paused until [`Machine::run`].
@@ -175,6 +179,7 @@ impl Machine {
                 exits: Arc::new(AtomicU64::new(0)),
                 ended: listeners.ended,
                 context: Arc::new(context),
+                confine: listeners.confine,
             },
             broken: listeners.broken,
             devices: Vec::new(),
@@ -249,9 +254,13 @@ impl Machine {
 
     /// Puts a device into a free slot of the bus; the guest sees it when it scans the bus.
     pub fn add_device(&mut self, name: &'static str, device: Box<dyn Device>) -> Result<(), BuildError> {
+        let (confine, kind) = (self.shared.confine.clone(), device.kind());
+        let thread = Thread::spawn(name, move || confine(kind))
+            .map_err(|source| BuildError::Kvm { what: "thread of a device", source })?;
         let function = Arc::new(Mutex::new(VirtioPci::new(
             name,
             device,
+            thread,
             self.memory.clone(),
             self.vm.clone(),
             self.broken.clone(),

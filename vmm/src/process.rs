@@ -15,7 +15,7 @@ use vmm_sys_util::eventfd::EventFd;
 use crate::arch::layout::HOTPLUG;
 use crate::control::{self, ChannelError, Device, End, MachineConfig, Notice, Request, Resource, SHARE_TAG};
 use crate::fault;
-use crate::jail::{Jail, remove_tree};
+use crate::jail::{Jail, Kind, raise_descriptor_limit, remove_tree};
 use crate::machine::{Listeners, Machine, Parts};
 use crate::vcpu::{install_kick_handler, lock};
 use crate::virtio::balloon::Balloon;
@@ -67,7 +67,8 @@ impl Events {
 /// A machine with what belongs to its process.
 struct Process {
     machine: Machine,
-    jail: Jail,
+    /// The share, from the start to when the machine gets it.
+    share: Option<Share>,
     /// Devices the machine gets when its agent is ready.
     devices: Vec<Device>,
     memory_bytes: u64,
@@ -105,7 +106,7 @@ pub fn main() -> i32 {
     let stop = match started {
         Ok(mut process) => {
             let stop = match control::send(&channel, &Notice::Done, &[]) {
-                Ok(()) => process.serve(&channel, &mut leftovers),
+                Ok(()) => process.serve(&channel),
                 Err(_) => Stop::Abandoned,
             };
             // Threads may be in the middle of anything; the process ends with them, not after them.
@@ -202,13 +203,8 @@ impl Process {
             console: start.console,
         };
         let agent = start.agent.ok_or_else(|| missing("agent channel"))?;
-        for (resource, _) in &start.later {
-            if let Resource::Disk { .. } = resource {
-                return Err("disks are added to a machine that runs".into());
-            }
-        }
-        raise_descriptor_limit();
-        let jail = Jail::enter().map_err(line)?;
+        let shared = config.devices.contains(&Device::Share);
+        let share = enter_jail(start.later, shared, leftovers)?;
         install_kick_handler().map_err(|e| format!("signal handler: {e}"))?;
         let events = Events::new().map_err(|e| format!("eventfd: {e}"))?;
         let listeners = Listeners {
@@ -220,6 +216,7 @@ impl Process {
                 let events = events.clone();
                 Arc::new(move |device, error| events.push(Event::Broken(device, error)))
             },
+            confine: Arc::new(Kind::confine),
         };
         let mut machine = Machine::boot(&config, parts, listeners).map_err(line)?;
         let ready = EventFd::new(libc::EFD_CLOEXEC | libc::EFD_NONBLOCK).map_err(|e| format!("eventfd: {e}"))?;
@@ -235,22 +232,21 @@ impl Process {
         machine.add_device("vsock", Box::new(device)).map_err(line)?;
         let mut process = Self {
             machine,
-            jail,
+            share,
             devices: config.devices,
             memory_bytes: config.memory_bytes,
             memory: None,
             ready,
             events,
         };
-        for (resource, fd) in start.later {
-            process.add_resource(resource, fd, leftovers)?;
-        }
+        // Before the first instruction of the guest.
+        Kind::Main.confine().map_err(|e| format!("confinement: {e}"))?;
         process.machine.run().map_err(line)?;
         Ok(process)
     }
 
     /// Until the machine ends or the runtime does.
-    fn serve(&mut self, channel: &OwnedFd, leftovers: &mut Leftovers) -> Stop {
+    fn serve(&mut self, channel: &OwnedFd) -> Stop {
         let ready = self.ready.try_clone();
         let events = self.events.clone();
         let Ok(ready) = ready else { return Stop::Ended(End::Failure("no descriptor left".into())) };
@@ -284,7 +280,7 @@ impl Process {
             }
             if channel_ready {
                 let answer = match control::receive(channel) {
-                    Ok((request, fds)) => self.carry_out(request, fds, leftovers),
+                    Ok((request, fds)) => self.carry_out(request, fds),
                     Err(ChannelError::Malformed(what)) => Err(what),
                     Err(_) => return Stop::Abandoned,
                 };
@@ -306,7 +302,7 @@ impl Process {
         Ok(())
     }
 
-    fn carry_out(&mut self, request: Request, fds: Vec<OwnedFd>, leftovers: &mut Leftovers) -> Result<(), Line> {
+    fn carry_out(&mut self, request: Request, fds: Vec<OwnedFd>) -> Result<(), Line> {
         match request {
             Request::Start(_) => Err("the machine runs already".into()),
             Request::Add { resources, devices } => {
@@ -314,7 +310,7 @@ impl Process {
                     return Err(format!("{} resources with {} descriptors", resources.len(), fds.len()));
                 }
                 for (resource, fd) in resources.into_iter().zip(fds) {
-                    self.add_resource(resource, fd, leftovers)?;
+                    self.add_resource(resource, fd)?;
                 }
                 devices.into_iter().try_for_each(|device| self.add_device(device))
             }
@@ -323,13 +319,8 @@ impl Process {
         }
     }
 
-    fn add_resource(&mut self, resource: Resource, fd: OwnedFd, leftovers: &mut Leftovers) -> Result<(), Line> {
+    fn add_resource(&mut self, resource: Resource, fd: OwnedFd) -> Result<(), Line> {
         match resource {
-            Resource::Mount { path } => self.jail.attach(&path, &fd).map_err(line),
-            Resource::Remove { name } => {
-                leftovers.push((fd, name));
-                Ok(())
-            }
             Resource::Disk { read_only, serial } => {
                 let disk = Block::new(fd, read_only, &serial).map_err(line)?;
                 self.machine.add_device("blk", Box::new(disk)).map_err(line)
@@ -342,15 +333,8 @@ impl Process {
         match device {
             Device::Entropy => self.machine.add_device("rng", Box::new(Entropy)).map_err(line),
             Device::Share => {
-                let proc_self_fd = self.jail.proc_self_fd().map_err(|e| format!("/proc/self/fd: {e}"))?;
-                let share = Share::new(ShareConfig {
-                    tag: SHARE_TAG.into(),
-                    root: "/".into(),
-                    proc_self_fd,
-                    threads: SHARE_THREADS,
-                    confine: Box::new(|| Ok(())),
-                });
-                self.machine.add_device("fs", Box::new(share.map_err(line)?)).map_err(line)
+                let share = self.share.take().ok_or("a share is asked for at the start or not at all")?;
+                self.machine.add_device("fs", Box::new(share)).map_err(line)
             }
             Device::Memory if self.machine.memory().num_regions() == 1 => Ok(()),
             Device::Memory => {
@@ -379,16 +363,44 @@ impl Process {
     }
 }
 
+/// Takes from the process all that the machine and its devices do not need, and makes the share, whose threads keep what
+/// serving files takes.
+fn enter_jail(
+    resources: Vec<(Resource, OwnedFd)>,
+    shared: bool,
+    leftovers: &mut Leftovers,
+) -> Result<Option<Share>, Line> {
+    raise_descriptor_limit();
+    let jail = Jail::enter().map_err(line)?;
+    for (resource, fd) in resources {
+        match resource {
+            Resource::Mount { path } => jail.attach(&path, &fd).map_err(line)?,
+            Resource::Remove { name } => leftovers.push((fd, name)),
+            Resource::Disk { .. } => return Err("disks are added to a machine that runs".into()),
+            other => return Err(format!("{other:?} was given twice")),
+        }
+    }
+    let remove: Vec<_> = leftovers.iter().map(|(directory, _)| directory.as_fd()).collect();
+    let jail = jail.close(&remove).map_err(line)?;
+    let share = if shared {
+        let proc_self_fd = jail.proc_self_fd().map_err(|e| format!("/proc/self/fd: {e}"))?;
+        let share = Share::new(ShareConfig {
+            tag: SHARE_TAG.into(),
+            root: "/".into(),
+            proc_self_fd,
+            threads: SHARE_THREADS,
+            confine: Box::new(|| Kind::Files.confine()),
+        });
+        Some(share.map_err(line)?)
+    } else {
+        None
+    };
+    jail.leave_files(&remove).map_err(line)?;
+    Ok(share)
+}
+
 fn borrow(eventfd: &EventFd) -> BorrowedFd<'_> {
     use std::os::fd::AsRawFd;
     // SAFETY: the descriptor is open for as long as the borrowed eventfd.
     unsafe { BorrowedFd::borrow_raw(eventfd.as_raw_fd()) }
-}
-
-/// The file server holds a descriptor for each file the guest knows.
-fn raise_descriptor_limit() {
-    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
-    let maximum = getrlimit(Resource::Nofile).maximum;
-    // The hard limit may always be taken; if not, the guest has fewer files.
-    let _ = setrlimit(Resource::Nofile, Rlimit { current: maximum, maximum });
 }

@@ -12,6 +12,7 @@ use vmm_sys_util::signal::{SIGRTMIN, register_signal_handler};
 use crate::arch::state::{StateContext, StateError, VcpuState};
 use crate::bus::Bus;
 use crate::control::End;
+use crate::jail::{Confine, Kind};
 
 /// What the machine tells a vCPU's thread.
 enum Command {
@@ -39,6 +40,8 @@ pub struct Shared {
     pub ended: Arc<dyn Fn(End) + Send + Sync>,
     /// What saving and restoring needs to know of the host.
     pub context: Arc<StateContext>,
+    /// Called on each thread before it runs.
+    pub confine: Confine,
 }
 
 extern "C" fn interrupt_only(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {
@@ -64,13 +67,16 @@ pub fn install_kick_handler() -> std::io::Result<()> {
 }
 
 impl Vcpu {
-    /// Moves `fd` to a thread of its own, paused.
+    /// Moves `fd` to a thread of its own, paused. One that cannot be confined ends the machine.
     pub fn spawn(index: u32, fd: VcpuFd, shared: Shared) -> std::io::Result<Self> {
         let (commands, receiver) = channel();
-        let thread = std::thread::Builder::new()
-            .name(format!("vcpu{index}"))
-            .stack_size(128 * 1024)
-            .spawn(move || Loop { fd, shared }.serve(&receiver))?;
+        let thread =
+            std::thread::Builder::new().name(format!("vcpu{index}")).stack_size(128 * 1024).spawn(move || {
+                match (shared.confine)(Kind::Vcpu) {
+                    Ok(()) => Loop { fd, shared }.serve(&receiver),
+                    Err(error) => (shared.ended)(End::Failure(format!("confinement of a vCPU's thread: {error}"))),
+                }
+            })?;
         Ok(Self { commands, thread: Some(thread) })
     }
 
@@ -136,13 +142,13 @@ impl Loop {
         let mut running = false;
         loop {
             let command = if running {
-                match self.run() {
-                    Stop::Interrupted => {}
-                    Stop::Ended => running = false,
-                }
+                // Before it runs, too: a kick from before the flag was set is lost, but the command it was for is here.
                 match commands.try_recv() {
                     Ok(command) => command,
-                    Err(std::sync::mpsc::TryRecvError::Empty) => continue,
+                    Err(std::sync::mpsc::TryRecvError::Empty) => {
+                        running = matches!(self.run(), Stop::Interrupted);
+                        continue;
+                    }
                     Err(std::sync::mpsc::TryRecvError::Disconnected) => break,
                 }
             } else {

@@ -12,6 +12,7 @@ use std::sync::mpsc::{Receiver, channel};
 use std::time::Duration;
 
 use podhull_vmm::control::{End, MachineConfig};
+use podhull_vmm::jail::Kind;
 use podhull_vmm::machine::{Listeners, Machine, Parts};
 use podhull_vmm::snapshot::MachineState;
 use podhull_vmm::vcpu::install_kick_handler;
@@ -69,8 +70,15 @@ fn machine(code: &[u8]) -> (Machine, Receiver<End>) {
     let listeners = Listeners {
         ended: Arc::new(move |end| drop(sender.lock().unwrap().send(end))),
         broken: Arc::new(|device, error| panic!("{device}: {error}")),
+        confine: Arc::new(confine),
     };
     (Machine::boot(&config, parts, listeners).unwrap(), ended)
+}
+
+/// Of the calling thread alone.
+fn confine(kind: Kind) -> std::io::Result<()> {
+    rustix::thread::set_no_new_privs(true)?;
+    kind.confine()
 }
 
 fn result(machine: &Machine) -> u64 {
@@ -147,6 +155,18 @@ fn a_paused_machine_is_a_value_that_another_machine_goes_on_from() {
     assert!(ended.try_recv().is_err() && second_ended.try_recv().is_err());
     first.run().unwrap();
     wait_until_it_counts(&first, paused_at);
+}
+
+#[test]
+fn a_confined_main_thread_gives_its_machine_more_cpus_and_devices() {
+    let (mut machine, ended) = machine(RESET);
+    confine(Kind::Main).unwrap();
+    machine.set_cpus(3).unwrap();
+    machine.add_device("rng", Box::new(Entropy)).unwrap();
+    machine.run().unwrap();
+    assert_eq!(ended.recv_timeout(DEADLINE).unwrap(), End::Reset);
+    machine.pause();
+    assert_eq!(machine.save().unwrap().vcpus().len(), 3);
 }
 
 fn wait_until_it_counts(machine: &Machine, from: u64) {

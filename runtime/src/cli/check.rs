@@ -26,6 +26,7 @@ impl Arguments {
             cgroup(),
             system_calls(),
             seccomp(),
+            landlock(),
             privilege(),
             memory(),
         ]);
@@ -124,6 +125,15 @@ fn seccomp() -> Finding {
         false => Err(missing("no seccomp filters", "use a kernel with CONFIG_SECCOMP_FILTER")),
     };
     Finding { subject: "seccomp", result }
+}
+
+/// One of several walls around a machine's process; the others stand without it.
+fn landlock() -> Finding {
+    let result = Ok(match podhull_vmm::jail::landlock() {
+        Some(version) => format!("version {version}"),
+        None => "none: fine, machines are confined by the other means".to_owned(),
+    });
+    Finding { subject: "Landlock", result }
 }
 
 fn privilege() -> Finding {

@@ -39,7 +39,7 @@ fn start(scene: &Scene) -> Outcome<Running> {
 }
 
 /// The process that holds the virtual machine: the one with /dev/kvm open.
-fn machine(run: &Running) -> Outcome<Pid> {
+pub(super) fn machine(run: &Running) -> Outcome<Pid> {
     let opens_kvm = |pid: i32| {
         let descriptors = std::fs::read_dir(format!("/proc/{pid}/fd")).into_iter().flatten().flatten();
         descriptors

@@ -1,7 +1,13 @@
 //! What the host sees of a container, and the container of the host.
 
+use std::collections::HashMap;
 use std::fs;
+use std::thread;
+use std::time::{Duration, Instant};
 
+use serde_json::json;
+
+use super::crashes::machine;
 use super::podhull;
 use crate::leaks::Leaks;
 use crate::processes;
@@ -11,6 +17,7 @@ use crate::{Outcome, ensure, ensure_eq};
 pub const CASES: &[Case] = &[
     podhull("isolation::the_kernel_is_the_guest_s", the_kernel_is_the_guest_s),
     podhull("isolation::the_host_sees_only_podhull", the_host_sees_only_podhull),
+    podhull("isolation::the_machine_is_confined", the_machine_is_confined),
 ];
 
 fn the_kernel_is_the_guest_s(scene: &Scene) -> Outcome {
@@ -49,6 +56,100 @@ fn the_host_sees_only_podhull(scene: &Scene) -> Outcome {
         }
     }
     ensure_eq!(fs::read_to_string("/proc/net/dev")?.lines().count(), network, "network devices of the host");
+    run.send(b"end\n")?;
+    run.wait()?.expect_status(0)?;
+    Ok(())
+}
+
+/// Capabilities of the threads that serve files: CHOWN, DAC_OVERRIDE, FOWNER, FSETID, SETGID, SETUID, MKNOD, SETFCAP.
+const FILE_SERVER: u64 = 1 << 0 | 1 << 1 | 1 << 3 | 1 << 4 | 1 << 6 | 1 << 7 | 1 << 27 | 1 << 31;
+
+/// Longest until a machine that runs a container has all of its devices.
+const GROWN: Duration = Duration::from_secs(20);
+
+/// The fields of a `status` file of /proc.
+fn status(path: &str) -> Outcome<HashMap<String, String>> {
+    let text = fs::read_to_string(path)?;
+    let fields = text.lines().filter_map(|line| line.split_once(':'));
+    Ok(fields.map(|(name, value)| (name.to_owned(), value.trim().to_owned())).collect())
+}
+
+/// Threads of a process by id, with their names.
+fn threads(process: &str) -> Outcome<Vec<(String, String)>> {
+    let mut threads = Vec::new();
+    for entry in fs::read_dir(format!("{process}/task"))? {
+        let id = entry?.file_name().to_string_lossy().into_owned();
+        let name = fs::read_to_string(format!("{process}/task/{id}/comm"))?.trim().to_owned();
+        threads.push((id, name));
+    }
+    Ok(threads)
+}
+
+/// Each thread of a machine that runs a container, those that came after the start too.
+fn the_machine_is_confined(scene: &Scene) -> Outcome {
+    let volume = scene.make_directory("volume")?;
+    let cpus = json!({ "quota": 200_000, "period": 100_000 });
+    let bundle = scene.debian()?.set("/linux/resources/cpu", cpus).bind(&volume, "/mnt", &["rbind"]);
+    let mut run = scene.start(&bundle.sh("echo ready; read line"))?;
+    run.expect_line("ready")?;
+    let process = format!("/proc/{}", machine(&run)?.as_raw_nonzero());
+
+    let began = Instant::now();
+    // A pod has no more CPUs than the host.
+    let several = thread::available_parallelism()?.get() > 1;
+    let late = ["rng", "balloon", if several { "vcpu1" } else { "vcpu0" }];
+    let threads = loop {
+        let threads = threads(&process)?;
+        if late.iter().all(|late| threads.iter().any(|(_, name)| name == late)) {
+            break threads;
+        }
+        ensure!(began.elapsed() < GROWN, "no threads {late:?} among {threads:?}");
+        thread::sleep(Duration::from_millis(20));
+    };
+    // They confine themselves, which takes a moment.
+    thread::sleep(Duration::from_millis(200));
+    for (id, name) in &threads {
+        let status = status(&format!("{process}/task/{id}/status"))?;
+        let serves_files = name.strip_prefix("fs").is_some_and(|number| number.parse::<u32>().is_ok());
+        let capabilities = format!("{:016x}", if serves_files { FILE_SERVER } else { 0 });
+        let none = format!("{:016x}", 0);
+        let expected = [
+            ("Seccomp", "2"),
+            ("NoNewPrivs", "1"),
+            ("CapEff", &capabilities),
+            ("CapPrm", &capabilities),
+            ("CapInh", &none),
+            ("CapBnd", &none),
+            ("CapAmb", &none),
+        ];
+        for (field, value) in expected {
+            ensure_eq!(status.get(field).map(String::as_str), Some(value), "{field} of thread {name}");
+        }
+    }
+    ensure!(threads.iter().any(|(_, name)| name == "fs0"), "no thread serves files: {threads:?}");
+
+    for namespace in ["mnt", "pid", "net", "ipc", "uts"] {
+        let of = |process: &str| fs::read_link(format!("{process}/ns/{namespace}"));
+        ensure!(of(&process)? != of("/proc/self")?, "the machine is in the host's {namespace} namespace");
+    }
+    let status = status(&format!("{process}/status"))?;
+    let pids = status.get("NSpid").cloned().unwrap_or_default();
+    ensure_eq!(pids.split_whitespace().nth(1), Some("1"), "pid of the machine in its own namespace, of {pids:?}");
+    let interfaces = fs::read_to_string(format!("{process}/net/dev"))?;
+    ensure_eq!(interfaces.lines().count(), 3, "a header of two lines, and loopback, are all of {interfaces:?}");
+
+    // Its root holds the share of its one container; what else is mounted in it is the container's.
+    let entries: Vec<_> = fs::read_dir(format!("{process}/root"))?.flatten().map(|entry| entry.file_name()).collect();
+    let [id] = &entries[..] else { return Err(format!("root of the machine: {entries:?}").into()) };
+    let id = format!("/{}/", id.to_string_lossy());
+    let mounts = fs::read_to_string(format!("{process}/mountinfo"))?;
+    for mount in mounts.lines() {
+        let point = mount.split(' ').nth(4).unwrap_or_default();
+        ensure!(point == "/" || point.starts_with(&id), "mount of the machine: {mount}");
+    }
+    let limits = fs::read_to_string(format!("{process}/limits"))?;
+    let core = limits.lines().find(|line| line.starts_with("Max core file size")).unwrap_or_default();
+    ensure_eq!(core.split_whitespace().nth(4), Some("0"), "limit of core files in {core:?}");
     run.send(b"end\n")?;
     run.wait()?.expect_status(0)?;
     Ok(())

@@ -29,6 +29,7 @@ pub use buffers::Buffers;
 pub use queue::{ActiveQueue, Broken, Chain};
 pub use worker::{Poll, Worker};
 
+use crate::jail::Kind;
 use crate::memory::SharedMemory;
 use crate::vcpu::lock;
 
@@ -43,6 +44,11 @@ pub const F_EVENT_IDX: u64 = 1 << 29;
 pub trait Device: Send {
     /// Device ID (5).
     fn id(&self) -> u16;
+
+    /// What its worker's thread is confined to.
+    fn kind(&self) -> Kind {
+        Kind::Device
+    }
 
     /// Device-specific feature bits offered; the transport adds [`F_VERSION_1`], [`F_INDIRECT_DESC`], [`F_EVENT_IDX`].
     fn features(&self) -> u64 {

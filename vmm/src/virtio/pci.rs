@@ -9,7 +9,7 @@ use virtio_queue::{Queue, QueueState, QueueT};
 use vm_memory::GuestAddress;
 use vmm_sys_util::eventfd::EventFd;
 
-use super::worker::Running;
+use super::worker::{Running, Thread};
 use super::{
     ActivateError, Activation, ActiveQueue, Broken, Device, DeviceState, F_EVENT_IDX, F_INDIRECT_DESC, F_VERSION_1,
     Interrupt, Worker,
@@ -91,6 +91,7 @@ pub type OnBroken = Arc<dyn Fn(&'static str, Broken) + Send + Sync>;
 pub struct VirtioPci {
     name: &'static str,
     device: Box<dyn Device>,
+    thread: Thread,
     memory: SharedMemory,
     vm: Arc<VmFd>,
     config: ConfigSpace,
@@ -124,10 +125,11 @@ struct RingPosition {
 }
 
 impl VirtioPci {
-    /// Makes a slot's function of `device`. `name` is what its thread and its errors are called.
+    /// Makes a slot's function of `device`, which runs on `thread`. `name` is what its errors are called.
     pub fn new(
         name: &'static str,
         device: Box<dyn Device>,
+        thread: Thread,
         memory: SharedMemory,
         vm: Arc<VmFd>,
         on_broken: OnBroken,
@@ -161,6 +163,7 @@ impl VirtioPci {
         Self {
             name,
             device,
+            thread,
             memory,
             vm,
             config,
@@ -326,7 +329,7 @@ impl VirtioPci {
             interrupt.trigger();
             on_broken(name, error);
         };
-        Running::start(name, worker, broken).map_err(|e| ActivateError::Host("thread", e))
+        self.thread.start(worker, broken).map_err(|e| ActivateError::Host("thread", e))
     }
 
     fn reset(&mut self) {

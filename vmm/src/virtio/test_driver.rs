@@ -10,8 +10,9 @@ use virtio_queue::{Queue, QueueT};
 use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::eventfd::EventFd;
 
-use super::worker::Running;
+use super::worker::{Running, Thread};
 use super::{Activation, ActiveQueue, Broken, Device, Interrupt, Worker};
+use crate::jail::{Kind, confine_in_test};
 use crate::memory::{GuestMemory, SharedMemory};
 
 /// Longest a test waits for a device.
@@ -248,6 +249,7 @@ pub fn memory(bytes: u64) -> SharedMemory {
 
 /// An activated device on its thread, and its driver.
 pub struct Driven {
+    kind: Kind,
     pub rings: Vec<Ring>,
     pub memory: SharedMemory,
     pub config_irq: EventFd,
@@ -287,13 +289,15 @@ pub fn drive_in(device: &mut dyn Device, features: u64, event_idx: bool, memory:
             config_interrupt,
         })
         .unwrap();
-    let (running, broken) = run(worker);
-    Driven { rings, memory, config_irq, running: Some(running), broken }
+    let kind = device.kind();
+    let (running, broken) = run(kind, worker);
+    Driven { kind, rings, memory, config_irq, running: Some(running), broken }
 }
 
-fn run(worker: Box<dyn Worker>) -> (Running, mpsc::Receiver<Broken>) {
+fn run(kind: Kind, worker: Box<dyn Worker>) -> (Running, mpsc::Receiver<Broken>) {
     let (sender, broken) = mpsc::channel();
-    let running = Running::start("test", worker, move |error| sender.send(error).unwrap()).unwrap();
+    let thread = Thread::spawn("test", move || confine_in_test(kind)).unwrap();
+    let running = thread.start(worker, move |error| sender.send(error).unwrap()).unwrap();
     (running, broken)
 }
 
@@ -316,7 +320,7 @@ impl Driven {
 
     /// Lets a stopped worker run on.
     pub fn run_on(&mut self, worker: Box<dyn Worker>) {
-        let (running, broken) = run(worker);
+        let (running, broken) = run(self.kind, worker);
         self.running = Some(running);
         self.broken = broken;
     }

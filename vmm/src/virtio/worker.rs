@@ -1,9 +1,11 @@
-//! The thread of an active device: an epoll loop that hands events to a [`Worker`] until it is told to stop, and then
-//! gives the worker back, so that its queues can be saved or dropped.
+//! The thread of a device. It exists, confined, before its driver does: who activates a device is a vCPU's thread, and what
+//! that may do a device's may not, and the other way round. While the device is active the thread runs an epoll loop that
+//! hands events to a [`Worker`] until it is told to stop, and then gives the worker back, so that its queues can be saved or
+//! dropped.
 
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
-use std::thread::JoinHandle;
+use std::sync::mpsc::{Receiver, Sender, SyncSender, channel, sync_channel};
 
 use rustix::event::{PollFd, PollFlags};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
@@ -55,50 +57,91 @@ impl Poll {
     }
 }
 
-/// A worker on its thread. Dropping it stops the thread.
+/// A worker for a thread, and what the thread needs beside.
+struct Order {
+    worker: Box<dyn Worker>,
+    poll: Poll,
+    stop: EventFd,
+    broken: Box<dyn FnOnce(Broken) + Send>,
+    done: SyncSender<Box<dyn Worker>>,
+}
+
+/// The thread of a device, with a worker or waiting for one. Dropping it lets the thread end.
+pub struct Thread {
+    orders: Sender<Order>,
+}
+
+impl Thread {
+    /// Starts a thread called `name` (at most 15 bytes are seen), which calls `confine` and then waits. If it cannot be
+    /// confined it serves nothing: whoever starts a worker hears why.
+    pub fn spawn(name: &str, confine: impl FnOnce() -> io::Result<()> + Send + 'static) -> io::Result<Self> {
+        let (orders, received) = channel();
+        let thread = std::thread::Builder::new().name(name.into()).stack_size(256 * 1024);
+        thread.spawn(move || live(&received, confine()))?;
+        Ok(Self { orders })
+    }
+
+    /// Lets `worker` run. `broken` is called on the thread, once, if the driver breaks the rules; the thread then waits for
+    /// its stop without serving anything.
+    pub fn start(&self, worker: Box<dyn Worker>, broken: impl FnOnce(Broken) + Send + 'static) -> io::Result<Running> {
+        let stop = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?;
+        let poll = Poll { epoll: Epoll::new()? };
+        poll.add(stop.as_raw_fd(), STOP, EventSet::IN)?;
+        let (done, stopped) = sync_channel(1);
+        let order = Order { worker, poll, stop: stop.try_clone()?, broken: Box::new(broken), done };
+        self.orders.send(order).map_err(|_| io::Error::other("it has ended"))?;
+        Ok(Running { stop, stopped })
+    }
+}
+
+/// A worker on its thread. Dropping it stops the worker.
 pub struct Running {
     stop: EventFd,
-    thread: Option<JoinHandle<Box<dyn Worker>>>,
+    stopped: Receiver<Box<dyn Worker>>,
 }
 
 impl Running {
-    /// Starts `worker` on a thread called `name` (at most 15 bytes are seen). `broken` is called there, once, if the driver
-    /// breaks the rules; the thread then waits for its stop without serving anything.
-    pub fn start(
-        name: &str,
-        mut worker: Box<dyn Worker>,
-        broken: impl FnOnce(Broken) + Send + 'static,
-    ) -> io::Result<Self> {
-        let stop = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?;
-        let stopped = stop.try_clone()?;
-        let poll = Poll { epoll: Epoll::new()? };
-        poll.add(stop.as_raw_fd(), STOP, EventSet::IN)?;
-        let thread = std::thread::Builder::new().name(name.into()).stack_size(256 * 1024).spawn(move || {
-            let served = serve(&mut *worker, &poll);
-            let stopping = worker.stop();
-            if let Err(error) = served.and(stopping) {
-                broken(error);
-                wait_for_stop(&stopped);
-            }
-            worker
-        })?;
-        Ok(Self { stop, thread: Some(thread) })
+    /// Stops the worker after the event it is at, and returns it; `None` if it panicked.
+    pub fn stop(self) -> Option<Box<dyn Worker>> {
+        self.take()
     }
 
-    /// Stops the thread after the event it is at, and returns the worker; `None` if it panicked.
-    pub fn stop(mut self) -> Option<Box<dyn Worker>> {
-        self.join()
-    }
-
-    fn join(&mut self) -> Option<Box<dyn Worker>> {
+    fn take(&self) -> Option<Box<dyn Worker>> {
         let _ = self.stop.write(1);
-        self.thread.take()?.join().ok()
+        self.stopped.recv().ok()
     }
 }
 
 impl Drop for Running {
     fn drop(&mut self) {
-        self.join();
+        self.take();
+    }
+}
+
+/// A thread's life: one worker after the other.
+fn live(orders: &Receiver<Order>, confined: io::Result<()>) {
+    if let Err(error) = confined {
+        if let Ok(order) = orders.recv() {
+            order.finish(Err(Broken::Host("confinement of the device's thread", error)));
+        }
+        return;
+    }
+    for mut order in orders {
+        let served = serve(&mut *order.worker, &order.poll);
+        let stopping = order.worker.stop();
+        order.finish(served.and(stopping));
+    }
+}
+
+impl Order {
+    /// Gives the worker back, if nothing was wrong; else not before that is asked for.
+    fn finish(self, result: Result<(), Broken>) {
+        if let Err(error) = result {
+            (self.broken)(error);
+            wait_for_stop(&self.stop);
+        }
+        // Nobody waits for it any more: fine.
+        let _ = self.done.send(self.worker);
     }
 }
 

@@ -11,6 +11,7 @@ use vm_memory::ByteValued;
 use vmm_sys_util::epoll::EventSet;
 
 use super::{ActivateError, Activation, ActiveQueue, Broken, Buffers, Chain, Device, Poll, Worker};
+use crate::jail::Kind;
 use crate::memory::GuestMemory;
 use disk::{Disk, DiskError, SECTOR};
 
@@ -94,6 +95,10 @@ unsafe impl ByteValued for Config {}
 impl Device for Block {
     fn id(&self) -> u16 {
         virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK as u16
+    }
+
+    fn kind(&self) -> Kind {
+        Kind::Block
     }
 
     fn features(&self) -> u64 {

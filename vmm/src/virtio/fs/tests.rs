@@ -15,6 +15,7 @@ use vm_memory::ByteValued;
 
 use super::super::test_driver::{Descriptor, Driven, NEXT, Part, WRITE, drive_with};
 use super::*;
+use crate::jail::{Kind, confine_in_test};
 
 const ROOT: u64 = 1;
 const HEADER: usize = size_of::<OutHeader>();
@@ -51,7 +52,7 @@ fn share(root: &Path) -> Share {
         root: root.to_str().unwrap().into(),
         proc_self_fd: fds.into(),
         threads: 4,
-        confine: Box::new(|| Ok(())),
+        confine: Box::new(|| confine_in_test(Kind::Files)),
     })
     .unwrap()
 }

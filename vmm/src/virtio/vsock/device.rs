@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::muxer::{FIRST_LOCAL_PORT, LAST_LOCAL_PORT, Muxer};
+use crate::jail::Kind;
 use crate::virtio::{ActivateError, Activation, Device, DeviceState, Worker};
 
 /// Chains each queue holds: with the pages that Linux offers, 1 MiB towards the guest.
@@ -68,6 +69,10 @@ impl Vsock {
 impl Device for Vsock {
     fn id(&self) -> u16 {
         virtio_bindings::virtio_ids::VIRTIO_ID_VSOCK as u16
+    }
+
+    fn kind(&self) -> Kind {
+        Kind::Vsock
     }
 
     fn queue_sizes(&self) -> &[u16] {

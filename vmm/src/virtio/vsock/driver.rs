@@ -14,8 +14,9 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::packet::{HEADER_LENGTH, HOST_CID, Header, Op, Shutdown, TYPE_STREAM};
 use super::{Options, Vsock, VsockHandle};
+use crate::jail::{Kind, confine_in_test};
 use crate::memory::{GuestMemory, SharedMemory};
-use crate::virtio::worker::Running;
+use crate::virtio::worker::{Running, Thread};
 use crate::virtio::{Activation, ActiveQueue, Device, Interrupt};
 
 pub const GUEST_CID: u64 = 3;
@@ -202,7 +203,8 @@ impl Driver {
     fn run(&mut self, worker: Box<dyn crate::virtio::Worker>) {
         let told = self.told.clone();
         let broken = move |error: crate::virtio::Broken| drop(told.send(error.to_string()));
-        self.running = Some(Running::start(&self.name, worker, broken).unwrap());
+        let thread = Thread::spawn(&self.name, || confine_in_test(Kind::Vsock)).unwrap();
+        self.running = Some(thread.start(worker, broken).unwrap());
     }
 
     /// Stops the thread and starts it again, as a pause of the machine does.

@@ -1,0 +1,163 @@
+//! The file system a machine's process lives in: a small read-only one of its own that holds the pod's share and nothing
+//! else. The process makes it before it has a thread, and the host's file system is out of its reach from then on.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::{Component, Path};
+
+use rustix::fs::{AtFlags, FileType, Mode, OFlags, ResolveFlags, fstat, mkdirat, openat2};
+use rustix::io::Errno;
+use rustix::mount::{
+    FsMountFlags, FsOpenFlags, MountAttrFlags, MountFlags, MountPropagationFlags, MoveMountFlags, OpenTreeFlags,
+    UnmountFlags, fsconfig_create, fsconfig_set_string, fsmount, fsopen, mount_change, mount_remount, move_mount,
+    open_tree, unmount,
+};
+use rustix::process::{chdir, pivot_root};
+use rustix::thread::{UnshareFlags, unshare_unsafe};
+
+use super::{JailError, step};
+
+/// A directory that every host has; the new root is mounted on it, in our own mount namespace, for the moment before it
+/// becomes the root.
+const STAGE: &str = "/proc";
+
+/// Bounds of the root itself: it holds mount points only, but the guest may ask for more.
+const ROOT_SIZE: &str = "256k";
+const ROOT_INODES: &str = "4096";
+
+/// The process's root, and through it the pod's share.
+#[derive(Debug)]
+pub struct Jail {
+    /// The root's file system, writable, for mount points; the guest sees the read-only mount.
+    root: OwnedFd,
+    /// `/proc/self/fd`, opened while there was a `/proc`.
+    proc_self_fd: File,
+}
+
+impl Jail {
+    /// Enters: no path of the host can be named afterwards, and its network, its host name and its System V objects cannot
+    /// be reached. Call it while the process has one thread.
+    pub fn enter() -> Result<Self, JailError> {
+        let path = "/proc/self/fd";
+        let proc_self_fd = step(path, rustix::fs::open(path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty()))?.into();
+        let namespaces = UnshareFlags::NEWNS | UnshareFlags::NEWNET | UnshareFlags::NEWIPC | UnshareFlags::NEWUTS;
+        // SAFETY: the process has one thread; no descriptor table is unshared.
+        step("unshare", unsafe { unshare_unsafe(namespaces) })?;
+        // Nothing of what follows may reach the namespace we come from.
+        let private = MountPropagationFlags::PRIVATE | MountPropagationFlags::REC;
+        step("private mounts", mount_change("/", private))?;
+
+        let context = step("fsopen", fsopen("tmpfs", FsOpenFlags::FSOPEN_CLOEXEC))?;
+        for (key, value) in [("size", ROOT_SIZE), ("nr_inodes", ROOT_INODES), ("mode", "0755")] {
+            step("tmpfs option", fsconfig_set_string(context.as_fd(), key, value))?;
+        }
+        step("tmpfs", fsconfig_create(context.as_fd()))?;
+        let attributes = MountAttrFlags::MOUNT_ATTR_NOSUID | MountAttrFlags::MOUNT_ATTR_NODEV;
+        let mount = step("fsmount", fsmount(context.as_fd(), FsMountFlags::FSMOUNT_CLOEXEC, attributes))?;
+        attach(&mount, rustix::fs::CWD, STAGE)?;
+        let clone = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
+        let root = step("open_tree", open_tree(rustix::fs::CWD, STAGE, clone))?;
+        let flags = MountFlags::BIND | MountFlags::RDONLY | MountFlags::NOSUID | MountFlags::NODEV;
+        step("read-only root", mount_remount(STAGE, flags, ""))?;
+
+        // The old root is stacked on the new one, and taken off.
+        step("chdir", chdir(STAGE))?;
+        step("pivot_root", pivot_root(".", "."))?;
+        step("umount of the old root", unmount(".", UnmountFlags::DETACH))?;
+        step("chdir", chdir("/"))?;
+        Ok(Self { root, proc_self_fd })
+    }
+
+    /// Attaches a detached mount at a relative path of the share.
+    pub fn attach(&self, path: &str, mount: &OwnedFd) -> Result<(), JailError> {
+        let refuse = |errno| step::<()>(&format!("mount point {path:?}"), Err(errno));
+        let mut names = Vec::new();
+        for component in Path::new(path).components() {
+            match component {
+                Component::Normal(name) => names.push(name),
+                _ => return refuse(Errno::INVAL),
+            }
+        }
+        let Some((last, parents)) = names.split_last() else { return refuse(Errno::INVAL) };
+        let mut directory = step("dup", rustix::io::fcntl_dupfd_cloexec(&self.root, 0))?;
+        for name in parents {
+            directory = make_directory(directory.as_fd(), Path::new(name), path)?;
+        }
+        let is_directory =
+            FileType::from_raw_mode(step("fstat of a mount", fstat(mount))?.st_mode) == FileType::Directory;
+        if is_directory {
+            make_directory(directory.as_fd(), Path::new(last), path)?;
+        } else {
+            let flags = OFlags::CREATE | OFlags::EXCL | OFlags::WRONLY | OFlags::CLOEXEC;
+            match rustix::fs::openat(&directory, Path::new(last), flags, Mode::from_raw_mode(0o644)) {
+                Ok(_) | Err(Errno::EXIST) => {}
+                Err(errno) => return refuse(errno),
+            }
+        }
+        attach(mount, rustix::fs::CWD, &format!("/{path}"))
+    }
+
+    /// `/proc/self/fd`, by which the file server reopens what it knows.
+    pub fn proc_self_fd(&self) -> io::Result<File> {
+        self.proc_self_fd.try_clone()
+    }
+}
+
+fn make_directory(parent: BorrowedFd<'_>, name: &Path, path: &str) -> Result<OwnedFd, JailError> {
+    let what = format!("mount point {path:?}");
+    match mkdirat(parent, name, Mode::from_raw_mode(0o755)) {
+        Ok(()) | Err(Errno::EXIST) => {}
+        Err(errno) => return step(&what, Err(errno)),
+    }
+    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_XDEV;
+    step(&what, openat2(parent, name, flags, Mode::empty(), resolve))
+}
+
+fn attach(mount: &OwnedFd, directory: impl AsFd, path: &str) -> Result<(), JailError> {
+    let flags = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH;
+    step(&format!("move_mount to {path:?}"), move_mount(mount, "", directory, path, flags))
+}
+
+/// Removes the entry `name` of `directory` with all below it; what is not there is fine. Symbolic links are removed, not
+/// followed.
+pub fn remove_tree(directory: BorrowedFd<'_>, name: &std::ffi::CStr) -> Result<(), Errno> {
+    match rustix::fs::unlinkat(directory, name, AtFlags::empty()) {
+        Ok(()) | Err(Errno::NOENT) => return Ok(()),
+        Err(Errno::ISDIR | Errno::PERM) => {}
+        Err(errno) => return Err(errno),
+    }
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    let inner = rustix::fs::openat(directory, name, flags, Mode::empty())?;
+    for entry in rustix::fs::Dir::read_from(&inner)? {
+        let entry = entry?;
+        if !matches!(entry.file_name().to_bytes(), b"." | b"..") {
+            remove_tree(inner.as_fd(), entry.file_name())?;
+        }
+    }
+    rustix::fs::unlinkat(directory, name, AtFlags::REMOVEDIR)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_tree_is_removed_without_following_its_links() {
+        let base = std::env::temp_dir().join(format!("podhull-remove-{}", std::process::id()));
+        std::fs::create_dir_all(base.join("tree/a/b")).unwrap();
+        std::fs::write(base.join("kept"), "x").unwrap();
+        std::fs::write(base.join("tree/a/file"), "x").unwrap();
+        std::os::unix::fs::symlink("../kept", base.join("tree/link")).unwrap();
+        let directory = File::open(&base).unwrap();
+        remove_tree(directory.as_fd(), c"tree").unwrap();
+        remove_tree(directory.as_fd(), c"tree").unwrap();
+        assert!(!base.join("tree").exists() && base.join("kept").exists());
+        remove_tree(
+            File::open(std::env::temp_dir()).unwrap().as_fd(),
+            &std::ffi::CString::new(base.file_name().unwrap().as_encoded_bytes()).unwrap(),
+        )
+        .unwrap();
+    }
+}
