@@ -3,6 +3,7 @@
 mod check;
 mod create;
 mod delete;
+mod features;
 mod kill;
 mod list;
 mod run;
@@ -92,6 +93,7 @@ enum Command {
     Delete(delete::Arguments),
     Spec(spec::Arguments),
     Check(check::Arguments),
+    Features(features::Arguments),
     #[command(hide = true)]
     Vmm(vmm::Arguments),
     #[command(hide = true)]
@@ -155,6 +157,7 @@ pub fn main() -> ExitCode {
         Some(Command::Delete(delete)) => delete.execute(&context).map_err(Failure::from),
         Some(Command::Spec(spec)) => spec.execute().map(|()| 0).map_err(Failure::from),
         Some(Command::Check(check)) => check.execute().map_err(Failure::from),
+        Some(Command::Features(features)) => features.execute().map_err(Failure::from),
         Some(Command::Vmm(vmm)) => return vmm.execute(),
         Some(Command::Shadow(shadow)) => return shadow.execute(context),
         None => Arguments::command().print_help().map(|()| 0).map_err(Failure::from),
