@@ -31,7 +31,7 @@ fn features() -> Value {
         "mountOptions": words::mount_options(),
         "linux": {
             "namespaces": ["cgroup", "ipc", "mount", "network", "pid", "user", "uts"],
-            "capabilities": words::CAPABILITIES,
+            "capabilities": words::CAPABILITIES.as_slice(),
             "cgroup": { "v1": false, "v2": true, "systemd": false, "systemdUser": false, "rdma": false },
             "seccomp": {
                 "enabled": true,
