@@ -6,6 +6,7 @@ mod delete;
 mod features;
 mod kill;
 mod list;
+mod ps;
 mod run;
 mod shadow;
 mod spec;
@@ -89,6 +90,7 @@ enum Command {
     Run(run::Arguments),
     State(state::Arguments),
     List(list::Arguments),
+    Ps(ps::Arguments),
     Kill(kill::Arguments),
     Delete(delete::Arguments),
     Spec(spec::Arguments),
@@ -121,6 +123,8 @@ enum Failure {
     Command(#[from] crate::pod::CommandError),
     #[error(transparent)]
     State(#[from] crate::state::StateError),
+    #[error("ps: {0}")]
+    Ps(String),
     #[error("unknown signal {0:?}: see signal(7) for names and numbers")]
     UnknownSignal(String),
     #[error(transparent)]
@@ -153,6 +157,7 @@ pub fn main() -> ExitCode {
         Some(Command::Run(run)) => run.execute(&context),
         Some(Command::State(state)) => state.execute(&context),
         Some(Command::List(list)) => list.execute(&context),
+        Some(Command::Ps(ps)) => ps.execute(&context),
         Some(Command::Kill(kill)) => kill.execute(&context),
         Some(Command::Delete(delete)) => delete.execute(&context).map_err(Failure::from),
         Some(Command::Spec(spec)) => spec.execute().map(|()| 0).map_err(Failure::from),

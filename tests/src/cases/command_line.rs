@@ -79,7 +79,7 @@ fn features_have_the_keys_callers_read(scene: &Scene) -> Outcome {
 
 fn every_command_has_help_with_an_example(scene: &Scene) -> Outcome {
     let overview = scene.call(&["--help"])?.output()?;
-    for command in ["run", "create", "start", "state", "list", "kill", "delete", "spec", "check", "features"] {
+    for command in ["run", "create", "start", "state", "list", "ps", "kill", "delete", "spec", "check", "features"] {
         ensure!(overview.contains(command), "--help does not name {command}");
         let help = scene.call(&[command, "--help"])?.output()?;
         let example = help.lines().any(|line| line.trim_start().contains(&format!("podhull {command}")));
