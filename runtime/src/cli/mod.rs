@@ -3,8 +3,10 @@
 mod check;
 mod create;
 mod delete;
+mod features;
 mod kill;
 mod list;
+mod ps;
 mod run;
 mod shadow;
 mod spec;
@@ -88,10 +90,12 @@ enum Command {
     Run(run::Arguments),
     State(state::Arguments),
     List(list::Arguments),
+    Ps(ps::Arguments),
     Kill(kill::Arguments),
     Delete(delete::Arguments),
     Spec(spec::Arguments),
     Check(check::Arguments),
+    Features(features::Arguments),
     #[command(hide = true)]
     Vmm(vmm::Arguments),
     #[command(hide = true)]
@@ -119,6 +123,8 @@ enum Failure {
     Command(#[from] crate::pod::CommandError),
     #[error(transparent)]
     State(#[from] crate::state::StateError),
+    #[error("ps: {0}")]
+    Ps(String),
     #[error("unknown signal {0:?}: see signal(7) for names and numbers")]
     UnknownSignal(String),
     #[error(transparent)]
@@ -151,10 +157,12 @@ pub fn main() -> ExitCode {
         Some(Command::Run(run)) => run.execute(&context),
         Some(Command::State(state)) => state.execute(&context),
         Some(Command::List(list)) => list.execute(&context),
+        Some(Command::Ps(ps)) => ps.execute(&context),
         Some(Command::Kill(kill)) => kill.execute(&context),
         Some(Command::Delete(delete)) => delete.execute(&context).map_err(Failure::from),
         Some(Command::Spec(spec)) => spec.execute().map(|()| 0).map_err(Failure::from),
         Some(Command::Check(check)) => check.execute().map_err(Failure::from),
+        Some(Command::Features(features)) => features.execute().map_err(Failure::from),
         Some(Command::Vmm(vmm)) => return vmm.execute(),
         Some(Command::Shadow(shadow)) => return shadow.execute(context),
         None => Arguments::command().print_help().map(|()| 0).map_err(Failure::from),

@@ -6,7 +6,7 @@ mod position;
 pub mod read;
 mod validate;
 pub use validate::last_of_list;
-mod words;
+pub mod words;
 
 use std::path::Path;
 

@@ -95,8 +95,62 @@ const FILE_SYSTEMS: &[(&str, &[&str])] = &[
 const CGROUP: &[&str] =
     &["favordynmods", "memory_hugetlb_accounting", "memory_localevents", "memory_recursiveprot", "nsdelegate"];
 
+/// Linux 6.12's capabilities, by number.
+pub const CAPABILITIES: [&str; 41] = [
+    "CAP_CHOWN",
+    "CAP_DAC_OVERRIDE",
+    "CAP_DAC_READ_SEARCH",
+    "CAP_FOWNER",
+    "CAP_FSETID",
+    "CAP_KILL",
+    "CAP_SETGID",
+    "CAP_SETUID",
+    "CAP_SETPCAP",
+    "CAP_LINUX_IMMUTABLE",
+    "CAP_NET_BIND_SERVICE",
+    "CAP_NET_BROADCAST",
+    "CAP_NET_ADMIN",
+    "CAP_NET_RAW",
+    "CAP_IPC_LOCK",
+    "CAP_IPC_OWNER",
+    "CAP_SYS_MODULE",
+    "CAP_SYS_RAWIO",
+    "CAP_SYS_CHROOT",
+    "CAP_SYS_PTRACE",
+    "CAP_SYS_PACCT",
+    "CAP_SYS_ADMIN",
+    "CAP_SYS_BOOT",
+    "CAP_SYS_NICE",
+    "CAP_SYS_RESOURCE",
+    "CAP_SYS_TIME",
+    "CAP_SYS_TTY_CONFIG",
+    "CAP_MKNOD",
+    "CAP_LEASE",
+    "CAP_AUDIT_WRITE",
+    "CAP_AUDIT_CONTROL",
+    "CAP_SETFCAP",
+    "CAP_MAC_OVERRIDE",
+    "CAP_MAC_ADMIN",
+    "CAP_SYSLOG",
+    "CAP_WAKE_ALARM",
+    "CAP_BLOCK_SUSPEND",
+    "CAP_AUDIT_READ",
+    "CAP_PERFMON",
+    "CAP_BPF",
+    "CAP_CHECKPOINT_RESTORE",
+];
+
 /// Linux 6.12's system calls on every architecture, and later ones; separated by white space.
 const SYSCALLS: &str = include_str!("syscalls.txt");
+
+/// Every option that a mount may have, of whatever type, sorted.
+pub fn mount_options() -> Vec<&'static str> {
+    let own = FILE_SYSTEMS.iter().flat_map(|(_, options)| *options);
+    let mut all: Vec<_> = MOUNT_OPTIONS.iter().chain(own).copied().collect();
+    all.sort_unstable();
+    all.dedup();
+    all
+}
 
 /// What is wrong with a mount's type, if anything.
 pub fn mount_type(kind: &str) -> Result<(), String> {
@@ -134,6 +188,14 @@ pub fn is_guest_device(major: i64, minor: i64) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn capabilities_are_those_a_specification_may_name() {
+        for name in CAPABILITIES {
+            let parsed: Result<oci_spec::runtime::Capability, _> = serde_json::from_value(name.into());
+            assert!(parsed.is_ok(), "{name}");
+        }
+    }
 
     #[test]
     fn options_belong_to_their_file_system() {

@@ -11,6 +11,7 @@ pub const CASES: &[Case] = &[
     oci("command_line::version_has_the_lines_callers_parse", version_has_the_lines_callers_parse),
     podhull("command_line::spec_is_the_document_of_runc", spec_is_the_document_of_runc),
     podhull("command_line::check_says_that_this_host_can_run_pods", check_says_that_this_host_can_run_pods),
+    oci("command_line::features_have_the_keys_callers_read", features_have_the_keys_callers_read),
     podhull("command_line::every_command_has_help_with_an_example", every_command_has_help_with_an_example),
     podhull("command_line::a_wrong_flag_is_named_in_one_line", a_wrong_flag_is_named_in_one_line),
 ];
@@ -57,9 +58,28 @@ fn check_says_that_this_host_can_run_pods(scene: &Scene) -> Outcome {
     Ok(())
 }
 
+fn features_have_the_keys_callers_read(scene: &Scene) -> Outcome {
+    let features: Value = serde_json::from_str(&scene.call(&["features"])?.output()?)?;
+    ensure!(features["ociVersionMin"].is_string() && features["ociVersionMax"].is_string(), "versions of {features}");
+    for (pointer, word) in [
+        ("/mountOptions", "rbind"),
+        ("/mountOptions", "rro"),
+        ("/linux/namespaces", "network"),
+        ("/linux/capabilities", "CAP_SYS_ADMIN"),
+        ("/linux/seccomp/actions", "SCMP_ACT_ERRNO"),
+        ("/linux/seccomp/operators", "SCMP_CMP_MASKED_EQ"),
+        ("/linux/seccomp/archs", "SCMP_ARCH_X86_64"),
+    ] {
+        let list = features.pointer(pointer).and_then(Value::as_array).ok_or_else(|| format!("no {pointer}"))?;
+        ensure!(list.iter().any(|one| one == word), "{pointer} lacks {word}: {list:?}");
+    }
+    ensure_eq!(features["linux"]["seccomp"]["enabled"], Value::from(true), "seccomp");
+    Ok(())
+}
+
 fn every_command_has_help_with_an_example(scene: &Scene) -> Outcome {
     let overview = scene.call(&["--help"])?.output()?;
-    for command in ["run", "spec", "check"] {
+    for command in ["run", "create", "start", "state", "list", "ps", "kill", "delete", "spec", "check", "features"] {
         ensure!(overview.contains(command), "--help does not name {command}");
         let help = scene.call(&[command, "--help"])?.output()?;
         let example = help.lines().any(|line| line.trim_start().contains(&format!("podhull {command}")));

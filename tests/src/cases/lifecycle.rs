@@ -134,6 +134,11 @@ fn created_started_ended_deleted(scene: &Scene) -> Outcome {
     let mut expected = state.clone();
     expected["owner"] = "root".into();
     ensure_eq!(ours, Some(&expected), "its entry in the list");
+    let pid = container.pid.as_raw_nonzero();
+    let pids = container.call(&["ps", "-f", "json", &container.id])?.output()?;
+    ensure_eq!(pids.trim(), format!("[{pid}]"), "pids");
+    let table = container.call(&["ps", &container.id])?.output()?;
+    ensure!(table.starts_with("UID ") && table.lines().count() == 2, "table {table:?}");
     let table = container.call(&["list"])?.output()?;
     ensure!(table.starts_with("ID ") && table.contains(&container.id), "table {table:?}");
 
