@@ -5,8 +5,8 @@ use std::path::{Component, Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use podhull_protocol::{
-    CreateContainerRequest, CreateContainerResponse, CreatePodRequest, CreatePodResponse, GrowRequest, GrowResponse,
-    Stdio, VERSION,
+    CreateContainerRequest, CreateContainerResponse, CreatePodRequest, CreatePodResponse, ExecProcessRequest,
+    ExecProcessResponse, GrowRequest, GrowResponse, Stdio, VERSION,
 };
 use tokio::sync::OnceCell;
 
@@ -34,6 +34,8 @@ pub enum PodError {
     NoPod,
     #[error("invalid container id {0:?}: expected up to {MAX_ID} letters, digits and _+-., not \".\" or \"..\"")]
     Id(String),
+    #[error("invalid exec id {0:?}: expected up to {MAX_ID} letters, digits and _+-., not \".\" or \"..\"")]
+    ExecId(String),
     #[error("container with id {0:?} exists already")]
     Exists(String),
     #[error("container {0:?} does not exist")]
@@ -61,16 +63,18 @@ impl PodError {
     pub fn code(&self) -> ttrpc::Code {
         match self {
             Self::Version(_) | Self::PodExists | Self::NoPod | Self::NoMachine => ttrpc::Code::FAILED_PRECONDITION,
-            Self::Id(_) | Self::RootfsPath(_) | Self::WindowSize { .. } => ttrpc::Code::INVALID_ARGUMENT,
+            Self::Id(_) | Self::ExecId(_) | Self::RootfsPath(_) | Self::WindowSize { .. } => {
+                ttrpc::Code::INVALID_ARGUMENT
+            }
             Self::Stdio(StdioError::TokenTwice(_)) => ttrpc::Code::INVALID_ARGUMENT,
             Self::Machine(MachineError::EntropyLength(_) | MachineError::NoSuchCpu { .. }) => {
                 ttrpc::Code::INVALID_ARGUMENT
             }
             Self::Exists(_) => ttrpc::Code::ALREADY_EXISTS,
             Self::NoContainer(_) => ttrpc::Code::NOT_FOUND,
-            Self::Container(
-                ContainerError::NotCreated | ContainerError::NotRunning | ContainerError::NoTerminalToResize,
-            ) => ttrpc::Code::FAILED_PRECONDITION,
+            Self::Container(ContainerError::ProcessExists(_)) => ttrpc::Code::ALREADY_EXISTS,
+            Self::Container(ContainerError::TooManyProcesses) => ttrpc::Code::RESOURCE_EXHAUSTED,
+            Self::Container(error) if error.is_state() => ttrpc::Code::FAILED_PRECONDITION,
             Self::Container(error) => match error.kind() {
                 ErrorKind::Invalid => ttrpc::Code::INVALID_ARGUMENT,
                 ErrorKind::NotFound => ttrpc::Code::NOT_FOUND,
@@ -168,12 +172,10 @@ impl Pod {
         let rootfs = relative(&request.rootfs).ok_or_else(|| PodError::RootfsPath(request.rootfs.clone()))?;
         let streams = self.streams_of(request.stdio.into_option().unwrap_or_default())?;
         let mut reservation = self.reserve(&request.id)?;
-        let around =
-            container::Surroundings { cgroups: &self.cgroups, reaper: &self.reaper, events: self.events.clone() };
         let id = request.id.clone();
         let asked = container::Request { id, spec: &request.spec, rootfs: self.share.join(rootfs), streams };
-        let container = Container::create(asked, around).await?;
-        let pid = container.pid.as_raw_nonzero().get();
+        let container = Container::create(asked, self.surroundings()).await?;
+        let pid = container.pid().as_raw_nonzero().get();
         reservation.becomes = Some(Arc::new(container));
         Ok(CreateContainerResponse { pid, ..CreateContainerResponse::default() })
     }
@@ -199,9 +201,38 @@ impl Pod {
         Ok(self.container(id)?.signal(signal, all)?)
     }
 
-    pub fn resize(&self, id: &str, rows: u32, columns: u32) -> Result<(), PodError> {
+    pub fn resize(&self, id: &str, exec_id: &str, rows: u32, columns: u32) -> Result<(), PodError> {
         let (rows, columns) = window_size(rows, columns)?;
-        Ok(self.container(id)?.resize(rows, columns)?)
+        Ok(self.container(id)?.resize(exec_id, rows, columns)?)
+    }
+
+    pub async fn exec(&self, request: ExecProcessRequest) -> Result<ExecProcessResponse, PodError> {
+        let container = self.container(&request.container_id)?;
+        if !is_valid_id(&request.exec_id) {
+            return Err(PodError::ExecId(request.exec_id));
+        }
+        let streams = self.streams_of(request.stdio.into_option().unwrap_or_default())?;
+        let asked = container::exec::Request {
+            id: request.exec_id,
+            process: &request.process,
+            streams,
+            cgroup: &request.cgroup,
+            ignore_paused: request.ignore_paused,
+        };
+        let pid = container.exec(asked, self.surroundings()).await?;
+        Ok(ExecProcessResponse { pid, ..ExecProcessResponse::default() })
+    }
+
+    pub fn signal_process(&self, id: &str, exec_id: &str, signal: i32) -> Result<(), PodError> {
+        Ok(self.container(id)?.signal_process(exec_id, signal)?)
+    }
+
+    pub async fn delete_process(&self, id: &str, exec_id: &str) -> Result<(), PodError> {
+        Ok(self.container(id)?.delete_process(exec_id).await?)
+    }
+
+    fn surroundings(&self) -> container::Surroundings<'_> {
+        container::Surroundings { cgroups: &self.cgroups, reaper: &self.reaper, events: self.events.clone() }
     }
 
     pub async fn delete(&self, id: &str) -> Result<(), PodError> {

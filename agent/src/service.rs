@@ -4,8 +4,8 @@ use std::sync::Arc;
 
 use podhull_protocol::{
     Agent, CreateContainerRequest, CreateContainerResponse, CreatePodRequest, CreatePodResponse,
-    DeleteContainerRequest, Empty, Event, GrowRequest, GrowResponse, ResizeTerminalRequest, SignalContainerRequest,
-    StartContainerRequest,
+    DeleteContainerRequest, DeleteProcessRequest, Empty, Event, ExecProcessRequest, ExecProcessResponse, GrowRequest,
+    GrowResponse, ResizeTerminalRequest, SignalContainerRequest, SignalProcessRequest, StartContainerRequest,
 };
 use ttrpc::r#async::{ServerStreamSender, TtrpcContext};
 
@@ -66,8 +66,23 @@ impl Agent for Service {
         self.pod.signal(&request.id, request.signal, request.all).map(empty).map_err(status)
     }
 
+    async fn exec_process(&self, _: &TtrpcContext, request: ExecProcessRequest) -> ttrpc::Result<ExecProcessResponse> {
+        let pod = self.pod.clone();
+        self.run(async move { pod.exec(request).await }).await
+    }
+
+    async fn signal_process(&self, _: &TtrpcContext, request: SignalProcessRequest) -> ttrpc::Result<Empty> {
+        let signalled = self.pod.signal_process(&request.container_id, &request.exec_id, request.signal);
+        signalled.map(empty).map_err(status)
+    }
+
+    async fn delete_process(&self, _: &TtrpcContext, request: DeleteProcessRequest) -> ttrpc::Result<Empty> {
+        let pod = self.pod.clone();
+        self.run(async move { pod.delete_process(&request.container_id, &request.exec_id).await }).await.map(empty)
+    }
+
     async fn resize_terminal(&self, _: &TtrpcContext, request: ResizeTerminalRequest) -> ttrpc::Result<Empty> {
-        self.pod.resize(&request.id, request.rows, request.columns).map(empty).map_err(status)
+        self.pod.resize(&request.id, &request.exec_id, request.rows, request.columns).map(empty).map_err(status)
     }
 
     async fn delete_container(&self, _: &TtrpcContext, request: DeleteContainerRequest) -> ttrpc::Result<Empty> {

@@ -12,7 +12,7 @@ use std::os::fd::OwnedFd;
 use std::path::{Component, Path, PathBuf};
 use std::time::Duration;
 
-use rustix::fs::{CWD, Mode, OFlags};
+use rustix::fs::{CWD, Mode, OFlags, ResolveFlags};
 use rustix::io::Errno;
 
 use crate::spec::Resources;
@@ -26,6 +26,11 @@ const KILL_DEADLINE: Duration = Duration::from_secs(10);
 pub enum CgroupError {
     #[error("linux.cgroupsPath {0:?}: expected a path without \"..\", or slice:prefix:name")]
     Path(String),
+    /// runc's words.
+    #[error("bad sub cgroup path: {0}")]
+    SubPath(String),
+    #[error("sub cgroup {path}: {source}")]
+    Below { path: PathBuf, source: io::Error },
     #[error("make the control group {path}: {source}")]
     Make { path: PathBuf, source: io::Error },
     #[error(
@@ -55,13 +60,19 @@ impl CgroupError {
     pub fn is_invalid(&self) -> bool {
         matches!(
             self,
-            Self::Path(_) | Self::Resources(_) | Self::Devices(devices::DevicesError::Rule(_)) | Self::NoControl { .. }
+            Self::Path(_)
+                | Self::SubPath(_)
+                | Self::Below { .. }
+                | Self::Resources(_)
+                | Self::Devices(devices::DevicesError::Rule(_))
+                | Self::NoControl { .. }
         ) || matches!(self, Self::Write { source, .. } if source.kind() == io::ErrorKind::InvalidInput)
     }
 }
 
 /// The group that holds all containers.
 pub struct Hierarchy {
+    mount_point: PathBuf,
     top: PathBuf,
 }
 
@@ -73,12 +84,12 @@ impl Hierarchy {
         let top = mount_point.join(name);
         make(&top)?;
         hand_down_controllers(&top)?;
-        Ok(Self { top })
+        Ok(Self { mount_point: mount_point.into(), top })
     }
 
     /// Makes a container's group, with its device rules. A group that exists already is taken if it is empty.
     pub fn create(&self, cgroups_path: &str, id: &str, limits: &Resources) -> Result<Cgroup, CgroupError> {
-        let mut cgroup = Cgroup { path: self.top.clone(), made: Vec::new() };
+        let mut cgroup = Cgroup { mount_point: self.mount_point.clone(), path: self.top.clone(), made: Vec::new() };
         match cgroup.make(names(cgroups_path, id)?).and_then(|()| cgroup.prepare(limits)) {
             Ok(()) => Ok(cgroup),
             Err(error) => {
@@ -92,6 +103,7 @@ impl Hierarchy {
 /// A container's group.
 #[derive(Debug)]
 pub struct Cgroup {
+    mount_point: PathBuf,
     path: PathBuf,
     /// The groups this container made on the way, outermost first.
     made: Vec<PathBuf>,
@@ -147,6 +159,34 @@ impl Cgroup {
             .map_err(|errno| CgroupError::Read { path: self.path.clone(), source: errno.into() })
     }
 
+    /// The same of a group below.
+    pub fn open_below(&self, below: &str) -> Result<OwnedFd, CgroupError> {
+        let path = Path::new(below);
+        if !path.components().all(|part| matches!(part, Component::Normal(_) | Component::RootDir | Component::CurDir))
+        {
+            return Err(CgroupError::SubPath(below.into()));
+        }
+        let below = path.strip_prefix("/").unwrap_or(path);
+        if below.as_os_str().is_empty() {
+            return self.open();
+        }
+        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS;
+        rustix::fs::openat2(self.open()?, below, flags, Mode::empty(), resolve)
+            .map_err(|errno| CgroupError::Below { path: self.path.join(below), source: errno.into() })
+    }
+
+    /// The same of the group a process is in, if that is this one or one below.
+    pub fn open_of(&self, pid: i32) -> Result<OwnedFd, CgroupError> {
+        let file = PathBuf::from(format!("/proc/{pid}/cgroup"));
+        let text = read(&file)?;
+        let group = text.lines().find_map(|line| line.strip_prefix("0::/")).unwrap_or_default();
+        match self.mount_point.join(group).strip_prefix(&self.path).map(Path::to_str) {
+            Ok(Some(below)) => self.open_below(below),
+            _ => Err(CgroupError::SubPath(group.into())),
+        }
+    }
+
     /// Gives the group to the root user of a container that has user and cgroup namespaces of its own, as far as
     /// `/sys/kernel/cgroup/delegate` says it may be given.
     pub fn delegate(&self, uid: u32) -> Result<(), CgroupError> {
@@ -162,6 +202,11 @@ impl Cgroup {
             }
         }
         Ok(())
+    }
+
+    /// Whether the group was told to stand still.
+    pub fn is_frozen(&self) -> bool {
+        read(&self.path.join("cgroup.freeze")).is_ok_and(|text| text.trim() == "1")
     }
 
     /// Count of processes killed for lack of memory; none without the controller.

@@ -1,40 +1,44 @@
-//! The first process of a container, from `execve` of the agent to `execve` of the container's program.
+//! A process of a container, from `execve` of the agent to `execve` of its program: the first one here, others in [`join`].
 //!
 //! It is in its namespaces and its control group from the start ([`super::launch`]); descriptors 0 to 2 are its standard
 //! streams, [`SOCKET`] leads to the agent and [`CONFIG`] holds what to do. What follows is one sequence of steps, each a few
 //! system calls with an error of its own; order matters and is said at each step.
 
-use std::io::{IoSlice, Read};
-use std::os::fd::{AsFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::io::Read;
+use std::os::fd::{FromRawFd, OwnedFd};
 use std::path::PathBuf;
 
 use rustix::io::Errno;
-use rustix::net::{RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags};
+use rustix::net::SendFlags;
 use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
 
-use super::capabilities::{self, Capabilities, CapabilityError};
+use super::affinity::AffinityError;
+use super::capabilities::{Capabilities, CapabilityError};
 use super::devices::DeviceError;
+use super::gate::Gate;
 use super::hooks::HookError;
+use super::keyring::KeyringError;
 use super::mounts::MountError;
 use super::namespaces::{NamespaceError, Namespaces};
 use super::paths::PathError;
-use super::process::{ProcessError, Program};
+use super::process::ProcessError;
 use super::report::{ErrorKind, Report};
 use super::rootfs::{Rootfs, RootfsError};
 use super::scheduling::SchedulingError;
 use super::seccomp::{Filter, SeccompError};
 use super::sysctl::SysctlError;
 use super::terminal::{Terminal, TerminalError};
-use super::{devices, hooks, mounts, namespaces, paths, process, scheduling, sysctl};
-use crate::spec::Spec;
+use super::{devices, hooks, join, keyring, mounts, namespaces, paths, process, sysctl};
+use crate::spec::{Process, Spec};
 
 /// Descriptor of the socket to the agent, packets in both directions.
 pub const SOCKET: i32 = 3;
 /// Descriptor of the file with the [`Config`].
 pub const CONFIG: i32 = 4;
-/// What the agent says when the program is to be executed.
-pub const START: &[u8] = b"start";
+/// First descriptor of those that lead to the namespaces of a container that is there: a pidfd of its init, then its time
+/// namespace if it has one.
+pub const JOIN: i32 = 5;
 
 /// What the agent has its init do.
 #[derive(Serialize, Deserialize)]
@@ -44,6 +48,9 @@ pub struct Config<'a> {
     pub rootfs: PathBuf,
     #[serde(borrow)]
     pub spec: &'a RawValue,
+    /// The process to execute in the container that is there; none: the container is to be made.
+    #[serde(borrow)]
+    pub process: Option<&'a RawValue>,
     pub rows: u16,
     pub columns: u16,
 }
@@ -67,8 +74,20 @@ pub enum InitError {
     TimeOffsets(std::io::Error),
     #[error("new session: {0}")]
     Session(Errno),
-    #[error("session keyring: {0}")]
-    Keyring(Errno),
+    #[error(transparent)]
+    Keyring(#[from] KeyringError),
+    #[error("process: {0}")]
+    ParseProcess(serde_json::Error),
+    #[error("hide from the container: {0}")]
+    Hide(Errno),
+    #[error("join the namespaces of the container: {0}")]
+    Join(Errno),
+    #[error("join the time namespace of the container: {0}")]
+    JoinTime(Errno),
+    #[error("become root of the container: {0}")]
+    Root(Errno),
+    #[error(transparent)]
+    Affinity(#[from] AffinityError),
     #[error("bring up the loopback interface: {0}")]
     Loopback(std::io::Error),
     #[error(transparent)]
@@ -110,7 +129,7 @@ pub enum InitError {
 impl InitError {
     fn kind(&self) -> ErrorKind {
         let invalid = match self {
-            Self::ParseConfig(_) | Self::ParseSpec(_) | Self::Namespace(_) => true,
+            Self::ParseConfig(_) | Self::ParseSpec(_) | Self::ParseProcess(_) | Self::Namespace(_) => true,
             Self::Rootfs(RootfsError::UnknownPropagation(_)) => true,
             Self::Mount(error) => error.is_invalid(),
             Self::Device(error) => error.is_invalid(),
@@ -119,6 +138,7 @@ impl InitError {
             Self::Scheduling(error) => error.is_invalid(),
             Self::Capability(CapabilityError::Unknown { .. }) => true,
             Self::Seccomp(error) => error.is_invalid(),
+            Self::Affinity(error) => error.is_invalid(),
             Self::Process(error) => return process_kind(error),
             _ => false,
         };
@@ -170,13 +190,19 @@ fn run(socket: &OwnedFd) -> Result<std::convert::Infallible, InitError> {
     let text = read_config().map_err(InitError::ReadConfig)?;
     let config: Config = serde_json::from_str(&text).map_err(InitError::ParseConfig)?;
     let spec: Spec = serde_json::from_str(config.spec.get()).map_err(InitError::ParseSpec)?;
+    if let Some(process) = config.process {
+        let process: Process = serde_json::from_str(process.get()).map_err(InitError::ParseProcess)?;
+        return join::run(socket, &config, &spec, &process.within(&spec.process));
+    }
     let namespaces = Namespaces::of(&spec)?;
     let capabilities = Capabilities::of(spec.process.capabilities.as_ref())?;
     let filter = spec.linux.seccomp.as_ref().map(Filter::compile).transpose()?;
 
     join_namespaces(&spec, namespaces)?;
     rustix::process::setsid().map_err(InitError::Session)?;
-    new_keyring(&config.id)?;
+    if let Some(ring) = keyring::join(&config.id)? {
+        keyring::let_search(ring)?;
+    }
     // Files are made with the modes that are said.
     rustix::process::umask(rustix::fs::Mode::empty());
     // Through the guest's /proc, which is the one to trust.
@@ -186,49 +212,16 @@ fn run(socket: &OwnedFd) -> Result<std::convert::Infallible, InitError> {
 
     // Only now, because what is read-only to the container had to be written, and before the capabilities go.
     process::make_cwd(&spec.process.cwd)?;
-    let env = process::environment(&spec.process)?;
-    let master = match terminal {
-        Some(terminal) => Some(take_terminal(terminal)?),
-        None => None,
+    let gate = Gate {
+        socket,
+        process: &spec.process,
+        env: process::environment(&spec.process)?,
+        capabilities,
+        filter: filter.as_ref(),
+        personality: spec.linux.personality.as_ref(),
+        terminal,
     };
-    if let Some(personality) = &spec.linux.personality {
-        scheduling::set_personality(personality)?;
-    }
-    if let Some(scheduler) = &spec.process.scheduler {
-        scheduling::set_scheduler(scheduler)?;
-    }
-    if let Some(priority) = &spec.process.io_priority {
-        scheduling::set_io_priority(priority)?;
-    }
-
-    // A filter may be loaded by who has CAP_SYS_ADMIN, or by who gains no privileges any more. The first must be before the
-    // capabilities go, and so the filter sees the steps that follow; the second is the last step of all.
-    if spec.process.no_new_privileges {
-        capabilities::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0).map_err(InitError::NoNewPrivileges)?;
-    } else if let Some(filter) = &filter {
-        filter.load()?;
-    }
-    capabilities.bound()?;
-    process::become_user(&spec.process.user)?;
-    capabilities.set()?;
-    process::enter_cwd(&spec.process.cwd)?;
-    let program = Program::find(&spec.process, env)?;
-    keep_descriptors_from_program()?;
-
-    report_created(socket, master)?;
-    wait_for_start(socket)?;
-    hooks::run(&spec, &config.id)?;
-    if spec.process.no_new_privileges
-        && let Some(filter) = &filter
-    {
-        filter.load()?;
-    }
-    // Ignored signals would stay ignored in the program.
-    for signal in [libc::SIGPIPE, libc::SIGHUP] {
-        // SAFETY: restores a default; no handler is involved.
-        unsafe { libc::signal(signal, libc::SIG_DFL) };
-    }
-    Err(program.exec().into())
+    gate.pass(|| Ok(hooks::run(&spec, &config.id)?))
 }
 
 fn read_config() -> std::io::Result<String> {
@@ -266,44 +259,6 @@ fn join_namespaces(spec: &Spec, namespaces: Namespaces) -> Result<(), InitError>
 fn unshare(flag: libc::c_int) -> Result<(), Errno> {
     // SAFETY: the flags used are about namespaces of the process, not about memory or descriptors.
     if unsafe { libc::unshare(flag) } < 0 { Err(super::rootfs::last_errno()) } else { Ok(()) }
-}
-
-/// A session keyring of its own, so that containers do not see one another's keys. A kernel without keys has none to hide.
-fn new_keyring(id: &str) -> Result<(), InitError> {
-    const JOIN_SESSION_KEYRING: libc::c_int = 1;
-    const DESCRIBE: libc::c_int = 6;
-    const SETPERM: libc::c_int = 5;
-    /// Whoever finds the keyring by its number may search it (`KEY_USR_SEARCH`).
-    const USER_SEARCH: u64 = 0x08_0000;
-    // A name that does not fit is cut: it is for people.
-    let mut name = format!("_ses.{id}").into_bytes();
-    name.truncate(255);
-    name.push(0);
-    // SAFETY: the name ends with a zero byte and outlives the call.
-    let ring = unsafe { libc::syscall(libc::SYS_keyctl, JOIN_SESSION_KEYRING, name.as_ptr()) };
-    if ring < 0 {
-        return match super::rootfs::last_errno() {
-            Errno::NOSYS => Ok(()),
-            errno => Err(InitError::Keyring(errno)),
-        };
-    }
-    let mut description = [0u8; 512];
-    // SAFETY: the buffer is as long as is said.
-    let length =
-        unsafe { libc::syscall(libc::SYS_keyctl, DESCRIBE, ring, description.as_mut_ptr(), description.len()) };
-    if length < 0 {
-        return Err(InitError::Keyring(super::rootfs::last_errno()));
-    }
-    // type;uid;gid;permissions;description
-    let permissions = std::str::from_utf8(&description)
-        .ok()
-        .and_then(|text| u64::from_str_radix(text.split(';').nth(3)?, 16).ok())
-        .ok_or(InitError::Keyring(Errno::INVAL))?;
-    // SAFETY: the call takes no pointers.
-    if unsafe { libc::syscall(libc::SYS_keyctl, SETPERM, ring, permissions | USER_SEARCH) } < 0 {
-        return Err(InitError::Keyring(super::rootfs::last_errno()));
-    }
-    Ok(())
 }
 
 /// Makes everything below the container's root from outside of it, and goes in.
@@ -346,49 +301,4 @@ fn name_host(spec: &Spec) -> Result<(), InitError> {
             .map_err(|source| InitError::Domainname { name: spec.domainname.clone(), source })?;
     }
     Ok(())
-}
-
-/// The container's side becomes the standard streams; the other is for the agent.
-fn take_terminal(terminal: Terminal) -> Result<OwnedFd, InitError> {
-    let master = terminal.master.try_clone().map_err(|error| {
-        InitError::Terminal(TerminalError::Control(Errno::from_io_error(&error).unwrap_or(Errno::IO)))
-    })?;
-    terminal.control()?;
-    Ok(master)
-}
-
-/// Everything but the standard streams is closed by `execve`.
-fn keep_descriptors_from_program() -> Result<(), InitError> {
-    const CLOSE_RANGE_CLOEXEC: libc::c_int = 4;
-    // SAFETY: the call takes no pointers, and marking descriptors invalidates none.
-    if unsafe { libc::syscall(libc::SYS_close_range, 3, libc::c_uint::MAX, CLOSE_RANGE_CLOEXEC) } < 0 {
-        return Err(InitError::CloseDescriptors(super::rootfs::last_errno()));
-    }
-    Ok(())
-}
-
-fn report_created(socket: &OwnedFd, master: Option<OwnedFd>) -> Result<(), InitError> {
-    let mut space = [std::mem::MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
-    let mut ancillary = SendAncillaryBuffer::new(&mut space);
-    let descriptors: Vec<BorrowedFd<'_>> = master.iter().map(AsFd::as_fd).collect();
-    if !descriptors.is_empty() {
-        ancillary.push(SendAncillaryMessage::ScmRights(&descriptors));
-    }
-    let report = Report::Created.encode();
-    rustix::net::sendmsg(socket, &[IoSlice::new(&report)], &mut ancillary, SendFlags::NOSIGNAL)
-        .map_err(InitError::Report)?;
-    Ok(())
-}
-
-/// Waits for the agent's word. Its end without one means that the container is given up.
-fn wait_for_start(socket: &OwnedFd) -> Result<(), InitError> {
-    let mut word = [0; START.len()];
-    loop {
-        match rustix::net::recv(socket, &mut word[..], RecvFlags::empty()) {
-            Ok((_, length)) if word[..length.min(word.len())] == *START => return Ok(()),
-            Ok(_) => return Err(InitError::Wait(Errno::CONNRESET)),
-            Err(Errno::INTR) => {}
-            Err(errno) => return Err(InitError::Wait(errno)),
-        }
-    }
 }

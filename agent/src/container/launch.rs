@@ -1,5 +1,5 @@
-//! From the agent to the container's init: one `clone3` into all namespaces and the control group, one `execve` of the agent
-//! itself.
+//! From the agent to a process of a container: one `clone3` into the control group and into new namespaces or the pid namespace
+//! that is there, one `execve` of the agent itself.
 
 use std::ffi::CString;
 use std::io::{self, IoSliceMut, Write};
@@ -15,7 +15,8 @@ use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tokio::sync::oneshot;
 
-use super::init::{CONFIG, Config, SOCKET};
+use super::init::{CONFIG, Config, JOIN, SOCKET};
+use super::join::setns;
 use super::namespaces::{self, NamespaceError, Namespaces};
 use super::report::Report;
 use crate::readiness;
@@ -38,11 +39,22 @@ pub enum LaunchError {
     Mappings(#[from] NamespaceError),
     #[error("let the container's init go on: {0}")]
     Release(Errno),
+    #[error("open a namespace of the container: {0}")]
+    Namespace(Errno),
+    #[error("make a process in the container's pid namespace: {0}")]
+    PidNamespace(Errno),
 }
 
-/// An init on its way.
+/// Where the process is to be.
+pub enum Place<'a> {
+    /// In new namespaces, as a container's init.
+    New { spec: &'a Spec, namespaces: Namespaces },
+    /// With the init of a container that is there: what of it is to be joined when.
+    With { init: &'a OwnedFd, pid_namespace: bool, time_namespace: Option<OwnedFd> },
+}
+
+/// A process on its way.
 pub struct Launched {
-    pub id: String,
     pub pid: Pid,
     pub pidfd: OwnedFd,
     pub socket: AsyncFd<OwnedFd>,
@@ -55,16 +67,17 @@ struct Handover {
     standard: [RawFd; 3],
     socket: RawFd,
     config: RawFd,
+    /// What to join, from [`JOIN`] on; -1 is nothing.
+    join: [RawFd; 2],
     waits_for_mappings: bool,
 }
 
-/// Makes the init of a container. On an error after the clone the init ends by itself, because its socket is closed.
+/// Makes a process of a container. On an error after the clone it ends by itself, because its socket is closed.
 pub fn launch(
     config: &Config<'_>,
-    spec: &Spec,
-    namespaces: Namespaces,
+    place: &Place<'_>,
     cgroup: &OwnedFd,
-    ends: ContainerEnds,
+    ends: &ContainerEnds,
     reaper: &Reaper,
 ) -> Result<Launched, LaunchError> {
     let program = rustix::fs::openat(CWD, "/proc/self/exe", OFlags::PATH | OFlags::CLOEXEC, Mode::empty())
@@ -77,17 +90,31 @@ pub fn launch(
         standard: [ends.stdin.as_raw_fd(), ends.stdout.as_raw_fd(), ends.stderr.as_raw_fd()],
         socket: theirs.as_raw_fd(),
         config: file.as_raw_fd(),
-        waits_for_mappings: namespaces.user,
+        join: match place {
+            Place::New { .. } => [-1, -1],
+            Place::With { init, time_namespace, .. } => {
+                [init.as_raw_fd(), time_namespace.as_ref().map_or(-1, AsRawFd::as_raw_fd)]
+            }
+        },
+        waits_for_mappings: matches!(place, Place::New { namespaces, .. } if namespaces.user),
     };
-    let (pid, pidfd) = clone(namespaces.clone_flags, cgroup, &handover).map_err(LaunchError::Clone)?;
+    let (pid, pidfd) = match place {
+        Place::New { namespaces, .. } => {
+            clone(namespaces.clone_flags, cgroup, &handover).map_err(LaunchError::Clone)?
+        }
+        Place::With { init, pid_namespace: true, .. } => clone_in_pid_namespace(init, cgroup, &handover)?,
+        Place::With { .. } => clone(0, cgroup, &handover).map_err(LaunchError::Clone)?,
+    };
     let exit = reaper.exit_of(pid);
-    if namespaces.user {
+    if let Place::New { spec, namespaces } = place
+        && namespaces.user
+    {
         namespaces::write_mappings(pid, spec)?;
         rustix::net::send(&ours, b"mapped", SendFlags::NOSIGNAL).map_err(LaunchError::Release)?;
     }
     rustix::io::ioctl_fionbio(&ours, true).map_err(|errno| LaunchError::Socket(errno.into()))?;
     let socket = readiness::watch(ours, Interest::READABLE | Interest::WRITABLE).map_err(LaunchError::Socket)?;
-    Ok(Launched { id: config.id.clone(), pid, pidfd, socket, exit })
+    Ok(Launched { pid, pidfd, socket, exit })
 }
 
 fn config_file(config: &Config<'_>) -> io::Result<OwnedFd> {
@@ -95,6 +122,29 @@ fn config_file(config: &Config<'_>) -> io::Result<OwnedFd> {
     file.write_all(&serde_json::to_vec(config)?)?;
     rustix::fs::seek(&file, rustix::fs::SeekFrom::Start(0))?;
     Ok(file.into())
+}
+
+/// A clone is in the pid namespace that its parent has for its children. The agent changes its own for this one call, so that
+/// the process is a child of the agent and not of a helper in between.
+fn clone_in_pid_namespace(
+    init: &OwnedFd,
+    cgroup: &OwnedFd,
+    handover: &Handover,
+) -> Result<(Pid, OwnedFd), LaunchError> {
+    let own = open_namespace("self", "pid")?;
+    setns(init, libc::CLONE_NEWPID).map_err(LaunchError::PidNamespace)?;
+    let made = clone(0, cgroup, handover);
+    if setns(&own, libc::CLONE_NEWPID).is_err() {
+        // Every later child would be in this container: there is no going on.
+        std::process::abort();
+    }
+    made.map_err(LaunchError::Clone)
+}
+
+/// A namespace of a process, by the agent's own `/proc`.
+pub fn open_namespace(process: &str, kind: &str) -> Result<OwnedFd, LaunchError> {
+    let path = format!("/proc/{process}/ns/{kind}");
+    rustix::fs::openat(CWD, path, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty()).map_err(LaunchError::Namespace)
 }
 
 fn clone(flags: u64, cgroup: &OwnedFd, handover: &Handover) -> io::Result<(Pid, OwnedFd)> {
@@ -164,14 +214,24 @@ unsafe fn become_init(handover: &Handover, argv: *const *const libc::c_char) -> 
         let high = |fd| libc::fcntl(fd, libc::F_DUPFD_CLOEXEC, FIRST_FREE);
         let [stdin, stdout, stderr] = handover.standard.map(high);
         let (socket, config, program) = (high(handover.socket), high(handover.config), high(handover.program));
+        let [first, second] = handover.join.map(high);
+        let mut next = CONFIG + 1;
         for (from, to) in [(stdin, 0), (stdout, 1), (stderr, 2), (socket, SOCKET), (config, CONFIG)] {
             if libc::dup2(from, to) < 0 {
                 libc::_exit(126);
             }
         }
+        for (given, from, to) in [(handover.join[0], first, JOIN), (handover.join[1], second, JOIN + 1)] {
+            if given >= 0 {
+                if libc::dup2(from, to) < 0 {
+                    libc::_exit(126);
+                }
+                next = to + 1;
+            }
+        }
         // Descriptors are close-on-exec as a rule; a rule is not enough here.
         const CLOSE_RANGE_CLOEXEC: libc::c_int = 4;
-        libc::syscall(libc::SYS_close_range, CONFIG + 1, libc::c_uint::MAX, CLOSE_RANGE_CLOEXEC);
+        libc::syscall(libc::SYS_close_range, next, libc::c_uint::MAX, CLOSE_RANGE_CLOEXEC);
         let environment: [*const libc::c_char; 1] = [std::ptr::null()];
         libc::syscall(libc::SYS_execveat, program, c"".as_ptr(), argv, environment.as_ptr(), libc::AT_EMPTY_PATH);
         libc::_exit(127)

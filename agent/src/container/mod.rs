@@ -1,10 +1,15 @@
 //! A container: made, started, watched, removed.
 
+mod affinity;
 pub mod capabilities;
 mod copy_up;
 mod devices;
+pub mod exec;
+mod gate;
 mod hooks;
 pub mod init;
+mod join;
+mod keyring;
 mod launch;
 mod limits;
 mod mount_options;
@@ -18,46 +23,48 @@ mod scheduling;
 mod seccomp;
 mod sysctl;
 mod terminal;
+mod watched;
 
 use std::io;
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use podhull_protocol::{Event, Exit, OutOfMemory, event};
+use podhull_protocol::{Event, OutOfMemory, event};
 use rustix::io::Errno;
 use rustix::process::{Pid, Signal};
 use tokio::io::unix::AsyncFd;
-use tokio::sync::watch;
 
 use crate::cgroup::{Cgroup, CgroupError, Hierarchy};
 use crate::events::Events;
 use crate::reaper::{ExitStatus, Reaper};
-use crate::spec::Spec;
+use crate::spec::{Process, Spec};
 use crate::stdio::{Claim, ContainerEnds, Pumps, StdioError};
-use launch::{LaunchError, Launched};
+use affinity::AffinityError;
+use exec::Executed;
+use launch::{LaunchError, Place};
 use limits::{LimitError, Limits};
 use namespaces::{NamespaceError, Namespaces};
 use process::ProcessError;
-use report::{ErrorKind, Report};
+use report::ErrorKind;
+use watched::{READY_DEADLINE, Ready, Watched};
 
 /// First argument of the agent as a container's init.
 pub const INIT_ARGUMENT: &str = "init";
-
-/// How long an init may take to be ready for its program, and for `execve` without hooks.
-const INIT_DEADLINE: Duration = Duration::from_secs(60);
-
-/// How long the output of a deleted container may take to be gone.
-const EXIT_DEADLINE: Duration = Duration::from_secs(10);
 
 /// What cannot be done with a container.
 #[derive(Debug, thiserror::Error)]
 pub enum ContainerError {
     #[error("config.json: {0}")]
     Spec(serde_json::Error),
+    #[error("process: {0}")]
+    ProcessJson(serde_json::Error),
     #[error(transparent)]
     Namespace(#[from] NamespaceError),
+    #[error(transparent)]
+    Affinity(#[from] AffinityError),
     #[error(transparent)]
     Process(#[from] ProcessError),
     #[error(transparent)]
@@ -75,11 +82,11 @@ pub enum ContainerError {
     /// In the words of the step that failed.
     #[error("{message}")]
     Init { kind: ErrorKind, message: String },
-    #[error("container init {0} before it was ready{hint}", hint = out_of_memory_hint(*.0))]
+    #[error("container process {0} before it was ready{hint}", hint = out_of_memory_hint(*.0))]
     InitDied(ExitStatus),
-    #[error("container init took longer than {} s", .0.as_secs())]
+    #[error("container process took longer than {} s", .0.as_secs())]
     InitSlow(Duration),
-    #[error("talk to the container's init: {0}")]
+    #[error("talk to the container's process: {0}")]
     InitSocket(io::Error),
     #[error("the terminal did not arrive")]
     NoTerminal,
@@ -87,6 +94,19 @@ pub enum ContainerError {
     NotCreated,
     #[error("container not running")]
     NotRunning,
+    /// runc's words, as the next.
+    #[error("cannot exec in a paused container")]
+    ExecPaused,
+    #[error("cannot exec in a stopped container: container not running")]
+    ExecStopped,
+    #[error("process {0:?} exists already")]
+    ProcessExists(String),
+    #[error("process {0:?} does not exist")]
+    NoProcess(String),
+    #[error("process not running")]
+    ProcessNotRunning,
+    #[error("the container has too many executed processes that were not deleted")]
+    TooManyProcesses,
     #[error("container has no terminal")]
     NoTerminalToResize,
     #[error("set the window size: {0}")]
@@ -102,17 +122,30 @@ fn out_of_memory_hint(status: ExitStatus) -> &'static str {
 }
 
 impl ContainerError {
+    /// Whether the container, or its process, is not in a state for the call.
+    pub fn is_state(&self) -> bool {
+        matches!(
+            self,
+            Self::NotCreated
+                | Self::NotRunning
+                | Self::NoTerminalToResize
+                | Self::ExecPaused
+                | Self::ExecStopped
+                | Self::ProcessNotRunning
+        )
+    }
+
     /// Who is to blame.
     pub fn kind(&self) -> ErrorKind {
         match self {
-            Self::Spec(_) | Self::Namespace(_) | Self::Terminal { .. } | Self::TerminalWithoutStream => {
-                ErrorKind::Invalid
-            }
+            Self::Spec(_) | Self::ProcessJson(_) | Self::Namespace(_) => ErrorKind::Invalid,
+            Self::Affinity(_) | Self::Terminal { .. } | Self::TerminalWithoutStream => ErrorKind::Invalid,
             Self::Process(_) | Self::UnknownSignal(_) | Self::Stdio(StdioError::TokenTwice(_)) => ErrorKind::Invalid,
             Self::Limit(LimitError::Set { source, .. }) if *source != Errno::INVAL => ErrorKind::Internal,
             Self::Limit(LimitError::WriteOomScore(_)) => ErrorKind::Internal,
             Self::Limit(_) => ErrorKind::Invalid,
             Self::Cgroup(error) if error.is_invalid() => ErrorKind::Invalid,
+            Self::NoProcess(_) => ErrorKind::NotFound,
             Self::Init { kind, .. } => *kind,
             _ => ErrorKind::Internal,
         }
@@ -129,6 +162,33 @@ pub struct Streams {
     pub columns: u16,
 }
 
+impl Streams {
+    /// The window size: that of the call, else that of the specification.
+    fn window(&self, process: &Process) -> (u16, u16) {
+        let size = process.console_size.as_ref();
+        let or = |given, said| if given != 0 { given } else { said };
+        (or(self.rows, size.map_or(0, |size| size.height)), or(self.columns, size.map_or(0, |size| size.width)))
+    }
+
+    /// The process's ends, and the stream that waits for its terminal.
+    fn ends(
+        self,
+        process: &Process,
+        pumps: &mut Pumps,
+        uid: u32,
+        gid: u32,
+    ) -> Result<(ContainerEnds, Option<Claim>), ContainerError> {
+        if self.terminal != process.terminal {
+            return Err(ContainerError::Terminal { spec: process.terminal, call: self.terminal });
+        }
+        if self.terminal {
+            Ok((ContainerEnds::null()?, Some(self.stdout.ok_or(ContainerError::TerminalWithoutStream)?)))
+        } else {
+            Ok((pumps.pipes([self.stdin, self.stdout, self.stderr], uid, gid)?, None))
+        }
+    }
+}
+
 /// What a container is made of.
 pub struct Request<'a> {
     pub id: String,
@@ -139,18 +199,17 @@ pub struct Request<'a> {
 
 /// A container that was made.
 pub struct Container {
-    pub pid: Pid,
-    pidfd: OwnedFd,
+    id: String,
+    /// As it came, for the processes executed later.
+    spec: Box<[u8]>,
+    rootfs: PathBuf,
+    init: Watched,
     cgroup: Arc<Cgroup>,
     /// To the init that waits for its start; taken by whoever starts it.
     gate: Mutex<Option<AsyncFd<OwnedFd>>>,
     start_deadline: Duration,
-    /// The pumps hold the terminal; when they let go it hangs up.
-    master: Option<Weak<OwnedFd>>,
-    /// Whether the init has been reaped.
-    ended: watch::Receiver<bool>,
-    /// The task that reports the exit.
-    reporter: Mutex<Option<tokio::task::JoinHandle<()>>>,
+    executed: Executed,
+    deleted: AtomicBool,
 }
 
 /// What containers share.
@@ -166,16 +225,36 @@ impl Container {
         let spec: Spec = serde_json::from_slice(request.spec).map_err(ContainerError::Spec)?;
         let namespaces = Namespaces::of(&spec)?;
         process::check(&spec.process)?;
+        if let Some(affinity) = &spec.process.exec_cpu_affinity {
+            affinity::check(affinity)?;
+        }
         let limits = Limits::of(&spec.process)?;
         let cgroup = around.cgroups.create(&spec.linux.cgroups_path, &request.id, &spec.linux.resources)?;
-        match Self::create_in(&cgroup, &spec, namespaces, &limits, request, &around).await {
-            Ok(made) => Ok(made.watched(Arc::new(cgroup), &spec, &around)),
+        let (id, rootfs, bytes) = (request.id.clone(), request.rootfs.clone(), request.spec);
+        let ready = match Self::create_in(&cgroup, &spec, namespaces, &limits, request, &around).await {
+            Ok(ready) => ready,
             Err(error) => {
                 // The reason is the error to tell.
                 let _ = cgroup.remove().await;
-                Err(error)
+                return Err(error);
             }
-        }
+        };
+        let cgroup = Arc::new(cgroup);
+        let event = Event { container_id: id.clone(), ..Event::default() };
+        let memory = report_out_of_memory(id.clone(), cgroup.clone(), around.events.clone());
+        let (init, socket) = ready.watched(event, cgroup.clone(), around.events.clone(), memory);
+        let hooks: Duration = spec.hooks.start_container.iter().map(hooks::timeout).sum();
+        Ok(Self {
+            id,
+            spec: bytes.into(),
+            rootfs,
+            init,
+            cgroup,
+            gate: Mutex::new(Some(socket)),
+            start_deadline: READY_DEADLINE + hooks,
+            executed: Executed::default(),
+            deleted: AtomicBool::new(false),
+        })
     }
 
     async fn create_in(
@@ -185,85 +264,58 @@ impl Container {
         limits: &Limits,
         request: Request<'_>,
         around: &Surroundings<'_>,
-    ) -> Result<Made, ContainerError> {
-        let Streams { terminal, stdin, stdout, stderr, rows, columns } = request.streams;
-        if terminal != spec.process.terminal {
-            return Err(ContainerError::Terminal { spec: spec.process.terminal, call: terminal });
-        }
+    ) -> Result<Ready, ContainerError> {
         let mut pumps = Pumps::new();
         let (uid, gid) = (spec.linux.guest_uid(spec.process.user.uid), spec.linux.guest_gid(spec.process.user.gid));
-        let (ends, terminal) = if terminal {
-            (ContainerEnds::null()?, Some(stdout.ok_or(ContainerError::TerminalWithoutStream)?))
-        } else {
-            (pumps.pipes([stdin, stdout, stderr], uid, gid)?, None)
-        };
-        let size = spec.process.console_size.as_ref();
+        let (rows, columns) = request.streams.window(&spec.process);
+        let (ends, terminal) = request.streams.ends(&spec.process, &mut pumps, uid, gid)?;
         let config = init::Config {
             id: request.id,
             rootfs: request.rootfs,
             spec: serde_json::from_slice(request.spec).map_err(ContainerError::Spec)?,
-            rows: if rows != 0 { rows } else { size.map_or(0, |size| size.height) },
-            columns: if columns != 0 { columns } else { size.map_or(0, |size| size.width) },
+            process: None,
+            rows,
+            columns,
         };
         let delegated = namespaces.user && namespaces.cgroup && mounts_cgroup_writable(spec);
         if delegated {
             cgroup.delegate(spec.linux.guest_uid(0))?;
         }
-        let mut launched = launch::launch(&config, spec, namespaces, &cgroup.open()?, ends, around.reaper)?;
-        let ready = Self::await_ready(&mut launched, limits, terminal, &mut pumps).await;
-        match ready.and_then(|master| cgroup.set_limits(&spec.linux.resources).map_err(Into::into).map(|()| master)) {
-            Ok(master) => Ok(Made { launched, pumps, master }),
+        let launched =
+            launch::launch(&config, &Place::New { spec, namespaces }, &cgroup.open()?, &ends, around.reaper)?;
+        // Ours: the streams end when the process's own are closed.
+        drop(ends);
+        let ready = Ready::await_from(launched, limits, terminal, pumps).await?;
+        match cgroup.set_limits(&spec.linux.resources) {
+            Ok(()) => Ok(ready),
             Err(error) => {
-                // It may have ended by itself; then there is nothing to kill.
-                let _ = rustix::process::pidfd_send_signal(&launched.pidfd, Signal::KILL);
-                Err(error)
+                ready.kill();
+                Err(error.into())
             }
         }
     }
 
-    async fn await_ready(
-        launched: &mut Launched,
-        limits: &Limits,
-        terminal: Option<Claim>,
-        pumps: &mut Pumps,
-    ) -> Result<Option<Weak<OwnedFd>>, ContainerError> {
-        let answer = tokio::time::timeout(INIT_DEADLINE, launch::receive(&launched.socket)).await;
-        let (report, master) =
-            answer.map_err(|_| ContainerError::InitSlow(INIT_DEADLINE))?.map_err(ContainerError::InitSocket)?;
-        match report {
-            Some(Report::Created) => {}
-            Some(Report::Failed { kind, message }) => return Err(ContainerError::Init { kind, message }),
-            None => {
-                let status = tokio::time::timeout(EXIT_DEADLINE, &mut launched.exit).await;
-                let status = status.ok().and_then(Result::ok).unwrap_or(ExitStatus::Code(1));
-                return Err(ContainerError::InitDied(status));
-            }
-        }
-        // Not before: the init itself is not to run into them.
-        limits.set(launched.pid)?;
-        let Some(claim) = terminal else { return Ok(None) };
-        let master = Arc::new(master.ok_or(ContainerError::NoTerminal)?);
-        let weak = Arc::downgrade(&master);
-        pumps.terminal(master, claim)?;
-        Ok(Some(weak))
+    /// Process id of the init in the guest.
+    pub fn pid(&self) -> Pid {
+        self.init.pid
     }
 
     /// Opens the gate. Returns when the program is executed.
     pub async fn start(&self) -> Result<(), ContainerError> {
         let gate = self.gate.lock().unwrap_or_else(PoisonError::into_inner).take();
         let gate = gate.ok_or(ContainerError::NotCreated)?;
-        if *self.ended.borrow() {
+        if self.init.has_ended() {
             return Err(ContainerError::NotCreated);
         }
-        launch::send(&gate, init::START).await.map_err(ContainerError::InitSocket)?;
-        // The socket is closed by execve; an init that is killed before has an exit status, as any program.
-        let answer = tokio::time::timeout(self.start_deadline, launch::receive(&gate)).await;
-        let (report, _) =
-            answer.map_err(|_| ContainerError::InitSlow(self.start_deadline))?.map_err(ContainerError::InitSocket)?;
-        match report {
-            Some(Report::Failed { kind, message }) => Err(ContainerError::Init { kind, message }),
-            Some(Report::Created) | None => Ok(()),
-        }
+        watched::pass(&gate, self.start_deadline).await
+    }
+
+    fn is_started(&self) -> bool {
+        self.gate.lock().unwrap_or_else(PoisonError::into_inner).is_none()
+    }
+
+    fn is_deleted(&self) -> bool {
+        self.deleted.load(Ordering::Relaxed)
     }
 
     /// Sends a signal to the init, or to all processes.
@@ -271,12 +323,10 @@ impl Container {
         let signal = signal_of(number).ok_or(ContainerError::UnknownSignal(number))?;
         let failed = |source| ContainerError::Signal { signal: number, source };
         if !all {
-            if *self.ended.borrow() {
-                return Err(ContainerError::NotRunning);
-            }
-            return match rustix::process::pidfd_send_signal(&self.pidfd, signal) {
-                Err(Errno::SRCH) => Err(ContainerError::NotRunning),
-                other => other.map_err(failed),
+            return match self.init.signal(signal) {
+                Ok(true) => Ok(()),
+                Ok(false) => Err(ContainerError::NotRunning),
+                Err(source) => Err(failed(source)),
             };
         }
         if signal == Signal::KILL {
@@ -293,74 +343,31 @@ impl Container {
         Ok(())
     }
 
-    /// Sets the window size of the terminal.
-    pub fn resize(&self, rows: u16, columns: u16) -> Result<(), ContainerError> {
-        let master = self.master.as_ref().ok_or(ContainerError::NoTerminalToResize)?;
-        let master = master.upgrade().ok_or(ContainerError::NotRunning)?;
-        terminal::set_size(master, rows, columns).map_err(ContainerError::Resize)
+    /// Sets the window size of the terminal of the init, or of an executed process.
+    pub fn resize(&self, exec_id: &str, rows: u16, columns: u16) -> Result<(), ContainerError> {
+        if exec_id.is_empty() {
+            self.init.resize(rows, columns)
+        } else {
+            self.executed.get(exec_id)?.resize(rows, columns)
+        }
     }
 
-    /// Kills what is left and removes the cgroup. The exit is reported before, unless nobody takes the output.
+    /// Kills what is left and removes the cgroup. The exits are reported before, unless nobody takes the output.
     pub async fn delete(&self) -> Result<(), ContainerError> {
+        self.deleted.store(true, Ordering::Relaxed);
         self.cgroup.remove().await?;
-        let reporter = self.reporter.lock().unwrap_or_else(PoisonError::into_inner).take();
-        if let Some(mut reporter) = reporter
-            && tokio::time::timeout(EXIT_DEADLINE, &mut reporter).await.is_err()
-        {
-            reporter.abort();
+        let mut last = tokio::task::JoinSet::new();
+        for process in self.executed.all() {
+            last.spawn(async move { process.finish().await });
         }
+        self.init.finish().await;
+        last.join_all().await;
         Ok(())
     }
 }
 
-/// A container whose init waits, not watched yet.
-struct Made {
-    launched: Launched,
-    pumps: Pumps,
-    master: Option<Weak<OwnedFd>>,
-}
-
-impl Made {
-    fn watched(self, cgroup: Arc<Cgroup>, spec: &Spec, around: &Surroundings<'_>) -> Container {
-        let Self { launched, pumps, master } = self;
-        let Launched { id, pid, pidfd, socket, exit } = launched;
-        let (sender, ended) = watch::channel(false);
-        let events = around.events.clone();
-        let watched = cgroup.clone();
-        let reporter = tokio::spawn(async move {
-            let status = {
-                let memory = report_out_of_memory(&id, &watched, &events);
-                tokio::select! {
-                    status = exit => status.unwrap_or(ExitStatus::Code(255)),
-                    never = memory => match never {},
-                }
-            };
-            sender.send_replace(true);
-            pumps.finish().await;
-            let kills = watched.oom_kills();
-            let (code, signal) = match status {
-                ExitStatus::Code(code) => (code, 0),
-                ExitStatus::Signal(signal) => (0, signal),
-            };
-            let exit = Exit { code, signal, oom_killed: kills > 0, ..Exit::default() };
-            events.push(Event { container_id: id, kind: Some(event::Kind::Exit(exit)), ..Event::default() });
-        });
-        let hooks: Duration = spec.hooks.start_container.iter().map(hooks::timeout).sum();
-        Container {
-            pid,
-            pidfd,
-            cgroup,
-            gate: Mutex::new(Some(socket)),
-            start_deadline: INIT_DEADLINE + hooks,
-            master,
-            ended,
-            reporter: Mutex::new(Some(reporter)),
-        }
-    }
-}
-
 /// Reports kills for lack of memory as they happen, for as long as it is polled.
-async fn report_out_of_memory(id: &str, cgroup: &Cgroup, events: &Events) -> std::convert::Infallible {
+async fn report_out_of_memory(id: String, cgroup: Arc<Cgroup>, events: Arc<Events>) -> std::convert::Infallible {
     let mut reported = 0;
     if let Ok(Some(mut watch)) = cgroup.watch_memory() {
         loop {
@@ -368,7 +375,7 @@ async fn report_out_of_memory(id: &str, cgroup: &Cgroup, events: &Events) -> std
             if kills > reported {
                 reported = kills;
                 let kind = event::Kind::OutOfMemory(OutOfMemory { kills, ..OutOfMemory::default() });
-                events.push(Event { container_id: id.into(), kind: Some(kind), ..Event::default() });
+                events.push(Event { container_id: id.clone(), kind: Some(kind), ..Event::default() });
             }
             if watch.changed().await.is_err() {
                 break;

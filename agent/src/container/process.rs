@@ -1,7 +1,7 @@
 //! The container's process: user, environment, program.
 
 use std::ffi::{CString, NulError, OsStr};
-use std::io;
+use std::io::{self, Read};
 use std::os::fd::AsRawFd;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Path, PathBuf};
@@ -45,6 +45,8 @@ pub enum ProcessError {
     KeepCapabilities(Errno),
     #[error("chdir to cwd ({path:?}) set in config.json failed: {}", words(*source))]
     Cwd { path: PathBuf, source: Errno },
+    #[error("working directory {0:?} is outside of the container's root")]
+    Outside(PathBuf),
     #[error("make the working directory {path}: {source}")]
     MakeCwd { path: PathBuf, source: io::Error },
 }
@@ -126,12 +128,24 @@ pub fn environment(process: &Process) -> Result<Vec<CString>, ProcessError> {
     }
     if !env.iter().any(|entry| entry.to_bytes().starts_with(b"HOME=") && entry.to_bytes().len() > 5) {
         env.retain(|entry| !entry.to_bytes().starts_with(b"HOME="));
-        let passwd = std::fs::read("/etc/passwd").unwrap_or_default();
+        let passwd = read_passwd().unwrap_or_default();
         let mut entry = b"HOME=".to_vec();
         entry.extend(home_of(&passwd, process.user.uid).unwrap_or(b"/"));
         env.push(CString::new(entry).map_err(|_| ProcessError::Nul { field: "env", value: "HOME".into() })?);
     }
     Ok(env)
+}
+
+/// `/etc/passwd`, as far as it is a file: in a container that runs it may be anything.
+fn read_passwd() -> io::Result<Vec<u8>> {
+    const LONGEST: u64 = 16 << 20;
+    let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
+    let file = std::fs::File::from(rustix::fs::openat(CWD, "/etc/passwd", flags, Mode::empty())?);
+    let mut passwd = Vec::new();
+    if file.metadata()?.is_file() {
+        file.take(LONGEST).read_to_end(&mut passwd)?;
+    }
+    Ok(passwd)
 }
 
 /// The home directory of a user, from the first entry with its number (`passwd(5)`).
@@ -181,7 +195,14 @@ pub fn make_cwd(cwd: &Path) -> Result<(), ProcessError> {
 
 /// Enters the working directory.
 pub fn enter_cwd(cwd: &Path) -> Result<(), ProcessError> {
-    rustix::process::chdir(cwd).map_err(|source| ProcessError::Cwd { path: cwd.into(), source })
+    rustix::process::chdir(cwd).map_err(|source| ProcessError::Cwd { path: cwd.into(), source })?;
+    // A container that runs may have pointed it at something it cannot reach (as in CVE-2024-21626); the kernel then says
+    // a path that is not absolute.
+    match rustix::process::getcwd(Vec::new()) {
+        Ok(path) if path.as_bytes().starts_with(b"/") => Ok(()),
+        Ok(_) => Err(ProcessError::Outside(cwd.into())),
+        Err(source) => Err(ProcessError::Cwd { path: cwd.into(), source }),
+    }
 }
 
 /// Finds a program as runc does: a name with a slash is a path, any other is searched for.

@@ -91,6 +91,14 @@ impl Rootfs {
         Ok(Self { fd, mounts: RefCell::default(), path })
     }
 
+    /// The root of the calling process, once it is in the container.
+    pub fn current() -> Result<Self, RootfsError> {
+        let path = Path::new("/");
+        let fd = rustix::fs::openat(CWD, path, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())
+            .map_err(|source| RootfsError::Open { path: path.into(), source })?;
+        Ok(Self { fd, mounts: RefCell::default(), path: path.into() })
+    }
+
     /// A path inside, as seen from there; nothing is created.
     pub fn open(&self, path: &Path, flags: OFlags) -> Result<OwnedFd, RootfsError> {
         self.open_raw(path, flags).map_err(|source| RootfsError::Resolve { path: path.into(), source })

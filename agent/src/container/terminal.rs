@@ -3,7 +3,7 @@
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
 use std::path::Path;
 
-use rustix::fs::{Mode, OFlags, Uid};
+use rustix::fs::{Mode, OFlags, Uid, makedev};
 use rustix::io::Errno;
 use rustix::mount::{OpenTreeFlags, open_tree};
 
@@ -14,6 +14,10 @@ use super::rootfs::{self, Rootfs, RootfsError, last_errno};
 pub enum TerminalError {
     #[error("process.terminal: open /dev/pts/ptmx: {0}; a container with a terminal needs a devpts mount at /dev/pts")]
     Open(RootfsError),
+    #[error("process.terminal: /dev/pts/ptmx is not that of a devpts mount")]
+    NotPtmx,
+    #[error("process.terminal: look at /dev/pts/ptmx: {0}")]
+    Look(Errno),
     #[error("process.terminal: unlock: {0}")]
     Unlock(Errno),
     #[error("process.terminal: open the other side: {0}")]
@@ -30,6 +34,12 @@ pub enum TerminalError {
     Control(Errno),
 }
 
+/// `DEVPTS_SUPER_MAGIC` of `linux/magic.h`.
+const DEVPTS: rustix::fs::FsWord = 0x1cd1;
+
+/// The device that a new terminal is opened from.
+const PTMX: (u32, u32) = (5, 2);
+
 /// Both sides of a terminal.
 pub struct Terminal {
     pub master: OwnedFd,
@@ -40,8 +50,14 @@ impl Terminal {
     /// Allocates one. The other side is opened from this one (`TIOCGPTPEER`), not by a name that the container could have
     /// pointed elsewhere.
     pub fn open(root: &Rootfs, rows: u16, columns: u16, uid: u32) -> Result<Self, TerminalError> {
-        let flags = OFlags::RDWR | OFlags::NOCTTY;
+        // A container that runs may have put anything there: it is not waited for, and used only if it is what it should be.
+        let flags = OFlags::RDWR | OFlags::NOCTTY | OFlags::NONBLOCK;
         let master = root.open(Path::new("/dev/pts/ptmx"), flags | OFlags::NOFOLLOW).map_err(TerminalError::Open)?;
+        let stat = rustix::fs::fstat(&master).map_err(TerminalError::Look)?;
+        let system = rustix::fs::fstatfs(&master).map_err(TerminalError::Look)?;
+        if stat.st_rdev != makedev(PTMX.0, PTMX.1) || system.f_type != DEVPTS {
+            return Err(TerminalError::NotPtmx);
+        }
         rustix::pty::unlockpt(&master).map_err(TerminalError::Unlock)?;
         // SAFETY: the call takes flags, and no pointers.
         let slave = unsafe {

@@ -8,8 +8,9 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use podhull_protocol::{
-    AgentClient, CreateContainerRequest, CreatePodRequest, DeleteContainerRequest, Empty, Event, Exit,
-    ResizeTerminalRequest, SignalContainerRequest, StartContainerRequest, Stdio, VERSION,
+    AgentClient, CreateContainerRequest, CreatePodRequest, DeleteContainerRequest, DeleteProcessRequest, Empty, Event,
+    ExecProcessRequest, Exit, ResizeTerminalRequest, SignalContainerRequest, SignalProcessRequest,
+    StartContainerRequest, Stdio, VERSION,
 };
 use serde_json::{Value, json};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -79,8 +80,8 @@ pub struct Agent {
     pub client: AgentClient,
     pub cgroup: PathBuf,
     child: Child,
-    /// The one reader of events.
-    events: tokio::sync::Mutex<Option<ClientStreamReceiver<Event>>>,
+    /// The one reader of events, and those it read that nobody has asked for yet.
+    events: tokio::sync::Mutex<(Option<ClientStreamReceiver<Event>>, Vec<Event>)>,
 }
 
 /// How a container ended.
@@ -240,10 +241,20 @@ impl Agent {
         stream
     }
 
-    /// Waits for the exit of a container, whose events are the only ones.
+    /// Waits for the exit of a container.
     pub async fn exit_of(&self, id: &str) -> Exit {
-        let mut events = self.events.lock().await;
-        let events = match &mut *events {
+        self.exit_of_process(id, "").await
+    }
+
+    /// Waits for the exit of a process executed in a container.
+    pub async fn exit_of_process(&self, id: &str, exec_id: &str) -> Exit {
+        let mut guard = self.events.lock().await;
+        let (events, waiting) = &mut *guard;
+        let wanted = |event: &Event| event.has_exit() && event.container_id == id && event.exec_id == exec_id;
+        if let Some(at) = waiting.iter().position(wanted) {
+            return waiting.remove(at).exit().clone();
+        }
+        let events = match events {
             Some(events) => events,
             none => {
                 // Open for as long as the test runs.
@@ -253,11 +264,79 @@ impl Agent {
         };
         loop {
             let event: Event = tokio::time::timeout(DEADLINE, events.recv()).await.unwrap().unwrap().unwrap();
-            assert_eq!(event.container_id, id);
-            if event.has_exit() {
+            if wanted(&event) {
                 return event.exit().clone();
             }
+            waiting.push(event);
         }
+    }
+
+    /// A container that does nothing until it is deleted.
+    pub async fn idle(&self, id: &str, rootfs: &str, spec: &Value) {
+        self.create(id, rootfs, spec, Stdio::default()).await.unwrap();
+        self.start_container(id).await.unwrap();
+    }
+
+    /// The call that executes a process, to be changed further.
+    pub fn exec_request(id: &str, exec_id: &str, process: &Value, stdio: Stdio) -> ExecProcessRequest {
+        ExecProcessRequest {
+            container_id: id.into(),
+            exec_id: exec_id.into(),
+            process: serde_json::to_vec(process).unwrap(),
+            stdio: Some(stdio).into(),
+            ..ExecProcessRequest::default()
+        }
+    }
+
+    /// Executes a process without streams.
+    pub async fn exec(&self, id: &str, exec_id: &str, process: &Value) -> ttrpc::Result<i32> {
+        let request = Self::exec_request(id, exec_id, process, Stdio::default());
+        self.client.exec_process(deadline(), &request).await.map(|response| response.pid)
+    }
+
+    /// Executes a process to its end.
+    pub async fn exec_run(&self, id: &str, process: &Value) -> Outcome {
+        self.exec_run_as(id, process, |_| {}).await
+    }
+
+    pub async fn exec_run_as(
+        &self,
+        id: &str,
+        process: &Value,
+        change: impl FnOnce(&mut ExecProcessRequest),
+    ) -> Outcome {
+        let exec_id = new_id();
+        let tokens = [new_token(), new_token()];
+        let stdio = Stdio { stdout: tokens[0], stderr: tokens[1], ..Stdio::default() };
+        let (stdout, stderr) = (self.stream(tokens[0]).await, self.stream(tokens[1]).await);
+        let mut request = Self::exec_request(id, &exec_id, process, stdio);
+        change(&mut request);
+        self.client.exec_process(deadline(), &request).await.unwrap();
+        let (stdout, stderr) = tokio::join!(read_all(stdout), read_all(stderr));
+        let exit = self.exit_of_process(id, &exec_id).await;
+        self.delete_process(id, &exec_id).await.unwrap();
+        Outcome { stdout, stderr, exit }
+    }
+
+    pub async fn signal_process(&self, id: &str, exec_id: &str, signal: i32) -> ttrpc::Result<Empty> {
+        let (container_id, exec_id) = (id.into(), exec_id.into());
+        let request = SignalProcessRequest { container_id, exec_id, signal, ..SignalProcessRequest::default() };
+        self.client.signal_process(deadline(), &request).await
+    }
+
+    pub async fn delete_process(&self, id: &str, exec_id: &str) -> ttrpc::Result<Empty> {
+        let (container_id, exec_id) = (id.into(), exec_id.into());
+        let request = DeleteProcessRequest { container_id, exec_id, ..DeleteProcessRequest::default() };
+        self.client.delete_process(deadline(), &request).await
+    }
+}
+
+/// Code and message of a call that is refused.
+#[track_caller]
+pub fn refused<T: std::fmt::Debug>(result: ttrpc::Result<T>) -> (ttrpc::Code, String) {
+    match result.unwrap_err() {
+        ttrpc::Error::RpcStatus(status) => (status.code(), status.message),
+        other => panic!("{other}"),
     }
 }
 
@@ -347,6 +426,16 @@ pub fn spec(args: &[&str]) -> Value {
 /// The same for a line of shell.
 pub fn shell(line: &str) -> Value {
     spec(&["/bin/sh", "-c", line])
+}
+
+/// The process of a specification, to be executed in another's container.
+pub fn process(args: &[&str]) -> Value {
+    spec(args)["process"].clone()
+}
+
+/// The same for a line of shell.
+pub fn shell_process(line: &str) -> Value {
+    process(&["/bin/sh", "-c", line])
 }
 
 /// Sets a value in a specification: `set(&mut spec, "/process/user/uid", 5)`.
