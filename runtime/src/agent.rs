@@ -6,8 +6,9 @@ use std::path::Path;
 use std::time::Duration;
 
 use podhull_protocol::{
-    AgentClient, CreateContainerRequest, CreatePodRequest, DeleteContainerRequest, Empty, Event, GrowRequest,
-    ResizeTerminalRequest, SignalContainerRequest, StartContainerRequest, event,
+    AgentClient, CreateContainerRequest, CreatePodRequest, DeleteContainerRequest, DeleteProcessRequest, Empty, Event,
+    ExecProcessRequest, GrowRequest, ResizeTerminalRequest, SignalContainerRequest, SignalProcessRequest,
+    StartContainerRequest, event,
 };
 use ttrpc::r#async::ClientStreamReceiver;
 use ttrpc::r#async::transport::Socket;
@@ -124,9 +125,31 @@ impl Agent {
             .map_err(|e| AgentError::of("SignalContainer", e))
     }
 
-    /// Sets the size of the container's terminal.
-    pub async fn resize(&self, id: &str, rows: u32, columns: u32) -> Result<(), AgentError> {
-        let request = ResizeTerminalRequest { id: id.into(), rows, columns, ..Default::default() };
+    /// Executes a further program in a container.
+    pub async fn exec(&self, request: &ExecProcessRequest) -> Result<(), AgentError> {
+        let answer = self.client.exec_process(with_duration(WORK), request).await;
+        answer.map(drop).map_err(|e| AgentError::of("ExecProcess", e))
+    }
+
+    /// Sends a signal to an executed program.
+    pub async fn signal_exec(&self, id: &str, exec: &str, signal: i32) -> Result<(), AgentError> {
+        let request =
+            SignalProcessRequest { container_id: id.into(), exec_id: exec.into(), signal, ..Default::default() };
+        let answer = self.client.signal_process(with_duration(PROMPT), &request).await;
+        answer.map(drop).map_err(|e| AgentError::of("SignalProcess", e))
+    }
+
+    /// Forgets an executed program.
+    pub async fn delete_exec(&self, id: &str, exec: &str) -> Result<(), AgentError> {
+        let request = DeleteProcessRequest { container_id: id.into(), exec_id: exec.into(), ..Default::default() };
+        let answer = self.client.delete_process(with_duration(WORK), &request).await;
+        answer.map(drop).map_err(|e| AgentError::of("DeleteProcess", e))
+    }
+
+    /// Sets the size of a terminal: the container's, or with `exec` an executed program's.
+    pub async fn resize(&self, id: &str, exec: &str, rows: u32, columns: u32) -> Result<(), AgentError> {
+        let request =
+            ResizeTerminalRequest { id: id.into(), exec_id: exec.into(), rows, columns, ..Default::default() };
         self.client
             .resize_terminal(with_duration(PROMPT), &request)
             .await
@@ -165,15 +188,15 @@ pub struct Events {
 }
 
 impl Events {
-    /// Waits for the end of a container.
-    pub async fn exit_of(&mut self, id: &str) -> Result<Exit, AgentError> {
+    /// Waits for the end of a container, or with `exec` of an executed program.
+    pub async fn exit_of(&mut self, id: &str, exec: &str) -> Result<Exit, AgentError> {
         loop {
             let event = match self.receiver.recv().await {
                 Ok(Some(event)) => event,
                 Ok(None) => return Err(AgentError::Gone("its events ended".into())),
                 Err(error) => return Err(AgentError::of("Events", error)),
             };
-            if event.container_id != id {
+            if event.container_id != id || event.exec_id != exec {
                 continue;
             }
             if let Some(event::Kind::Exit(exit)) = event.kind {

@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 
 use rustix::fs::{FileType, Mode, OFlags, ResolveFlags};
 use rustix::io::Errno;
+use serde_json::Value;
 
 use crate::spec::Config;
 use crate::spec::read::{ConfigError, read};
@@ -58,6 +59,19 @@ pub struct Bundle {
     pub root: OwnedFd,
     /// Absolute path of the root filesystem, for state files.
     pub root_path: PathBuf,
+}
+
+/// What the bundle's `config.json` says, its `process` changed by `change`, and checked as a whole again.
+pub fn with_process(path: &Path, change: impl FnOnce(&mut Value)) -> Result<Config, BundleError> {
+    let directory = rustix::fs::open(path, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())
+        .map_err(|e| BundleError::Directory(path.to_owned(), e))?;
+    let text = read_config(path, &directory)?;
+    let wrong = |error| BundleError::Config(path.to_owned(), error);
+    // Read as it is first: an error has its line and column there.
+    read(&text).map_err(wrong)?;
+    let mut document: Value = serde_json::from_str(&text).unwrap_or_default();
+    change(&mut document["process"]);
+    read(&document.to_string()).map_err(wrong)
 }
 
 impl Bundle {

@@ -3,6 +3,7 @@
 mod check;
 mod create;
 mod delete;
+mod exec;
 mod features;
 mod kill;
 mod list;
@@ -88,6 +89,7 @@ enum Command {
     Create(create::Arguments),
     Start(start::Arguments),
     Run(run::Arguments),
+    Exec(exec::Arguments),
     State(state::Arguments),
     List(list::Arguments),
     Ps(ps::Arguments),
@@ -163,6 +165,7 @@ pub fn main() -> ExitCode {
         Some(Command::Spec(spec)) => spec.execute().map(|()| 0).map_err(Failure::from),
         Some(Command::Check(check)) => check.execute().map_err(Failure::from),
         Some(Command::Features(features)) => features.execute().map_err(Failure::from),
+        Some(Command::Exec(exec)) => return exec.execute(context),
         Some(Command::Vmm(vmm)) => return vmm.execute(),
         Some(Command::Shadow(shadow)) => return shadow.execute(context),
         None => Arguments::command().print_help().map(|()| 0).map_err(Failure::from),

@@ -31,7 +31,7 @@ impl Arguments {
             Ok(status) => ExitCode::from(status),
             Err(error) => {
                 context.log.debug(|| error.to_string());
-                pipe.fail(&error);
+                pipe.fail(&error.to_string());
                 ExitCode::from(super::FAILURE)
             }
         }

@@ -1,6 +1,7 @@
 //! A pod on the host: what is opened for it, how large it is, and its life from start to end.
 
 mod command;
+mod exec;
 mod mounts;
 mod resources;
 mod session;
@@ -11,6 +12,7 @@ mod start;
 use std::path::PathBuf;
 
 pub use command::{CommandError, delete, kill, start as start_created};
+pub use exec::{Exec, ExecError, exec, running};
 pub use resources::ResourceError;
 pub use shadow::{CreateError, Pipe, create};
 pub use size::host_memory;

@@ -121,7 +121,7 @@ impl<'a> Session<'a> {
         }
 
         let exit = {
-            let mut exit = std::pin::pin!(events.exit_of(self.id));
+            let mut exit = std::pin::pin!(events.exit_of(self.id, ""));
             tokio::select! {
                 biased;
                 exit = &mut exit => exit?,
@@ -198,7 +198,7 @@ impl<'a> Session<'a> {
 
     async fn resize(&self) {
         let (Phase::Running, Some((rows, columns))) = (self.phase.get(), self.stdio.size()) else { return };
-        if let Err(error) = self.agent.resize(self.id, rows.into(), columns.into()).await {
+        if let Err(error) = self.agent.resize(self.id, "", rows.into(), columns.into()).await {
             self.log.debug(|| format!("{}: resize: {error}", self.id));
         }
     }

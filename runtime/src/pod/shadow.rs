@@ -12,7 +12,7 @@ use std::process::Command;
 
 use rustix::pipe::PipeFlags;
 
-use super::start::{Report, RunError};
+use super::start::Report;
 use crate::state::Known;
 
 /// Descriptor at which the shadow finds the pipe to `create`.
@@ -116,8 +116,8 @@ impl Pipe {
     }
 
     /// Tells `create` why it is not.
-    pub fn fail(mut self, error: &RunError) {
+    pub fn fail(mut self, error: &str) {
         // If it is gone nobody wants to know.
-        let _ = self.0.write_all(error.to_string().as_bytes());
+        let _ = self.0.write_all(error.as_bytes());
     }
 }

@@ -69,6 +69,11 @@ impl Config {
         }
     }
 
+    /// The document's `process`, as JSON.
+    pub fn process(&self) -> Vec<u8> {
+        self.document["process"].to_string().into_bytes()
+    }
+
     /// The document for the guest, as JSON.
     pub fn document(&self) -> Vec<u8> {
         self.document.to_string().into_bytes()

@@ -21,6 +21,7 @@ pub const CASES: &[Case] = &[
     oci("lifecycle::a_run_in_the_background", a_run_in_the_background),
     oci("lifecycle::a_container_that_was_never_started", a_container_that_was_never_started),
     oci("lifecycle::signals", signals),
+    oci("lifecycle::exec", exec),
     oci("lifecycle::commands_in_the_wrong_state", commands_in_the_wrong_state),
     podhull("lifecycle::errors_are_one_line_that_says_what_and_where", errors_are_one_line_that_says_what_and_where),
     podhull("lifecycle::a_killed_shadow_takes_the_machine_along", a_killed_shadow_takes_the_machine_along),
@@ -258,4 +259,69 @@ fn two_starts_race(scene: &Scene) -> Outcome {
         container.delete()?;
     }
     Ok(())
+}
+
+fn exec(scene: &Scene) -> Outcome {
+    let before = Leaks::watch();
+    let bundle =
+        scene.debian()?.set("/process/env", serde_json::json!(["PATH=/usr/bin:/bin", "A=1"])).sh("exec sleep 1000");
+    let container = Container::make(scene, &bundle, &["run", "-d"])?;
+    let id = container.id.as_str();
+    let ended = scene.call(&["exec", id, "sh", "-c", "echo out; echo err >&2; exit 42"])?.expect_status(42)?;
+    ensure_eq!((&*ended.stdout, &*ended.stderr), ("out\n", "err\n"), "outputs");
+    scene.call(&["exec", id, "sh", "-c", "kill -9 $$"])?.expect_status(137)?;
+    let seen =
+        scene.call(&["exec", id, "sh", "-c", "cat /proc/1/cmdline | tr '\\0' ' '; hostname; cat /proc/self/cgroup"])?;
+    let first = container.call(&["exec", id, "cat", "/proc/1/cgroup"])?.output()?;
+    ensure!(
+        seen.stdout.starts_with("sleep 1000 ") && seen.stdout.ends_with(&first),
+        "another place: {:?}",
+        seen.stdout
+    );
+    for (options, script, expected) in [
+        (&["--cwd", "/usr"][..], "pwd", "/usr"),
+        (&["--env", "B=2", "-e", "C=3"], "echo $A$B$C", "123"),
+        (&["--user", "1000:2000"], "echo $(id -u):$(id -g)", "1000:2000"),
+        (&["-u", "0:0", "-g", "7", "-g", "8"], "id -G", "0 7 8"),
+        (&["--no-new-privs"], "grep NoNewPrivs /proc/self/status", "NoNewPrivs:\t1"),
+        (&["--cap", "CAP_SYS_TIME"], "grep CapEff /proc/self/status", "CapEff:\t0000000022000420"),
+    ] {
+        let words = [&["exec"], options, &[id, "sh", "-c", script]].concat();
+        let ended = scene.call(&words)?;
+        ensure_eq!(ended.stdout.trim(), expected, "{options:?}: {:?}", ended.stderr);
+    }
+    let words = ["exec", id, "cat"].map(Into::into);
+    let words: Vec<_> = std::iter::once(scene.runtime.program().into()).chain(words).collect();
+    let mut cat = Running::start(&words, &[])?;
+    cat.send(b"through\n")?;
+    cat.expect_line("through")?;
+    cat.wait()?.expect_status(0)?;
+    let missing = scene.call(&["exec", id, "no-such-program"])?.expect_status(255)?;
+    ensure!(missing.stderr.contains("\"no-such-program\": executable file not found in $PATH"), "{:?}", missing.stderr);
+
+    let pid_file = scene.directory.join("exec.pid");
+    let words = ["exec", "-d", "--pid-file", &pid_file.to_string_lossy(), id, "sh", "-c", "exit 9"].map(str::to_owned);
+    let words: Vec<&str> = words.iter().map(String::as_str).collect();
+    let status = Command::new(scene.runtime.program())
+        .args(words)
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .status()?;
+    ensure!(status.success(), "exec -d: {status}");
+    let pid =
+        fs::read_to_string(&pid_file)?.trim().parse().ok().and_then(Pid::from_raw).ok_or("no pid in the pid file")?;
+    let executed = Container { scene, id: id.into(), output: container.output.clone(), pid };
+    ensure_eq!(executed.wait()?, 9, "exit status of what was executed in the background");
+
+    container.call(&["kill", id, "KILL"])?.output()?;
+    ensure_eq!(container.wait()?, 137, "exit status");
+    let stopped = scene.call(&["exec", id, "true"])?.expect_status(255)?;
+    ensure!(
+        stopped.stderr.contains("stopped container") || stopped.stderr.contains("not running"),
+        "{:?}",
+        stopped.stderr
+    );
+    container.delete()?;
+    before.check()
 }

@@ -1,0 +1,211 @@
+//! `podhull exec`: a further program in a running container.
+
+use std::ffi::OsString;
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use serde_json::{Value, json};
+
+use super::Context;
+use crate::bundle;
+use crate::pod::{self, CreateError, ExecError, Pipe};
+use crate::spec::Config;
+
+/// What callers take for "the program was not executed": its own status cannot be told from 1.
+const FAILURE: u8 = 255;
+
+/// Run a further program in a running container
+///
+/// It gets what the container's own process has, in the same namespaces and control group, as far as nothing else is said.
+/// Exits with the status of the program: its own, or 128 and the number of the signal that ended it; with 255 if there is none.
+#[derive(clap::Args)]
+#[command(after_help = "Examples:
+  podhull exec hello ps                      a program in container hello
+  podhull exec -t hello sh                   with the terminal of the caller
+  podhull exec -d --process process.json --pid-file /run/x.pid hello")]
+pub struct Arguments {
+    /// Unix socket that is sent the terminal
+    #[arg(long, value_name = "SOCKET")]
+    console_socket: Option<PathBuf>,
+
+    /// Working directory in the container
+    #[arg(long, value_name = "DIR")]
+    cwd: Option<String>,
+
+    /// NAME=VALUE for the environment; more than once for more
+    #[arg(short, long, value_name = "NAME=VALUE")]
+    env: Vec<String>,
+
+    /// With a terminal
+    #[arg(short, long)]
+    tty: bool,
+
+    /// User, and optionally group: UID[:GID]
+    #[arg(short, long, value_name = "UID[:GID]")]
+    user: Option<String>,
+
+    /// Supplementary group; more than once for more
+    #[arg(short = 'g', long, value_name = "GID")]
+    additional_gids: Vec<u32>,
+
+    /// File with the `process` object of a config.json; `-` is standard input
+    #[arg(short, long, value_name = "FILE")]
+    process: Option<PathBuf>,
+
+    /// Return when the program runs
+    #[arg(short, long)]
+    detach: bool,
+
+    /// File to write the pid that stands for the program to
+    #[arg(long, value_name = "FILE")]
+    pid_file: Option<PathBuf>,
+
+    /// Let it gain no privileges
+    #[arg(long)]
+    no_new_privs: bool,
+
+    /// Capability to add; more than once for more
+    #[arg(short, long, value_name = "NAME")]
+    cap: Vec<String>,
+
+    /// Control group below the container's
+    #[arg(long, value_name = "PATH", default_value = "")]
+    cgroup: String,
+
+    /// Execute in a paused container too
+    #[arg(long)]
+    ignore_paused: bool,
+
+    /// Be the process that stands for the program (started by podhull itself)
+    #[arg(long, hide = true)]
+    shadow: bool,
+
+    /// Name of the container
+    id: String,
+
+    /// The program and its arguments
+    #[arg(trailing_var_arg = true, allow_hyphen_values = true, value_name = "COMMAND")]
+    command: Vec<String>,
+}
+
+impl Arguments {
+    /// Executes the program; returns its exit status.
+    pub fn execute(self, context: Context) -> ExitCode {
+        if self.shadow {
+            return self.stand_for_it(context);
+        }
+        let result = if self.detach {
+            self.in_background(&context).map(|()| 0).map_err(|error| error.to_string())
+        } else {
+            self.run(&context, None).map_err(|error| error.to_string())
+        };
+        match result {
+            Ok(status) => ExitCode::from(status),
+            Err(error) => {
+                context.log.error(&error);
+                ExitCode::from(FAILURE)
+            }
+        }
+    }
+
+    fn stand_for_it(self, context: Context) -> ExitCode {
+        let _ = rustix::thread::set_name(c"podhull-shadow");
+        let Some(pipe) = Pipe::inherited() else {
+            context.log.error("exec --shadow: started by hand; it is part of podhull exec --detach");
+            return ExitCode::from(FAILURE);
+        };
+        let context = Context { log: context.log.quiet(), ..context };
+        let result = pipe.report().map_err(ExecError::Report).and_then(|created| self.run(&context, Some(created)));
+        match result {
+            Ok(status) => ExitCode::from(status),
+            Err(error) => {
+                context.log.debug(|| error.to_string());
+                pipe.fail(&error.to_string());
+                ExitCode::from(FAILURE)
+            }
+        }
+    }
+
+    /// The same command line again, as a process of its own.
+    fn in_background(&self, context: &Context) -> Result<(), CreateError> {
+        let given = std::env::args_os().skip_while(|word| word != "exec").skip(1);
+        let mut words = context.words.clone();
+        words.extend([OsString::from("exec"), "--shadow".into()]);
+        words.extend(given);
+        pod::create(&words, &context.root, &self.id)
+    }
+
+    fn run(&self, context: &Context, created: Option<pod::Report>) -> Result<u8, ExecError> {
+        let known = pod::running(&context.root, &self.id)?;
+        let config = self.config(&known.state.bundle)?;
+        pod::exec(pod::Exec {
+            known,
+            config,
+            cgroup: &self.cgroup,
+            ignore_paused: self.ignore_paused,
+            pid_file: self.pid_file.as_deref(),
+            console_socket: self.console_socket.as_deref(),
+            created,
+            log: &context.log,
+        })
+    }
+
+    /// The container's configuration with the process that is asked for.
+    fn config(&self, bundle: &std::path::Path) -> Result<Config, ExecError> {
+        let given = match &self.process {
+            Some(path) => {
+                let wrong = |what: String| ExecError::Process(path.clone(), what);
+                let path = if path.as_os_str() == "-" { std::path::Path::new("/dev/stdin") } else { path };
+                let text = std::fs::read_to_string(path).map_err(|e| wrong(e.to_string()))?;
+                Some(serde_json::from_str::<Value>(&text).map_err(|e| wrong(e.to_string()))?)
+            }
+            None => None,
+        };
+        Ok(bundle::with_process(bundle, |process| match given {
+            Some(given) => *process = given,
+            None => self.change(process),
+        })?)
+    }
+
+    fn change(&self, process: &mut Value) {
+        process["args"] = json!(self.command);
+        process["terminal"] = json!(self.tty);
+        if let Some(process) = process.as_object_mut() {
+            process.remove("consoleSize");
+        }
+        if let Some(cwd) = &self.cwd {
+            process["cwd"] = json!(cwd);
+        }
+        append(process, &["env"], &self.env);
+        if let Some(user) = &self.user {
+            let (uid, gid) = user.split_once(':').map_or((user.as_str(), None), |(uid, gid)| (uid, Some(gid)));
+            // What is no number the check of the whole refuses by name.
+            let number = |text: &str| text.parse::<u32>().map_or_else(|_| json!(text), |number| json!(number));
+            process["user"]["uid"] = number(uid);
+            if let Some(gid) = gid {
+                process["user"]["gid"] = number(gid);
+            }
+        }
+        append(process, &["user", "additionalGids"], &self.additional_gids);
+        if self.no_new_privs {
+            process["noNewPrivileges"] = json!(true);
+        }
+        for set in ["bounding", "effective", "permitted"] {
+            append(process, &["capabilities", set], &self.cap);
+        }
+    }
+}
+
+/// Appends to a list in the process, making it if there is something to append.
+fn append<T: serde::Serialize>(process: &mut Value, path: &[&str], items: &[T]) {
+    if items.is_empty() {
+        return;
+    }
+    let value = path.iter().fold(process, |value, name| &mut value[*name]);
+    if value.is_null() {
+        *value = json!([]);
+    }
+    if let Some(list) = value.as_array_mut() {
+        list.extend(items.iter().map(|item| json!(item)));
+    }
+}

@@ -1,0 +1,184 @@
+//! `podhull exec`: a further program in a running container, as a process of its own on the host.
+
+use std::fmt::Write as _;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use podhull_protocol::ExecProcessRequest;
+use rustix::io::Errno;
+use rustix::rand::GetRandomFlags;
+
+use super::start::Report;
+use crate::agent::{Agent, AgentError, Exit};
+use crate::bundle::BundleError;
+use crate::log::Log;
+use crate::signals::{self, Signals};
+use crate::spec::Config;
+use crate::state::{self, Known, StateError, Status};
+use crate::stdio::{Stdio, StdioError};
+
+/// Why a program was not executed, or its end not seen. Callers match on some of the words.
+#[derive(Debug, thiserror::Error)]
+pub enum ExecError {
+    /// The container's id, or what is written under the state root.
+    #[error(transparent)]
+    State(#[from] StateError),
+    /// There is nothing to execute it in.
+    #[error("cannot exec in a stopped container: container not running: {0:?}")]
+    NotRunning(String),
+    /// The process, or the bundle around it, is wrong.
+    #[error(transparent)]
+    Bundle(#[from] BundleError),
+    /// `--process`.
+    #[error("{0}: {1}")]
+    Process(PathBuf, String),
+    /// Its standard streams.
+    #[error(transparent)]
+    Stdio(#[from] StdioError),
+    /// The agent said no, or nothing.
+    #[error("exec failed: {0}")]
+    Agent(#[from] AgentError),
+    /// The pid file cannot be written.
+    #[error("cannot write the pid file {0}: {1}")]
+    PidFile(PathBuf, #[source] io::Error),
+    /// Who asked for it is gone.
+    #[error("nobody waits for the process any more: {0}")]
+    Report(#[source] io::Error),
+    /// No event loop.
+    #[error("cannot set up event handling: {0}")]
+    Signals(#[source] io::Error),
+    /// No random numbers.
+    #[error("cannot get random numbers: {0}")]
+    Random(#[source] Errno),
+}
+
+/// What to execute, and for whom.
+pub struct Exec<'a> {
+    /// The container.
+    pub known: Known,
+    /// Its configuration, with the `process` to execute.
+    pub config: Config,
+    /// Control group below the container's.
+    pub cgroup: &'a str,
+    /// Whether to wait until a paused container is resumed.
+    pub ignore_paused: bool,
+    /// Where to write the pid that stands for the process.
+    pub pid_file: Option<&'a Path>,
+    /// Where to send the terminal.
+    pub console_socket: Option<&'a Path>,
+    /// Told when the program runs.
+    pub created: Option<Report>,
+    /// Where to say what happens.
+    pub log: &'a Log,
+}
+
+/// Finds a container that can be executed in.
+pub fn running(root: &Path, id: &str) -> Result<Known, ExecError> {
+    let known = Known::load(root, id)?;
+    match known.status() {
+        Status::Stopped => Err(ExecError::NotRunning(id.into())),
+        _ => Ok(known),
+    }
+}
+
+/// Executes the program and lives as long as it; returns its exit status.
+pub fn exec(exec: Exec<'_>) -> Result<u8, ExecError> {
+    signals::block();
+    let Exec { known, config, created, log, .. } = exec;
+    let (id, socket) = (known.state.id.as_str(), known.socket());
+    let stdio = Stdio::new(config.terminal(), exec.console_socket, config.console_size(), created.is_some())?;
+    let name = name()?;
+    let request = ExecProcessRequest {
+        container_id: id.into(),
+        exec_id: name.clone(),
+        process: config.process(),
+        stdio: Some(stdio.announcement()).into(),
+        cgroup: exec.cgroup.into(),
+        ignore_paused: exec.ignore_paused,
+        ..Default::default()
+    };
+    let runtime =
+        tokio::runtime::Builder::new_current_thread().enable_io().enable_time().build().map_err(ExecError::Signals)?;
+    let outcome = runtime.block_on(async {
+        let signals = Signals::new().map_err(ExecError::Signals)?;
+        let agent = Agent::dial(&socket)?;
+        let process = Process { agent: &agent, id, name: &name, stdio: &stdio, log };
+        let mut events = agent.events().await?;
+        let streams = async {
+            let mut flow = stdio.connect(&socket)?;
+            flow.connected().await?;
+            Ok::<_, ExecError>(flow)
+        };
+        let executed = async { Ok(agent.exec(&request).await?) };
+        let (mut flow, ()) = tokio::try_join!(streams, executed)?;
+        log.debug(|| format!("{id}: executed {name}"));
+        if let Some(path) = exec.pid_file {
+            let pid = std::process::id().to_string();
+            state::replace(path, pid.as_bytes()).map_err(|e| ExecError::PidFile(path.to_owned(), e))?;
+        }
+        if let Some(report) = created {
+            report().map_err(ExecError::Report)?;
+        } else if let Some(terminal) = stdio.terminal() {
+            terminal.set_raw()?;
+        }
+        let exit = tokio::select! {
+            biased;
+            exit = events.exit_of(id, &name) => exit?,
+            error = process.signals(&signals) => return Err(error),
+        };
+        let (drained, deleted) = tokio::join!(flow.drained(), agent.delete_exec(id, &name));
+        if let Err(error) = deleted {
+            log.debug(|| format!("{id}: {error}"));
+        }
+        drained?;
+        Ok(exit)
+    });
+    // Threads that still wait for input must not hold up the end; they end with the process.
+    runtime.shutdown_background();
+    // The terminal is the caller's again before anything is said on it.
+    drop(stdio);
+    outcome.map(|Exit { status, .. }| status)
+}
+
+/// An executed program.
+struct Process<'a> {
+    agent: &'a Agent,
+    id: &'a str,
+    name: &'a str,
+    stdio: &'a Stdio,
+    log: &'a Log,
+}
+
+impl Process<'_> {
+    /// Passes signals on; returns only when that is not possible any more.
+    async fn signals(&self, signals: &Signals) -> ExecError {
+        loop {
+            let signal = match signals.next().await {
+                Ok(signal) => signal,
+                Err(error) => return ExecError::Signals(error),
+            };
+            let passed = match (signal, self.stdio.size()) {
+                (libc::SIGWINCH, Some((rows, columns))) => {
+                    self.agent.resize(self.id, self.name, rows.into(), columns.into()).await
+                }
+                (signal, _) if signals::is_ours(signal) => Ok(()),
+                (signal, _) => self.agent.signal_exec(self.id, self.name, signal).await,
+            };
+            // It may have ended at this very moment.
+            if let Err(error) = passed {
+                self.log.debug(|| format!("{}: signal {signal}: {error}", self.id));
+            }
+        }
+    }
+}
+
+/// A name that no other process of the container has.
+fn name() -> Result<String, ExecError> {
+    let mut bytes = [0; 16];
+    // Up to 256 bytes are never cut short (random(4)).
+    rustix::rand::getrandom(&mut bytes, GetRandomFlags::empty()).map_err(ExecError::Random)?;
+    Ok(bytes.iter().fold(String::new(), |mut name, byte| {
+        let _ = write!(name, "{byte:02x}");
+        name
+    }))
+}
