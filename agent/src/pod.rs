@@ -5,8 +5,8 @@ use std::path::{Component, Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use podhull_protocol::{
-    CreateContainerRequest, CreateContainerResponse, CreatePodRequest, CreatePodResponse, ExecProcessRequest,
-    ExecProcessResponse, GrowRequest, GrowResponse, Stdio, VERSION,
+    ContainerStatsResponse, CreateContainerRequest, CreateContainerResponse, CreatePodRequest, CreatePodResponse,
+    ExecProcessRequest, ExecProcessResponse, GrowRequest, GrowResponse, ListProcessesResponse, Stdio, VERSION,
 };
 use tokio::sync::OnceCell;
 
@@ -221,6 +221,26 @@ impl Pod {
         };
         let pid = container.exec(asked, self.surroundings()).await?;
         Ok(ExecProcessResponse { pid, ..ExecProcessResponse::default() })
+    }
+
+    pub async fn pause(&self, id: &str) -> Result<(), PodError> {
+        Ok(self.container(id)?.pause().await?)
+    }
+
+    pub async fn resume(&self, id: &str) -> Result<(), PodError> {
+        Ok(self.container(id)?.resume().await?)
+    }
+
+    pub fn update(&self, id: &str, resources: &[u8]) -> Result<(), PodError> {
+        Ok(self.container(id)?.update(resources)?)
+    }
+
+    pub fn stats(&self, id: &str) -> Result<ContainerStatsResponse, PodError> {
+        Ok(self.container(id)?.stats()?)
+    }
+
+    pub async fn processes(&self, id: &str) -> Result<ListProcessesResponse, PodError> {
+        Ok(self.container(id)?.processes().await?)
     }
 
     pub fn signal_process(&self, id: &str, exec_id: &str, signal: i32) -> Result<(), PodError> {

@@ -3,9 +3,11 @@
 use std::sync::Arc;
 
 use podhull_protocol::{
-    Agent, CreateContainerRequest, CreateContainerResponse, CreatePodRequest, CreatePodResponse,
-    DeleteContainerRequest, DeleteProcessRequest, Empty, Event, ExecProcessRequest, ExecProcessResponse, GrowRequest,
-    GrowResponse, ResizeTerminalRequest, SignalContainerRequest, SignalProcessRequest, StartContainerRequest,
+    Agent, ContainerStatsRequest, ContainerStatsResponse, CreateContainerRequest, CreateContainerResponse,
+    CreatePodRequest, CreatePodResponse, DeleteContainerRequest, DeleteProcessRequest, Empty, Event,
+    ExecProcessRequest, ExecProcessResponse, GrowRequest, GrowResponse, ListProcessesRequest, ListProcessesResponse,
+    PauseContainerRequest, ResizeTerminalRequest, ResumeContainerRequest, SignalContainerRequest, SignalProcessRequest,
+    StartContainerRequest, UpdateContainerRequest,
 };
 use ttrpc::r#async::{ServerStreamSender, TtrpcContext};
 
@@ -79,6 +81,37 @@ impl Agent for Service {
     async fn delete_process(&self, _: &TtrpcContext, request: DeleteProcessRequest) -> ttrpc::Result<Empty> {
         let pod = self.pod.clone();
         self.run(async move { pod.delete_process(&request.container_id, &request.exec_id).await }).await.map(empty)
+    }
+
+    async fn pause_container(&self, _: &TtrpcContext, request: PauseContainerRequest) -> ttrpc::Result<Empty> {
+        let pod = self.pod.clone();
+        self.run(async move { pod.pause(&request.id).await }).await.map(empty)
+    }
+
+    async fn resume_container(&self, _: &TtrpcContext, request: ResumeContainerRequest) -> ttrpc::Result<Empty> {
+        let pod = self.pod.clone();
+        self.run(async move { pod.resume(&request.id).await }).await.map(empty)
+    }
+
+    async fn update_container(&self, _: &TtrpcContext, request: UpdateContainerRequest) -> ttrpc::Result<Empty> {
+        self.pod.update(&request.id, &request.resources).map(empty).map_err(status)
+    }
+
+    async fn container_stats(
+        &self,
+        _: &TtrpcContext,
+        request: ContainerStatsRequest,
+    ) -> ttrpc::Result<ContainerStatsResponse> {
+        self.pod.stats(&request.id).map_err(status)
+    }
+
+    async fn list_processes(
+        &self,
+        _: &TtrpcContext,
+        request: ListProcessesRequest,
+    ) -> ttrpc::Result<ListProcessesResponse> {
+        let pod = self.pod.clone();
+        self.run(async move { pod.processes(&request.id).await }).await
     }
 
     async fn resize_terminal(&self, _: &TtrpcContext, request: ResizeTerminalRequest) -> ttrpc::Result<Empty> {

@@ -68,7 +68,7 @@ struct Instruction {
 }
 
 /// The program for a list of rules.
-#[derive(Debug)]
+#[derive(Debug, PartialEq, Eq)]
 pub struct Program {
     instructions: Vec<Instruction>,
 }

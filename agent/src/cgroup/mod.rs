@@ -5,7 +5,9 @@
 
 mod devices;
 mod events;
+mod freezer;
 mod resources;
+mod stats;
 
 use std::io;
 use std::os::fd::OwnedFd;
@@ -15,7 +17,7 @@ use std::time::Duration;
 use rustix::fs::{CWD, Mode, OFlags, ResolveFlags};
 use rustix::io::Errno;
 
-use crate::spec::Resources;
+use crate::spec::{DeviceRule, Resources};
 pub use events::Watch;
 
 /// How long killed processes may take to be gone. A process stuck in the kernel longer stays, and the error says so.
@@ -49,6 +51,10 @@ pub enum CgroupError {
     Devices(#[from] devices::DevicesError),
     #[error("watch {path}: {source}")]
     Watch { path: PathBuf, source: io::Error },
+    #[error("{path}: the processes were not {} within {} s", if *.frozen { "frozen" } else { "thawed" }, freezer::DEADLINE.as_secs())]
+    Freeze { path: PathBuf, frozen: bool },
+    #[error("linux.resources.devices: the rules of a container cannot be changed")]
+    DevicesChanged,
     #[error("{path}: processes still there {} s after they were killed", KILL_DEADLINE.as_secs())]
     StillThere { path: PathBuf },
     #[error("remove the control group {path}: {source}")]
@@ -62,6 +68,7 @@ impl CgroupError {
             self,
             Self::Path(_)
                 | Self::SubPath(_)
+                | Self::DevicesChanged
                 | Self::Below { .. }
                 | Self::Resources(_)
                 | Self::Devices(devices::DevicesError::Rule(_))
@@ -132,25 +139,51 @@ impl Cgroup {
     /// Sets the limits. To be called when the init is ready for its program, not before: making a container is our work, and
     /// at a tenth of a processor would take ten times as long.
     pub fn set_limits(&self, limits: &Resources) -> Result<(), CgroupError> {
-        let current = || read(&self.path.join("memory.current")).ok().and_then(|text| text.trim().parse().ok());
+        let current = |file: &str| read(&self.path.join(file)).ok();
+        let mut before = Vec::new();
         for setting in resources::settings(limits, current)? {
-            let written = setting.files.iter().find_map(|file| {
-                let path = self.path.join(file.as_ref());
-                match write(&path, &setting.value) {
-                    Err(CgroupError::Write { source, .. }) if source.kind() == io::ErrorKind::NotFound => None,
-                    other => Some(other),
+            if let Err(error) = self.set(&setting, &mut before) {
+                for (path, value) in before.iter().rev() {
+                    // The reason is the error to tell.
+                    let _ = write(path, if value.is_empty() { "\n" } else { value });
                 }
-            });
-            match written {
-                Some(result) => result?,
-                None if setting.optional => {}
-                None => {
-                    let path = self.path.join(setting.files[0].as_ref());
-                    return Err(CgroupError::NoControl { path, needed_for: setting.needed_for });
-                }
+                return Err(error);
             }
         }
         Ok(())
+    }
+
+    /// Changes the limits of a container whose device rules are `devices`.
+    pub fn update_limits(&self, limits: &Resources, devices: &[DeviceRule]) -> Result<(), CgroupError> {
+        if !limits.devices.is_empty() && devices::Program::new(&limits.devices)? != devices::Program::new(devices)? {
+            return Err(CgroupError::DevicesChanged);
+        }
+        self.set_limits(limits)
+    }
+
+    /// Writes one setting, and notes what was there if that can be written back: files of one value.
+    fn set(&self, setting: &resources::Setting, before: &mut Vec<(PathBuf, String)>) -> Result<(), CgroupError> {
+        for file in &setting.files {
+            let path = self.path.join(file.as_ref());
+            let there = read(&path).ok().filter(|text| text.lines().count() == 1);
+            match write(&path, &setting.value) {
+                Err(CgroupError::Write { source, .. }) if source.kind() == io::ErrorKind::NotFound => {}
+                Err(CgroupError::Write { source, .. })
+                    if setting.repeated && source.kind() == io::ErrorKind::InvalidInput =>
+                {
+                    return Ok(());
+                }
+                Err(error) => return Err(error),
+                Ok(()) => {
+                    before.extend(there.map(|text| (path, text.trim_end().to_owned())));
+                    return Ok(());
+                }
+            }
+        }
+        if setting.optional {
+            return Ok(());
+        }
+        Err(CgroupError::NoControl { path: self.path.join(setting.files[0].as_ref()), needed_for: setting.needed_for })
     }
 
     /// A descriptor of the group, for `CLONE_INTO_CGROUP`.
@@ -204,11 +237,6 @@ impl Cgroup {
         Ok(())
     }
 
-    /// Whether the group was told to stand still.
-    pub fn is_frozen(&self) -> bool {
-        read(&self.path.join("cgroup.freeze")).is_ok_and(|text| text.trim() == "1")
-    }
-
     /// Count of processes killed for lack of memory; none without the controller.
     pub fn oom_kills(&self) -> u64 {
         let events = read(&self.path.join("memory.events")).unwrap_or_default();
@@ -241,20 +269,39 @@ impl Cgroup {
 
     /// Kills what is left, waits for its end, and removes the groups.
     pub async fn remove(&self) -> Result<(), CgroupError> {
-        let events = self.path.join("cgroup.events");
         if !self.path.exists() {
             return Ok(());
         }
         self.kill()?;
-        let mut watch = Watch::new(&events).map_err(|source| CgroupError::Watch { path: events.clone(), source })?;
-        let deadline = tokio::time::Instant::now() + KILL_DEADLINE;
-        while field(&read(&events)?, "populated") != Some(0) {
-            match tokio::time::timeout_at(deadline, watch.changed()).await {
-                Ok(changed) => changed.map_err(|source| CgroupError::Watch { path: events.clone(), source })?,
-                Err(_) => return Err(CgroupError::StillThere { path: self.path.clone() }),
-            }
+        let mut watch = self.watch_events()?;
+        if !self.await_event(&mut watch, "populated", 0, KILL_DEADLINE).await? {
+            return Err(CgroupError::StillThere { path: self.path.clone() });
         }
         self.remove_empty()
+    }
+
+    fn watch_events(&self) -> Result<Watch, CgroupError> {
+        let path = self.path.join("cgroup.events");
+        Watch::new(&path).map_err(|source| CgroupError::Watch { path, source })
+    }
+
+    /// Waits until a line of `cgroup.events` has a value; false if it has not in time.
+    async fn await_event(
+        &self,
+        watch: &mut Watch,
+        name: &str,
+        value: u64,
+        deadline: Duration,
+    ) -> Result<bool, CgroupError> {
+        let path = self.path.join("cgroup.events");
+        let deadline = tokio::time::Instant::now() + deadline;
+        while field(&read(&path)?, name) != Some(value) {
+            match tokio::time::timeout_at(deadline, watch.changed()).await {
+                Ok(changed) => changed.map_err(|source| CgroupError::Watch { path: path.clone(), source })?,
+                Err(_) => return Ok(false),
+            }
+        }
+        Ok(true)
     }
 
     fn remove_empty(&self) -> Result<(), CgroupError> {

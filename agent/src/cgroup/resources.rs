@@ -40,16 +40,19 @@ pub struct Setting {
     pub value: String,
     /// Whether the value is what a kernel without the file does anyway.
     pub optional: bool,
+    /// Whether the same comes again later, and may be refused as long as that has not.
+    pub repeated: bool,
     /// The field of the specification.
     pub needed_for: &'static str,
 }
 
 fn setting(file: &'static str, value: impl ToString, needed_for: &'static str) -> Setting {
-    Setting { files: vec![Cow::Borrowed(file)], value: value.to_string(), optional: false, needed_for }
+    Setting { files: vec![Cow::Borrowed(file)], value: value.to_string(), optional: false, repeated: false, needed_for }
 }
 
-/// The writes, in an order the kernel takes. `current` is the memory in use, asked for only if it matters.
-pub fn settings(limits: &Resources, current: impl Fn() -> Option<u64>) -> Result<Vec<Setting>, ResourcesError> {
+/// The writes, in an order the kernel takes. `current` reads a file of the group, for what a limit means only together with
+/// another that stays as it is.
+pub fn settings(limits: &Resources, current: impl Fn(&str) -> Option<String>) -> Result<Vec<Setting>, ResourcesError> {
     if limits.network.class_id.is_some_and(|id| id != 0) {
         return Err(ResourcesError::NotInV2 { field: "network.classID" });
     }
@@ -57,8 +60,8 @@ pub fn settings(limits: &Resources, current: impl Fn() -> Option<u64>) -> Result
         return Err(ResourcesError::NotInV2 { field: "network.priorities" });
     }
     let mut settings = Vec::new();
-    cpu(&limits.cpu, &mut settings)?;
-    memory(&limits.memory, current, &mut settings)?;
+    cpu(&limits.cpu, &current, &mut settings)?;
+    memory(&limits.memory, &current, &mut settings)?;
     if let Some(limit) = limits.pids.limit.filter(|limit| *limit != 0) {
         settings.push(setting("pids.max", max_or(limit), "linux.resources.pids.limit"));
     }
@@ -80,13 +83,15 @@ pub fn settings(limits: &Resources, current: impl Fn() -> Option<u64>) -> Result
             files: vec![Cow::Owned(file.clone())],
             value: value.clone(),
             optional: false,
+            repeated: false,
             needed_for: "linux.resources.unified",
         });
     }
     Ok(settings)
 }
 
-fn cpu(cpu: &Cpu, settings: &mut Vec<Setting>) -> Result<(), ResourcesError> {
+fn cpu(cpu: &Cpu, current: impl Fn(&str) -> Option<String>, settings: &mut Vec<Setting>) -> Result<(), ResourcesError> {
+    const BURST: &str = "linux.resources.cpu.burst";
     if cpu.realtime_runtime.is_some_and(|runtime| runtime != 0) {
         return Err(ResourcesError::NotInV2 { field: "cpu.realtimeRuntime" });
     }
@@ -107,8 +112,13 @@ fn cpu(cpu: &Cpu, settings: &mut Vec<Setting>) -> Result<(), ResourcesError> {
     if let Some(quota) = quota.filter(|quota| *quota < -1) {
         return Err(ResourcesError::Quota(quota));
     }
+    if let Some(burst) = cpu.burst {
+        // More than the quota is refused, by whichever of the two comes first: a smaller one has to be before, a larger after.
+        settings.push(Setting { repeated: true, ..setting("cpu.max.burst", burst, BURST) });
+    }
     if quota.is_some() || period.is_some() {
-        let quota = max_or(quota.unwrap_or(-1));
+        let there = || current("cpu.max").and_then(|text| Some(text.split_whitespace().next()?.to_owned()));
+        let quota = quota.map(max_or).or_else(there).unwrap_or_else(|| "max".into());
         let value = match period {
             Some(period) => format!("{quota} {period}"),
             None => quota,
@@ -116,7 +126,7 @@ fn cpu(cpu: &Cpu, settings: &mut Vec<Setting>) -> Result<(), ResourcesError> {
         settings.push(setting("cpu.max", value, "linux.resources.cpu.quota and period"));
     }
     if let Some(burst) = cpu.burst {
-        settings.push(setting("cpu.max.burst", burst, "linux.resources.cpu.burst"));
+        settings.push(setting("cpu.max.burst", burst, BURST));
     }
     for (file, list, field) in
         [("cpuset.cpus", &cpu.cpus, "linux.resources.cpu.cpus"), ("cpuset.mems", &cpu.mems, "linux.resources.cpu.mems")]
@@ -130,7 +140,7 @@ fn cpu(cpu: &Cpu, settings: &mut Vec<Setting>) -> Result<(), ResourcesError> {
 
 fn memory(
     memory: &Memory,
-    current: impl Fn() -> Option<u64>,
+    current: impl Fn(&str) -> Option<String>,
     settings: &mut Vec<Setting>,
 ) -> Result<(), ResourcesError> {
     let not_in_v2 = |field| Err(ResourcesError::NotInV2 { field });
@@ -151,11 +161,14 @@ fn memory(
     }
     let limit = memory.limit.filter(|limit| *limit != 0);
     if let (Some(true), Some(limit)) = (memory.check_before_update, limit)
-        && let Some(current) = current().filter(|current| u64::try_from(limit).is_ok_and(|limit| limit < *current))
+        && let Some(current) = current("memory.current").and_then(|text| text.trim().parse().ok())
+        && u64::try_from(limit).is_ok_and(|limit| limit < current)
     {
         return Err(ResourcesError::BelowUse { limit, current });
     }
-    if let Some(swap) = swap_of(memory.swap.unwrap_or_default(), limit)? {
+    let there = || current("memory.max").and_then(|text| text.trim().parse().ok());
+    let swap = memory.swap.unwrap_or_default();
+    if let Some(swap) = swap_of(swap, if swap > 0 { limit.or_else(there) } else { limit })? {
         settings.push(Setting {
             optional: swap <= 0,
             ..setting("memory.swap.max", max_or(swap), "linux.resources.memory.swap")
@@ -231,6 +244,7 @@ fn hugepages(limit: &HugepageLimit, settings: &mut Vec<Setting>) -> Result<(), R
             files: vec![Cow::Owned(format!("hugetlb.{}.{kind}", limit.page_size))],
             value: limit.limit.to_string(),
             optional,
+            repeated: false,
             needed_for: "linux.resources.hugepageLimits",
         });
     }
@@ -258,9 +272,18 @@ fn weight_of_shares(shares: u64) -> u64 {
 mod tests {
     use super::*;
 
+    fn current(file: &str) -> Option<String> {
+        match file {
+            "memory.current" => Some("5000\n".into()),
+            "memory.max" => Some("6000\n".into()),
+            "cpu.max" => Some("30000 100000\n".into()),
+            _ => None,
+        }
+    }
+
     fn plan(json: &str) -> Result<Vec<(String, String)>, ResourcesError> {
         let limits: Resources = serde_json::from_str(json).unwrap();
-        Ok(settings(&limits, || Some(5000))?.into_iter().map(|s| (s.files[0].clone().into_owned(), s.value)).collect())
+        Ok(settings(&limits, current)?.into_iter().map(|s| (s.files[0].clone().into_owned(), s.value)).collect())
     }
 
     fn pairs(pairs: &[(&str, &str)]) -> Result<Vec<(String, String)>, ResourcesError> {
@@ -282,6 +305,7 @@ mod tests {
             plan(r#"{"cpu":{"shares":1024,"burst":5,"quota":7,"cpus":"0-1","mems":"0"}}"#),
             pairs(&[
                 ("cpu.weight", "100"),
+                ("cpu.max.burst", "5"),
                 ("cpu.max", "7"),
                 ("cpu.max.burst", "5"),
                 ("cpuset.cpus", "0-1"),
@@ -300,7 +324,15 @@ mod tests {
         );
         assert_eq!(plan(r#"{"memory":{"limit":-1}}"#), pairs(&[("memory.swap.max", "max"), ("memory.max", "max")]));
         assert_eq!(plan(r#"{"memory":{"limit":7,"swap":5}}"#), Err(ResourcesError::Swap { limit: 7, swap: 5 }));
-        assert_eq!(plan(r#"{"memory":{"swap":5}}"#), Err(ResourcesError::SwapWithoutLimit(5)));
+        let unlimited: Resources = serde_json::from_str(r#"{"memory":{"swap":5}}"#).unwrap();
+        assert_eq!(settings(&unlimited, |_| Some("max\n".into())), Err(ResourcesError::SwapWithoutLimit(5)));
+    }
+
+    #[test]
+    fn what_is_left_out_counts_as_it_is() {
+        assert_eq!(plan(r#"{"memory":{"swap":7000}}"#), pairs(&[("memory.swap.max", "1000")]));
+        assert_eq!(plan(r#"{"memory":{"swap":-1}}"#), pairs(&[("memory.swap.max", "max")]));
+        assert_eq!(plan(r#"{"cpu":{"period":50000}}"#), pairs(&[("cpu.max", "30000 50000")]));
     }
 
     #[test]

@@ -17,6 +17,7 @@ mod mounts;
 pub mod namespaces;
 mod paths;
 mod process;
+mod processes;
 pub mod report;
 mod rootfs;
 mod scheduling;
@@ -32,7 +33,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use podhull_protocol::{Event, OutOfMemory, event};
+use podhull_protocol::{ContainerStatsResponse, Event, OutOfMemory, event};
 use rustix::io::Errno;
 use rustix::process::{Pid, Signal};
 use tokio::io::unix::AsyncFd;
@@ -40,7 +41,7 @@ use tokio::io::unix::AsyncFd;
 use crate::cgroup::{Cgroup, CgroupError, Hierarchy};
 use crate::events::Events;
 use crate::reaper::{ExitStatus, Reaper};
-use crate::spec::{Process, Spec};
+use crate::spec::{Process, Resources, Spec};
 use crate::stdio::{Claim, ContainerEnds, Pumps, StdioError};
 use affinity::AffinityError;
 use exec::Executed;
@@ -99,6 +100,14 @@ pub enum ContainerError {
     ExecPaused,
     #[error("cannot exec in a stopped container: container not running")]
     ExecStopped,
+    #[error("container not paused")]
+    NotPaused,
+    #[error("resources: {0}")]
+    ResourcesJson(serde_json::Error),
+    #[error("list the processes: took longer than {} s", .0.as_secs())]
+    ProcessesSlow(Duration),
+    #[error("list the processes: {0}")]
+    ListTask(tokio::task::JoinError),
     #[error("process {0:?} exists already")]
     ProcessExists(String),
     #[error("process {0:?} does not exist")]
@@ -128,6 +137,7 @@ impl ContainerError {
             self,
             Self::NotCreated
                 | Self::NotRunning
+                | Self::NotPaused
                 | Self::NoTerminalToResize
                 | Self::ExecPaused
                 | Self::ExecStopped
@@ -138,7 +148,7 @@ impl ContainerError {
     /// Who is to blame.
     pub fn kind(&self) -> ErrorKind {
         match self {
-            Self::Spec(_) | Self::ProcessJson(_) | Self::Namespace(_) => ErrorKind::Invalid,
+            Self::Spec(_) | Self::ProcessJson(_) | Self::ResourcesJson(_) | Self::Namespace(_) => ErrorKind::Invalid,
             Self::Affinity(_) | Self::Terminal { .. } | Self::TerminalWithoutStream => ErrorKind::Invalid,
             Self::Process(_) | Self::UnknownSignal(_) | Self::Stdio(StdioError::TokenTwice(_)) => ErrorKind::Invalid,
             Self::Limit(LimitError::Set { source, .. }) if *source != Errno::INVAL => ErrorKind::Internal,
@@ -210,6 +220,8 @@ pub struct Container {
     start_deadline: Duration,
     executed: Executed,
     deleted: AtomicBool,
+    /// Held by the one thread that lists the processes.
+    listing: Arc<tokio::sync::Mutex<()>>,
 }
 
 /// What containers share.
@@ -254,6 +266,7 @@ impl Container {
             start_deadline: READY_DEADLINE + hooks,
             executed: Executed::default(),
             deleted: AtomicBool::new(false),
+            listing: Arc::default(),
         })
     }
 
@@ -341,6 +354,38 @@ impl Container {
             }
         }
         Ok(())
+    }
+
+    /// Stops every process.
+    pub async fn pause(&self) -> Result<(), ContainerError> {
+        // As with runc, one that is paused does not run.
+        if !self.init.is_alive() || self.cgroup.is_frozen() {
+            return Err(ContainerError::NotRunning);
+        }
+        Ok(self.cgroup.freeze(true).await?)
+    }
+
+    /// Lets every process go on.
+    pub async fn resume(&self) -> Result<(), ContainerError> {
+        if !self.cgroup.is_frozen() {
+            return Err(ContainerError::NotPaused);
+        }
+        Ok(self.cgroup.freeze(false).await?)
+    }
+
+    /// Changes the limits that are given.
+    pub fn update(&self, resources: &[u8]) -> Result<(), ContainerError> {
+        let limits: Resources = serde_json::from_slice(resources).map_err(ContainerError::ResourcesJson)?;
+        if !self.init.is_alive() {
+            return Err(ContainerError::NotRunning);
+        }
+        let spec: Spec = serde_json::from_slice(&self.spec).map_err(ContainerError::Spec)?;
+        Ok(self.cgroup.update_limits(&limits, &spec.linux.resources.devices)?)
+    }
+
+    /// What it has used and may use.
+    pub fn stats(&self) -> Result<ContainerStatsResponse, ContainerError> {
+        Ok(self.cgroup.stats()?)
     }
 
     /// Sets the window size of the terminal of the init, or of an executed process.

@@ -137,7 +137,6 @@ async fn the_process_is_as_it_says_and_as_the_container_where_it_does_not() {
             ("/process/oomScoreAdj", json!(77)),
             ("/process/scheduler", json!({"policy": "SCHED_BATCH", "nice": 4})),
             ("/process/ioPriority", json!({"class": "IOPRIO_CLASS_BE", "priority": 6})),
-            ("/process/execCPUAffinity", json!({"initial": "0-1", "final": "1"})),
             ("/process/user/umask", json!(0o077)),
             ("/linux/personality", json!({"domain": "LINUX32"})),
         ],
@@ -145,14 +144,14 @@ async fn the_process_is_as_it_says_and_as_the_container_where_it_does_not() {
     agent.idle("a", &agent.rootfs(), &container).await;
     let line = "id -u; id -g; grep Groups /proc/self/status; umask; echo $HOME; pwd; uname -m; cut -d' ' -f19,41 /proc/$$/stat; \
                 ionice -p $$; cat /proc/self/oom_score_adj; grep -E 'NoNewPrivs|CapBnd|CapEff' /proc/self/status; \
-                grep Cpus_allowed_list /proc/self/status; grep 'open files' /proc/self/limits | tr -s ' '";
+                grep 'open files' /proc/self/limits | tr -s ' '";
     let bare = json!({"cwd": "/", "args": ["/bin/sh", "-c", line], "env": ["PATH=/bin"]});
     let capabilities = 1u64 << 29 | 1 << 5 | 1 << 10;
     assert_eq!(
         agent.exec_run("a", &bare).await.ok(),
         format!(
             "0\n0\nGroups:\t \n0077\n/root\n/\ni686\n4 3\nbest-effort: prio 6\n77\nCapEff:\t{capabilities:016x}\n\
-             CapBnd:\t{capabilities:016x}\nNoNewPrivs:\t0\nCpus_allowed_list:\t1\nMax open files 1024 1024 files \n"
+             CapBnd:\t{capabilities:016x}\nNoNewPrivs:\t0\nMax open files 1024 1024 files \n"
         )
     );
     let full = json!({
@@ -164,13 +163,12 @@ async fn the_process_is_as_it_says_and_as_the_container_where_it_does_not() {
         "rlimits": [{"type": "RLIMIT_NOFILE", "soft": 70, "hard": 80}],
         "scheduler": {"policy": "SCHED_OTHER", "nice": 9},
         "ioPriority": {"class": "IOPRIO_CLASS_BE", "priority": 2},
-        "execCPUAffinity": {"final": "0"},
     });
     assert_eq!(
         agent.exec_run("a", &full).await.ok(),
         format!(
             "1000\n1001\nGroups:\t5 7 \n0027\n/home/user\n/tmp\ni686\n9 0\nbest-effort: prio 2\n100\nCapEff:\t{kill:016x}\n\
-             CapBnd:\t{kill:016x}\nNoNewPrivs:\t1\nCpus_allowed_list:\t0\nMax open files 70 80 files \n",
+             CapBnd:\t{kill:016x}\nNoNewPrivs:\t1\nMax open files 70 80 files \n",
             kill = 1 << 5
         )
     );
@@ -186,6 +184,32 @@ async fn the_process_is_as_it_says_and_as_the_container_where_it_does_not() {
         let (code, message) = refused(agent.exec("a", "e", &wrong).await);
         assert_eq!((code, message.contains(word)), (Code::INVALID_ARGUMENT, true), "{message}");
     }
+    agent.delete("a").await;
+}
+
+#[tokio::test(flavor = "current_thread")]
+async fn it_runs_on_the_cpus_it_says_which_are_not_those_of_the_init() {
+    let agent = Agent::start().await;
+    let allowed = |text: &str| text.split_once("list:\t").unwrap().1.trim().to_owned();
+    let own = std::fs::read_to_string("/proc/self/status").unwrap();
+    let own = allowed(own.lines().find(|line| line.starts_with("Cpus_allowed_list:")).unwrap());
+    let last = own.rsplit(['-', ',']).next().unwrap();
+    let container = with(
+        shell("grep Cpus_allowed_list /proc/self/status; sleep 1000"),
+        [("/process/execCPUAffinity", json!({"initial": own, "final": last}))],
+    );
+    let token = new_token();
+    let mut stdout = tokio::io::BufReader::new(agent.stream(token).await);
+    let stdio = Stdio { stdout: token, ..Stdio::default() };
+    agent.create("a", &agent.rootfs(), &container, stdio).await.unwrap();
+    agent.start_container("a").await.unwrap();
+    let mut line = String::new();
+    tokio::io::AsyncBufReadExt::read_line(&mut stdout, &mut line).await.unwrap();
+    assert_eq!(allowed(&line), own);
+    let mut process = process(&["grep", "Cpus_allowed_list", "/proc/self/status"]);
+    assert_eq!(allowed(&agent.exec_run("a", &process).await.ok()), last);
+    process["execCPUAffinity"] = json!({"initial": own});
+    assert_eq!(allowed(&agent.exec_run("a", &process).await.ok()), own);
     agent.delete("a").await;
 }
 

@@ -148,7 +148,10 @@ impl Agent {
             std::fs::create_dir_all(root.join(dir)).unwrap();
         }
         let busybox = std::env::var_os("PODHULL_BUSYBOX").unwrap_or("/bin/busybox".into());
-        std::fs::copy(&busybox, root.join("bin/busybox")).expect("these tests need the package busybox-static");
+        // By a process of its own: a descriptor open for writing here would be inherited by agents that other tests start in
+        // this moment, and a program that is open for writing is not executed.
+        let copied = Command::new(&busybox).arg("cp").arg(&busybox).arg(root.join("bin/busybox")).status();
+        assert!(copied.expect("these tests need the package busybox-static").success());
         let applets = Command::new(&busybox).arg("--list").output().unwrap().stdout;
         for applet in String::from_utf8(applets).unwrap().lines().filter(|applet| *applet != "busybox") {
             std::os::unix::fs::symlink("busybox", root.join("bin").join(applet)).unwrap();

@@ -6,6 +6,7 @@
 #![allow(clippy::unwrap_used)]
 
 mod cgroups;
+mod control;
 mod exec;
 mod harness;
 mod life;
