@@ -1,24 +1,32 @@
 //! What happened to containers, kept until the host has taken it.
 
-use std::collections::VecDeque;
-use std::sync::{Mutex, PoisonError};
+use std::collections::{HashMap, VecDeque};
+use std::pin::pin;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use podhull_protocol::Event;
 use tokio::sync::{Notify, watch};
 
-/// A queue of events with one reader at a time; a new reader supersedes the one before, whose connection may be long dead.
-/// Bounded by nature: a container ends once, and its out-of-memory events are merged while they wait.
+/// A queue of events. Each goes to one reader: that of the process it is about, or that of all. A new reader of the same
+/// supersedes the one before, whose connection may be long dead. Bounded by nature: a process ends once, and a container's
+/// out-of-memory events are merged while they wait.
 #[derive(Default)]
 pub struct Events {
     queue: Mutex<VecDeque<Event>>,
     added: Notify,
-    readers: watch::Sender<u64>,
+    /// The latest reader of each subject.
+    readers: watch::Sender<HashMap<Subject, u64>>,
+    count: AtomicU64,
 }
+
+/// A container, and the process executed in it; both empty for all.
+type Subject = (String, String);
 
 impl Events {
     /// Adds an event, or updates the count of one of its kind that still waits.
     pub fn push(&self, event: Event) {
-        let mut queue = self.queue.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut queue = self.queue();
         let waiting = event
             .has_out_of_memory()
             .then(|| queue.iter_mut().find(|e| e.has_out_of_memory() && e.container_id == event.container_id))
@@ -27,44 +35,81 @@ impl Events {
             Some(waiting) => *waiting = event,
             None => queue.push_back(event),
         }
-        self.added.notify_one();
+        self.added.notify_waiters();
     }
 
-    /// Becomes the reader.
-    pub fn reader(&self) -> Reader<'_> {
-        self.readers.send_modify(|number| *number += 1);
-        Reader { events: self, superseded: self.readers.subscribe() }
+    /// Becomes the reader of a process's events, or of all if both are empty.
+    pub fn reader(&self, container: &str, exec: &str) -> Reader<'_> {
+        let subject: Subject = (container.into(), exec.into());
+        let number = self.count.fetch_add(1, Ordering::Relaxed);
+        self.readers.send_modify(|readers| {
+            readers.insert(subject.clone(), number);
+        });
+        Reader { events: self, subject, number, readers: self.readers.subscribe() }
+    }
+
+    fn queue(&self) -> MutexGuard<'_, VecDeque<Event>> {
+        self.queue.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-/// The one who takes the events.
+/// The one who takes the events of a subject.
 pub struct Reader<'a> {
     events: &'a Events,
-    superseded: watch::Receiver<u64>,
+    subject: Subject,
+    number: u64,
+    readers: watch::Receiver<HashMap<Subject, u64>>,
 }
 
 impl Reader<'_> {
-    /// The next event; none when another reader has come.
+    /// The next event; none when another reader of the same has come.
     pub async fn next(&mut self) -> Option<Event> {
         loop {
-            if let Some(event) = self.events.queue.lock().unwrap_or_else(PoisonError::into_inner).pop_front() {
+            // Before the look at the queue, so that no event comes between look and wait unseen.
+            let mut added = pin!(self.events.added.notified());
+            added.as_mut().enable();
+            if self.readers.borrow_and_update().get(&self.subject) != Some(&self.number) {
+                return None;
+            }
+            if let Some(event) = self.take() {
                 return Some(event);
             }
             tokio::select! {
-                _ = self.superseded.changed() => {
-                    // It may have been woken in our place.
-                    self.events.added.notify_one();
-                    return None;
-                }
-                () = self.events.added.notified() => {}
+                _ = self.readers.changed() => {}
+                () = added => {}
             }
         }
     }
 
+    fn take(&self) -> Option<Event> {
+        let mut queue = self.events.queue();
+        let index = queue.iter().position(|event| self.is_mine(event))?;
+        queue.remove(index)
+    }
+
+    fn is_mine(&self, event: &Event) -> bool {
+        let (container, exec) = &self.subject;
+        let all = container.is_empty() && exec.is_empty();
+        all || (event.container_id == *container && event.exec_id == *exec)
+    }
+
     /// Leaves an event that could not be sent to the next reader.
     pub fn put_back(&self, event: Event) {
-        self.events.queue.lock().unwrap_or_else(PoisonError::into_inner).push_front(event);
-        self.events.added.notify_one();
+        self.events.queue().push_front(event);
+        self.events.added.notify_waiters();
+    }
+}
+
+impl Drop for Reader<'_> {
+    /// Forgets the subject, unless another reads it now.
+    fn drop(&mut self) {
+        self.events.readers.send_if_modified(|readers| {
+            if readers.get(&self.subject) == Some(&self.number) {
+                readers.remove(&self.subject);
+            }
+            // Nobody waits to hear that.
+            false
+        });
     }
 }
 
@@ -87,10 +132,10 @@ mod tests {
         let events = Events::default();
         events.push(event("a", event::Kind::Exit(Exit::default())));
         events.push(event("b", event::Kind::Exit(Exit::default())));
-        let mut reader = events.reader();
+        let mut reader = events.reader("", "");
         let event = reader.next().await.unwrap();
         reader.put_back(event);
-        let mut reader = events.reader();
+        let mut reader = events.reader("", "");
         assert_eq!(reader.next().await.unwrap().container_id, "a");
         assert_eq!(reader.next().await.unwrap().container_id, "b");
     }
@@ -98,11 +143,27 @@ mod tests {
     #[tokio::test(flavor = "current_thread")]
     async fn a_new_reader_ends_the_one_before() {
         let events = Events::default();
-        let mut before = events.reader();
-        let mut after = events.reader();
+        let mut before = events.reader("", "");
+        let mut after = events.reader("", "");
         assert!(before.next().await.is_none());
         events.push(event("a", event::Kind::Exit(Exit::default())));
         assert!(after.next().await.is_some());
+    }
+
+    #[tokio::test(flavor = "current_thread")]
+    async fn each_reader_takes_what_is_about_its_process() {
+        let events = Events::default();
+        let exit = |exec: &str| Event { exec_id: exec.into(), ..event("a", event::Kind::Exit(Exit::default())) };
+        let (mut init, mut first, mut second) =
+            (events.reader("a", ""), events.reader("a", "1"), events.reader("a", "2"));
+        for exec in ["2", "", "1"] {
+            events.push(exit(exec));
+        }
+        assert_eq!(init.next().await, Some(exit("")));
+        assert_eq!(first.next().await, Some(exit("1")));
+        assert_eq!(second.next().await, Some(exit("2")));
+        drop((first, second));
+        assert_eq!(events.readers.borrow().len(), 1);
     }
 
     #[tokio::test(flavor = "current_thread")]
@@ -111,7 +172,7 @@ mod tests {
         events.push(out_of_memory("a", 1));
         events.push(out_of_memory("a", 2));
         events.push(out_of_memory("b", 1));
-        let mut reader = events.reader();
+        let mut reader = events.reader("", "");
         assert_eq!(reader.next().await, Some(out_of_memory("a", 2)));
         assert_eq!(reader.next().await, Some(out_of_memory("b", 1)));
     }

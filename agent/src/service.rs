@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use podhull_protocol::{
     Agent, ContainerStatsRequest, ContainerStatsResponse, CreateContainerRequest, CreateContainerResponse,
-    CreatePodRequest, CreatePodResponse, DeleteContainerRequest, DeleteProcessRequest, Empty, Event,
+    CreatePodRequest, CreatePodResponse, DeleteContainerRequest, DeleteProcessRequest, Empty, Event, EventsRequest,
     ExecProcessRequest, ExecProcessResponse, GrowRequest, GrowResponse, ListProcessesRequest, ListProcessesResponse,
     PauseContainerRequest, ResizeTerminalRequest, ResumeContainerRequest, SignalContainerRequest, SignalProcessRequest,
     StartContainerRequest, UpdateContainerRequest,
@@ -128,8 +128,13 @@ impl Agent for Service {
         self.run(async move { pod.grow(request).await }).await
     }
 
-    async fn events(&self, _: &TtrpcContext, _: Empty, stream: ServerStreamSender<Event>) -> ttrpc::Result<()> {
-        let mut reader = self.pod.events.reader();
+    async fn events(
+        &self,
+        _: &TtrpcContext,
+        request: EventsRequest,
+        stream: ServerStreamSender<Event>,
+    ) -> ttrpc::Result<()> {
+        let mut reader = self.pod.events.reader(&request.container_id, &request.exec_id);
         while let Some(event) = reader.next().await {
             if let Err(error) = stream.send(&event).await {
                 reader.put_back(event);

@@ -6,9 +6,9 @@ use std::path::Path;
 use std::time::Duration;
 
 use podhull_protocol::{
-    AgentClient, CreateContainerRequest, CreatePodRequest, DeleteContainerRequest, DeleteProcessRequest, Empty, Event,
-    ExecProcessRequest, GrowRequest, ResizeTerminalRequest, SignalContainerRequest, SignalProcessRequest,
-    StartContainerRequest, event,
+    AgentClient, CreateContainerRequest, CreatePodRequest, DeleteContainerRequest, DeleteProcessRequest, Event,
+    EventsRequest, ExecProcessRequest, GrowRequest, ResizeTerminalRequest, SignalContainerRequest,
+    SignalProcessRequest, StartContainerRequest, event,
 };
 use ttrpc::r#async::ClientStreamReceiver;
 use ttrpc::r#async::transport::Socket;
@@ -175,9 +175,10 @@ impl Agent {
     }
 
     /// Events of the pod from now on, and those nobody received yet.
-    pub async fn events(&self) -> Result<Events, AgentError> {
+    pub async fn events(&self, id: &str, exec: &str) -> Result<Events, AgentError> {
         // Without a deadline: it lasts as long as the pod, and ends with the connection.
-        let receiver = self.client.events(Context::default(), &Empty::new()).await;
+        let request = EventsRequest { container_id: id.into(), exec_id: exec.into(), ..Default::default() };
+        let receiver = self.client.events(Context::default(), &request).await;
         receiver.map(|receiver| Events { receiver }).map_err(|e| AgentError::of("Events", e))
     }
 }

@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use podhull_protocol::{
     AgentClient, CreateContainerRequest, CreatePodRequest, DeleteContainerRequest, DeleteProcessRequest, Empty, Event,
-    ExecProcessRequest, Exit, ResizeTerminalRequest, SignalContainerRequest, SignalProcessRequest,
+    EventsRequest, ExecProcessRequest, Exit, ResizeTerminalRequest, SignalContainerRequest, SignalProcessRequest,
     StartContainerRequest, Stdio, VERSION,
 };
 use serde_json::{Value, json};
@@ -262,7 +262,7 @@ impl Agent {
             none => {
                 // Open for as long as the test runs.
                 let endless = context::Context::default();
-                none.insert(self.client.events(endless, &Empty::default()).await.unwrap())
+                none.insert(self.client.events(endless, &EventsRequest::default()).await.unwrap())
             }
         };
         loop {

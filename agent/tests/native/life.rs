@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use podhull_protocol::{CreatePodRequest, Empty, Stdio, VERSION};
+use podhull_protocol::{CreatePodRequest, EventsRequest, Stdio, VERSION};
 use serde_json::json;
 
 use crate::harness::{Agent, deadline, new_token, read_all, shell, spec, with, without_namespace};
@@ -139,7 +139,7 @@ async fn events_from_before_the_call_are_sent_first() {
     for id in ["a", "b"] {
         agent.delete(id).await;
     }
-    let mut events = agent.client.events(deadline(), &Empty::default()).await.unwrap();
+    let mut events = agent.client.events(deadline(), &EventsRequest::default()).await.unwrap();
     let mut codes = Vec::new();
     for _ in 0..2 {
         codes.push(events.recv().await.unwrap().unwrap().exit().code);

@@ -36,7 +36,7 @@ pub enum ExecError {
     #[error(transparent)]
     Stdio(#[from] StdioError),
     /// The agent said no, or nothing.
-    #[error("exec failed: {0}")]
+    #[error("exec failed: unable to start container process: {0}")]
     Agent(#[from] AgentError),
     /// The pid file cannot be written.
     #[error("cannot write the pid file {0}: {1}")]
@@ -103,7 +103,7 @@ pub fn exec(exec: Exec<'_>) -> Result<u8, ExecError> {
         let signals = Signals::new().map_err(ExecError::Signals)?;
         let agent = Agent::dial(&socket)?;
         let process = Process { agent: &agent, id, name: &name, stdio: &stdio, log };
-        let mut events = agent.events().await?;
+        let mut events = agent.events(id, &name).await?;
         let streams = async {
             let mut flow = stdio.connect(&socket)?;
             flow.connected().await?;

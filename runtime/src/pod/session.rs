@@ -108,7 +108,7 @@ impl<'a> Session<'a> {
             self.agent.grow(Growth { cpus: self.size.cpus, memory_bytes, rescan: false }).await?;
         }
 
-        let mut events = self.agent.events().await?;
+        let mut events = self.agent.events(self.id, "").await?;
         created()?;
 
         self.phase.set(Phase::Running);
