@@ -92,6 +92,9 @@ fn run_in_the_background(scene: &Scene) -> Outcome {
     ensure_eq!(state, "running true\n", "state");
     let pid = podman.call(&["inspect", "-f", "{{.State.Pid}}", "c"])?.output()?;
     ensure!(std::path::Path::new("/proc").join(pid.trim()).exists(), "no process {pid:?}");
+    ensure_eq!(podman.call(&["exec", "c", "echo", "further"])?.output()?, "further\n", "output of what was executed");
+    podman.call(&["exec", "c", "sh", "-c", "exit 4"])?.expect_status(4)?;
+    podman.call(&["exec", "c", "no-such-program"])?.expect_status(127)?;
     podman.call(&["stop", "-t", "60", "c"])?.output()?;
     ensure_eq!(podman.call(&["logs", "c"])?.output()?, "hello\nbye\n", "logs");
     ensure_eq!(podman.call(&["wait", "c"])?.output()?, "3\n", "exit status");
