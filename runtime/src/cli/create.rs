@@ -1,7 +1,6 @@
 //! `podhull create`: everything but the program's start.
 
-use std::ffi::OsString;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use super::Context;
 use crate::pod::{self, CreateError};
@@ -42,7 +41,7 @@ pub struct Container {
     #[arg(long)]
     pub no_pivot: bool,
 
-    /// For callers of runc; a container has no session keyring
+    /// For callers of runc; a container's session keyring is its own, in its own virtual machine
     #[arg(long)]
     pub no_new_keyring: bool,
 
@@ -53,29 +52,17 @@ pub struct Container {
 impl Container {
     /// Makes it, held by a shadow.
     pub fn create(&self, context: &Context) -> Result<(), CreateError> {
-        let mut words = context.words.clone();
-        words.extend(["shadow".into(), "--bundle".into(), self.bundle.clone().into()]);
-        let mut option = |name: &str, path: &Option<PathBuf>| {
-            if let Some(path) = path {
-                words.extend([OsString::from(name), path.clone().into()]);
-            }
-        };
-        option("--pid-file", &self.pid_file);
-        option("--console-socket", &self.console_socket);
-        option("--guest-console", &self.guest_console);
-        words.extend(["--".into(), self.id.clone().into()]);
-        pod::create(&words, &context.root, &self.id)
+        pod::in_shadow(&context.root, &self.id)
     }
 
     /// What is to be run.
     pub fn run<'a>(&'a self, context: &'a Context, created: Option<pod::Report>) -> pod::Run<'a> {
-        let path = |path: &'a Option<PathBuf>| -> Option<&'a Path> { path.as_deref() };
         pod::Run {
             id: &self.id,
             bundle: &self.bundle,
-            pid_file: path(&self.pid_file),
-            console_socket: path(&self.console_socket),
-            guest_console: path(&self.guest_console),
+            pid_file: self.pid_file.as_deref(),
+            console_socket: self.console_socket.as_deref(),
+            guest_console: self.guest_console.as_deref(),
             created,
             root: &context.root,
             log: &context.log,

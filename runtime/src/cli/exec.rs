@@ -1,18 +1,13 @@
 //! `podhull exec`: a further program in a running container.
 
-use std::ffi::OsString;
-use std::path::PathBuf;
-use std::process::ExitCode;
+use std::path::{Path, PathBuf};
 
 use serde_json::{Value, json};
 
 use super::Context;
 use crate::bundle;
-use crate::pod::{self, CreateError, ExecError, Pipe};
+use crate::pod::{self, ExecError};
 use crate::spec::Config;
-
-/// What callers take for "the program was not executed": its own status cannot be told from 1.
-const FAILURE: u8 = 255;
 
 /// Run a further program in a running container
 ///
@@ -76,10 +71,6 @@ pub struct Arguments {
     #[arg(long)]
     ignore_paused: bool,
 
-    /// Be the process that stands for the program (started by podhull itself)
-    #[arg(long, hide = true)]
-    shadow: bool,
-
     /// Name of the container
     id: String,
 
@@ -90,52 +81,16 @@ pub struct Arguments {
 
 impl Arguments {
     /// Executes the program; returns its exit status.
-    pub fn execute(self, context: Context) -> ExitCode {
-        if self.shadow {
-            return self.stand_for_it(context);
+    pub fn execute(self, context: &Context) -> Result<u8, ExecError> {
+        if self.detach {
+            pod::in_shadow(&context.root, &self.id)?;
+            return Ok(0);
         }
-        let result = if self.detach {
-            self.in_background(&context).map(|()| 0).map_err(|error| error.to_string())
-        } else {
-            self.run(&context, None).map_err(|error| error.to_string())
-        };
-        match result {
-            Ok(status) => ExitCode::from(status),
-            Err(error) => {
-                context.log.error(&error);
-                ExitCode::from(FAILURE)
-            }
-        }
+        self.run(context, None)
     }
 
-    fn stand_for_it(self, context: Context) -> ExitCode {
-        let _ = rustix::thread::set_name(c"podhull-shadow");
-        let Some(pipe) = Pipe::inherited() else {
-            context.log.error("exec --shadow: started by hand; it is part of podhull exec --detach");
-            return ExitCode::from(FAILURE);
-        };
-        let context = Context { log: context.log.quiet(), ..context };
-        let result = pipe.report().map_err(ExecError::Report).and_then(|created| self.run(&context, Some(created)));
-        match result {
-            Ok(status) => ExitCode::from(status),
-            Err(error) => {
-                context.log.debug(|| error.to_string());
-                pipe.fail(&error.to_string());
-                ExitCode::from(FAILURE)
-            }
-        }
-    }
-
-    /// The same command line again, as a process of its own.
-    fn in_background(&self, context: &Context) -> Result<(), CreateError> {
-        let given = std::env::args_os().skip_while(|word| word != "exec").skip(1);
-        let mut words = context.words.clone();
-        words.extend([OsString::from("exec"), "--shadow".into()]);
-        words.extend(given);
-        pod::create(&words, &context.root, &self.id)
-    }
-
-    fn run(&self, context: &Context, created: Option<pod::Report>) -> Result<u8, ExecError> {
+    /// Executes it in this process; `created` is told when it runs.
+    pub fn run(&self, context: &Context, created: Option<pod::Report>) -> Result<u8, ExecError> {
         let known = pod::running(&context.root, &self.id)?;
         let config = self.config(&known.state.bundle)?;
         pod::exec(pod::Exec {
@@ -151,11 +106,11 @@ impl Arguments {
     }
 
     /// The container's configuration with the process that is asked for.
-    fn config(&self, bundle: &std::path::Path) -> Result<Config, ExecError> {
+    fn config(&self, bundle: &Path) -> Result<Config, ExecError> {
         let given = match &self.process {
             Some(path) => {
                 let wrong = |what: String| ExecError::Process(path.clone(), what);
-                let path = if path.as_os_str() == "-" { std::path::Path::new("/dev/stdin") } else { path };
+                let path = if path.as_os_str() == "-" { Path::new("/dev/stdin") } else { path };
                 let text = std::fs::read_to_string(path).map_err(|e| wrong(e.to_string()))?;
                 Some(serde_json::from_str::<Value>(&text).map_err(|e| wrong(e.to_string()))?)
             }

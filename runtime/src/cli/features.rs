@@ -30,7 +30,7 @@ fn features() -> Value {
         "hooks": ["startContainer"],
         "mountOptions": words::mount_options(),
         "linux": {
-            "namespaces": ["cgroup", "ipc", "mount", "network", "pid", "user", "uts"],
+            "namespaces": ["cgroup", "ipc", "mount", "network", "pid", "time", "user", "uts"],
             "capabilities": words::CAPABILITIES.as_slice(),
             "cgroup": { "v1": false, "v2": true, "systemd": false, "systemdUser": false, "rdma": false },
             "seccomp": {

@@ -4,7 +4,7 @@ use std::fmt::Write as _;
 use std::io::Write as _;
 
 use super::state::Shown;
-use super::{Context, Failure};
+use super::{Context, Failure, Listing};
 use crate::state::{self, Known};
 
 /// List containers
@@ -15,18 +15,12 @@ use crate::state::{self, Known};
   podhull list --format json                 for programs")]
 pub struct Arguments {
     /// A table, or JSON
-    #[arg(short, long, value_name = "FORMAT", value_enum, default_value_t = Format::Table)]
-    format: Format,
+    #[arg(short, long, value_name = "FORMAT", value_enum, default_value_t = Listing::Table)]
+    format: Listing,
 
     /// Names only
     #[arg(short, long)]
     quiet: bool,
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
-enum Format {
-    Table,
-    Json,
 }
 
 impl Arguments {
@@ -44,10 +38,10 @@ impl Arguments {
         let containers: Vec<Shown> = state::list(&context.root)?.into_iter().map(shown).collect();
         let text = match self.format {
             _ if self.quiet => containers.iter().map(|container| format!("{}\n", container.id)).collect(),
-            Format::Table => table(&containers),
+            Listing::Table => table(&containers),
             // As Go writes a list that was never made.
-            Format::Json if containers.is_empty() => "null\n".into(),
-            Format::Json => serde_json::to_string(&containers).map_err(std::io::Error::from)? + "\n",
+            Listing::Json if containers.is_empty() => "null\n".into(),
+            Listing::Json => serde_json::to_string(&containers).map_err(std::io::Error::from)? + "\n",
         };
         std::io::stdout().write_all(text.as_bytes())?;
         Ok(0)

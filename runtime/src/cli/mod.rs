@@ -57,31 +57,16 @@ struct Arguments {
     #[arg(long)]
     debug: bool,
 
+    /// Be the process that stands for what the command makes (podhull itself sets it)
+    #[arg(long, hide = true)]
+    shadow: bool,
+
     /// Print the version
     #[arg(long, short = 'v')]
     version: bool,
 
     #[command(subcommand)]
     command: Option<Command>,
-}
-
-impl Arguments {
-    /// The global flags as they were given.
-    fn global_words(&self) -> Vec<OsString> {
-        let mut words: Vec<OsString> = vec!["--root".into(), self.root.clone().into()];
-        if let Some(log) = &self.log {
-            words.extend(["--log".into(), log.clone().into()]);
-        }
-        let format = match self.log_format {
-            Format::Text => "text",
-            Format::Json => "json",
-        };
-        words.extend(["--log-format".into(), format.into()]);
-        if self.debug {
-            words.push("--debug".into());
-        }
-        words
-    }
 }
 
 #[derive(Subcommand)]
@@ -100,8 +85,13 @@ enum Command {
     Features(features::Arguments),
     #[command(hide = true)]
     Vmm(vmm::Arguments),
-    #[command(hide = true)]
-    Shadow(shadow::Arguments),
+}
+
+/// How `list` and `ps` print.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+enum Listing {
+    Table,
+    Json,
 }
 
 /// What a subcommand may need from the global flags.
@@ -110,8 +100,6 @@ pub struct Context {
     pub root: PathBuf,
     /// Where errors and debug lines go.
     pub log: Log,
-    /// The words of the global flags, for another process of ours.
-    pub words: Vec<OsString>,
 }
 
 /// Why a command failed.
@@ -124,6 +112,10 @@ enum Failure {
     #[error(transparent)]
     Command(#[from] crate::pod::CommandError),
     #[error(transparent)]
+    Exec(#[from] crate::pod::ExecError),
+    #[error("this command has no shadow")]
+    NoShadow,
+    #[error(transparent)]
     State(#[from] crate::state::StateError),
     #[error("ps: {0}")]
     Ps(String),
@@ -135,6 +127,16 @@ enum Failure {
     Output(#[from] std::io::Error),
 }
 
+impl Failure {
+    /// The status to exit with: callers take 255 for "the program was not executed", since its own may be 1.
+    fn status(&self) -> u8 {
+        match self {
+            Self::Exec(_) => 255,
+            _ => FAILURE,
+        }
+    }
+}
+
 /// Parses the command line, carries it out, and returns the status to exit with.
 pub fn main() -> ExitCode {
     let arguments = match parse(std::env::args_os()) {
@@ -144,7 +146,6 @@ pub fn main() -> ExitCode {
     if arguments.version {
         return status(version().map(|()| 0).map_err(Failure::from), &Log::stderr());
     }
-    let words = arguments.global_words();
     let log = match Log::open(arguments.log.as_deref(), arguments.log_format, arguments.debug) {
         Ok(log) => log,
         Err(error) => {
@@ -152,7 +153,10 @@ pub fn main() -> ExitCode {
             return ExitCode::from(FAILURE);
         }
     };
-    let context = Context { root: arguments.root, log, words };
+    let context = Context { root: arguments.root, log };
+    if arguments.shadow {
+        return shadow::stand(arguments.command, context);
+    }
     let result = match arguments.command {
         Some(Command::Create(create)) => create.execute(&context).map_err(Failure::from),
         Some(Command::Start(start)) => start.execute(&context).map_err(Failure::from),
@@ -165,9 +169,8 @@ pub fn main() -> ExitCode {
         Some(Command::Spec(spec)) => spec.execute().map(|()| 0).map_err(Failure::from),
         Some(Command::Check(check)) => check.execute().map_err(Failure::from),
         Some(Command::Features(features)) => features.execute().map_err(Failure::from),
-        Some(Command::Exec(exec)) => return exec.execute(context),
+        Some(Command::Exec(exec)) => exec.execute(&context).map_err(Failure::from),
         Some(Command::Vmm(vmm)) => return vmm.execute(),
-        Some(Command::Shadow(shadow)) => return shadow.execute(context),
         None => Arguments::command().print_help().map(|()| 0).map_err(Failure::from),
     };
     status(result, &context.log)
@@ -182,7 +185,7 @@ fn status(result: Result<u8, Failure>, log: &Log) -> ExitCode {
         Ok(status) => ExitCode::from(status),
         Err(failure) => {
             log.error(&failure.to_string());
-            ExitCode::from(FAILURE)
+            ExitCode::from(failure.status())
         }
     }
 }

@@ -3,7 +3,7 @@
 use std::io::Write;
 use std::process::Command;
 
-use super::{Context, Failure};
+use super::{Context, Failure, Listing};
 use crate::state::{Known, Status};
 
 /// Show the processes that stand for a container on the host
@@ -16,8 +16,8 @@ use crate::state::{Known, Status};
   podhull ps --format json hello             [123]")]
 pub struct Arguments {
     /// A table, or JSON
-    #[arg(short, long, value_name = "FORMAT", value_enum, default_value_t = Format::Table)]
-    format: Format,
+    #[arg(short, long, value_name = "FORMAT", value_enum, default_value_t = Listing::Table)]
+    format: Listing,
 
     /// Name of the container
     id: String,
@@ -27,20 +27,14 @@ pub struct Arguments {
     options: Vec<String>,
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
-enum Format {
-    Table,
-    Json,
-}
-
 impl Arguments {
     /// Prints them.
     pub fn execute(self, context: &Context) -> Result<u8, Failure> {
         let known = Known::load(&context.root, &self.id)?;
         let pids = if known.status() == Status::Stopped { Vec::new() } else { vec![known.state.process.pid] };
         let text = match self.format {
-            Format::Json => serde_json::to_string(&pids).map_err(std::io::Error::from)? + "\n",
-            Format::Table => table(&self.options, &pids)?,
+            Listing::Json => serde_json::to_string(&pids).map_err(std::io::Error::from)? + "\n",
+            Listing::Table => table(&self.options, &pids)?,
         };
         std::io::stdout().write_all(text.as_bytes())?;
         Ok(0)

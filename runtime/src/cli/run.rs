@@ -16,7 +16,7 @@ use crate::pod;
   podhull run --guest-console boot.log x     see what the guest kernel prints, slowly")]
 pub struct Arguments {
     #[command(flatten)]
-    container: Container,
+    pub container: Container,
 
     /// Return when the program runs; `podhull delete` removes the container
     #[arg(short, long)]

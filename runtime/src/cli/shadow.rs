@@ -1,39 +1,34 @@
-//! `podhull shadow`: the process that stands for a container, started by `create` and by nobody else.
+//! `podhull --shadow COMMAND`: the process that stands for what the command makes, started by that and by nobody else.
 
 use std::process::ExitCode;
 
-use super::Context;
-use super::create::Container;
+use super::{Command, Context, Failure};
 use crate::pod::{self, Pipe};
 
-/// Stand for a container on the host (started by podhull itself, with a pipe to its creator as descriptor 3)
-#[derive(clap::Args)]
-pub struct Arguments {
-    #[command(flatten)]
-    container: Container,
-}
-
-impl Arguments {
-    /// Lives as long as the container; returns its exit status.
-    pub fn execute(self, context: Context) -> ExitCode {
-        // It was started as /proc/self/exe, which `ps` would show as "exe". A name too many is no reason to fail.
-        let _ = rustix::thread::set_name(c"podhull-shadow");
-        let Some(pipe) = Pipe::inherited() else {
-            context.log.error("shadow: started by hand; it is part of podhull create");
-            return ExitCode::from(super::FAILURE);
-        };
-        let context = Context { log: context.log.quiet(), ..context };
-        let result = pipe
-            .report()
-            .map_err(pod::RunError::Report)
-            .and_then(|created| pod::run(self.container.run(&context, Some(created))));
-        match result {
-            Ok(status) => ExitCode::from(status),
-            Err(error) => {
-                context.log.debug(|| error.to_string());
-                pipe.fail(&error.to_string());
-                ExitCode::from(super::FAILURE)
+/// Lives as long as the container, or the program executed in one; returns its exit status.
+pub fn stand(command: Option<Command>, context: Context) -> ExitCode {
+    // It was started as /proc/self/exe, which `ps` would show as "exe". A name too many is no reason to fail.
+    let _ = rustix::thread::set_name(c"podhull-shadow");
+    let Some(pipe) = Pipe::inherited() else {
+        context.log.error(&format!("{}: only podhull itself starts its shadows", pod::SHADOW_FLAG));
+        return ExitCode::from(super::FAILURE);
+    };
+    // Standard error is the container's.
+    let context = Context { log: context.log.quiet(), ..context };
+    let live = |report| match command {
+        Some(Command::Create(create)) => Ok(pod::run(create.container.run(&context, Some(report)))?),
+        Some(Command::Run(run)) => Ok(pod::run(run.container.run(&context, Some(report)))?),
+        Some(Command::Exec(exec)) => Ok(exec.run(&context, Some(report))?),
+        _ => Err(Failure::NoShadow),
+    };
+    match pipe.report().map_err(Failure::from).and_then(live) {
+        Ok(status) => ExitCode::from(status),
+        Err(failure) => {
+            // Who made it waits for that no more: then the log is all there is to tell.
+            if pipe.fail(&failure.to_string()).is_err() {
+                context.log.error(&failure.to_string());
             }
+            ExitCode::from(failure.status())
         }
     }
 }

@@ -8,6 +8,7 @@ use podhull_protocol::ExecProcessRequest;
 use rustix::io::Errno;
 use rustix::rand::GetRandomFlags;
 
+use super::shadow::CreateError;
 use super::start::Report;
 use crate::agent::{Agent, AgentError, Exit};
 use crate::bundle::BundleError;
@@ -38,6 +39,9 @@ pub enum ExecError {
     /// The agent said no, or nothing.
     #[error("exec failed: unable to start container process: {0}")]
     Agent(#[from] AgentError),
+    /// Its shadow.
+    #[error(transparent)]
+    Shadow(#[from] CreateError),
     /// The pid file cannot be written.
     #[error("cannot write the pid file {0}: {1}")]
     PidFile(PathBuf, #[source] io::Error),

@@ -14,7 +14,7 @@ use std::path::PathBuf;
 pub use command::{CommandError, delete, kill, start as start_created};
 pub use exec::{Exec, ExecError, exec, running};
 pub use resources::ResourceError;
-pub use shadow::{CreateError, Pipe, create};
+pub use shadow::{CreateError, FLAG as SHADOW_FLAG, Pipe, in_shadow};
 pub use size::host_memory;
 pub use start::{Report, Run, RunError, run};
 

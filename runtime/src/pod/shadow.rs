@@ -2,7 +2,6 @@
 //! made; then the shadow is the child of whoever the caller chose for orphans, holds the machine, moves the container's
 //! streams and signals, and exits with its status.
 
-use std::ffi::OsString;
 use std::fs::File;
 use std::io::{self, Read, Write};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
@@ -18,7 +17,7 @@ use crate::state::Known;
 /// Descriptor at which the shadow finds the pipe to `create`.
 const REPORT_FD: i32 = 3;
 
-/// What is written there when the container is made; anything else is why it was not.
+/// What is written there when it is made; anything else is why it was not.
 const MADE: u8 = 0;
 
 /// Longest error that is passed on, in bytes.
@@ -38,12 +37,16 @@ pub enum CreateError {
     Died(std::process::ExitStatus),
 }
 
-/// Starts the shadow with these words on its command line, and waits until the container `id` is made.
-pub fn create(words: &[OsString], root: &Path, id: &str) -> Result<(), CreateError> {
+/// The flag by which a command line is a shadow's.
+pub const FLAG: &str = "--shadow";
+
+/// Starts the shadow, with the command line of this process and [`FLAG`], and waits until what it stands for is made: the
+/// container `id`, or a program in it.
+pub fn in_shadow(root: &Path, id: &str) -> Result<(), CreateError> {
     let (ours, theirs) = rustix::pipe::pipe_with(PipeFlags::CLOEXEC).map_err(|e| CreateError::Spawn(e.into()))?;
     let fd = theirs.as_raw_fd();
     let mut command = Command::new("/proc/self/exe");
-    command.arg0("podhull").args(words);
+    command.arg0("podhull").arg(FLAG).args(std::env::args_os().skip(1));
     // SAFETY: between fork and exec the closure only makes system calls, and allocates nothing.
     unsafe {
         command.pre_exec(move || inherit_only(fd));
@@ -115,9 +118,8 @@ impl Pipe {
         Ok(Box::new(move || pipe.write_all(&[MADE])))
     }
 
-    /// Tells `create` why it is not.
-    pub fn fail(mut self, error: &str) {
-        // If it is gone nobody wants to know.
-        let _ = self.0.write_all(error.as_bytes());
+    /// Tells `create` why it is not; an error if that has heard all it waited for.
+    pub fn fail(mut self, error: &str) -> io::Result<()> {
+        self.0.write_all(error.as_bytes())
     }
 }

@@ -22,7 +22,7 @@ const END: Timespec = Timespec { tv_sec: 10, tv_nsec: 0 };
 /// A container that exists.
 pub struct Known {
     root: PathBuf,
-    /// What was written down; `None` if that cannot be read, and why not is in the error of [`Known::load`].
+    /// What was written down.
     pub state: State,
     directory: OwnedFd,
 }
@@ -62,11 +62,11 @@ impl Known {
         // Nobody else does the same meanwhile: the lock is free once the container's process is gone.
         let machine = self.state.machine.map(|machine| machine.0);
         if is_locked(&self.directory) {
-            end(self.state.process, true);
+            end(self.state.process);
         }
         // It sees its channel closed and ends by itself; but not if it is stopped.
         if let Some(machine) = machine {
-            end(machine, true);
+            end(machine);
         }
         remove(&self.root, &self.state.id)
     }
@@ -142,17 +142,15 @@ fn is_locked(directory: &OwnedFd) -> bool {
     locked
 }
 
-/// Waits for the end of a process, after killing it if asked to.
-fn end(process: Process, kill: bool) {
+/// Kills a process, and waits for its end.
+fn end(process: Process) {
     let Some(pid) = Pid::from_raw(process.pid) else { return };
     let Ok(pidfd) = pidfd_open(pid, PidfdFlags::empty()) else { return };
     // After the descriptor is open its number cannot become another's.
     if start_time(process.pid) != Some(process.start_time) {
         return;
     }
-    if kill {
-        let _ = pidfd_send_signal(&pidfd, Signal::KILL);
-    }
+    let _ = pidfd_send_signal(&pidfd, Signal::KILL);
     let _ = rustix::io::retry_on_intr(|| poll(&mut [PollFd::new(&pidfd, PollFlags::IN)], Some(&END)));
 }
 

@@ -172,6 +172,10 @@ fn sweep(root: &Path) {
         let name = entry.file_name();
         let Some(name) = name.to_str().filter(|name| check_id(name.trim_start_matches('@')).is_ok()) else { continue };
         let path = root.join(name);
+        // Not even locked for a moment: who looked meanwhile would take it for one that runs.
+        if known::is_kept(&path) {
+            continue;
+        }
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         let Ok(directory) = rustix::fs::open(&path, flags, Mode::empty()) else { continue };
         if rustix::fs::flock(&directory, FlockOperation::NonBlockingLockExclusive).is_err() {
