@@ -71,7 +71,7 @@ impl Gate<'_> {
         {
             filter.load()?;
         }
-        // Ignored signals would stay ignored in the program.
+        // What was ignored so far would stay ignored in the program.
         for signal in [libc::SIGPIPE, libc::SIGHUP] {
             // SAFETY: restores a default; no handler is involved.
             unsafe { libc::signal(signal, libc::SIG_DFL) };

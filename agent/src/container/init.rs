@@ -170,9 +170,17 @@ fn process_kind(error: &ProcessError) -> ErrorKind {
 
 /// Entry of `podhull-agent init`. Returns only if the program could not be executed.
 pub fn main() -> i32 {
-    // A terminal that goes with a failure must not kill who has to report it.
-    // SAFETY: ignores a signal; no handler is involved.
-    unsafe { libc::signal(libc::SIGHUP, libc::SIG_IGN) };
+    for signal in 1..=libc::SIGRTMAX() {
+        // Ignored signals would stay ignored in the program: a shell has its background jobs ignore the terminal's, and
+        // whoever starts an agent without a machine may be one. Not all can be set; those are not ignored either.
+        // SAFETY: restores a default; no handler is involved.
+        unsafe { libc::signal(signal, libc::SIG_DFL) };
+    }
+    // A terminal or stream that goes with a failure must not kill who has to report it.
+    for signal in [libc::SIGHUP, libc::SIGPIPE] {
+        // SAFETY: ignores a signal; no handler is involved.
+        unsafe { libc::signal(signal, libc::SIG_IGN) };
+    }
     // SAFETY: the agent starts us with this descriptor open, and nothing else uses it.
     let socket = unsafe { OwnedFd::from_raw_fd(SOCKET) };
     match run(&socket) {
