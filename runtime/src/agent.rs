@@ -1,8 +1,8 @@
 //! The agent's client. Every call has a deadline, and every answer is checked: the guest is hostile.
 
 use std::io;
+use std::os::fd::BorrowedFd;
 use std::os::unix::net::UnixStream;
-use std::path::Path;
 use std::time::Duration;
 
 use podhull_protocol::{
@@ -90,9 +90,9 @@ impl Agent {
         Ok(Self { client: AgentClient::new(ttrpc::r#async::Client::new(Socket::new(stream))) })
     }
 
-    /// Speaks to the agent behind a pod's socket; needs a runtime.
-    pub fn dial(socket: &Path) -> Result<Self, AgentError> {
-        Self::new(crate::stdio::dial(socket, podhull_protocol::AGENT_PORT).map_err(AgentError::Connect)?)
+    /// Speaks to the agent behind the socket in a pod's directory; needs a runtime.
+    pub fn dial(pod: BorrowedFd<'_>) -> Result<Self, AgentError> {
+        Self::new(crate::stdio::dial(pod, podhull_protocol::AGENT_PORT).map_err(AgentError::Connect)?)
     }
 
     /// Makes the pod and its first container; returns the guest's kernel release.

@@ -39,6 +39,9 @@ pub enum MachineError {
     /// It answered a request with an error.
     #[error("virtual machine: {0}")]
     Failed(String),
+    /// The process closed the channel without a word.
+    #[error("the virtual machine's process is gone")]
+    Gone,
     /// The guest reset the machine.
     #[error("the guest's kernel panicked, or its agent died: the virtual machine was reset")]
     Reset,
@@ -92,7 +95,7 @@ impl Process {
         unsafe {
             command.pre_exec(move || inherit_only(fd));
         }
-        let child = in_new_pid_namespace(|| command.spawn()).map_err(MachineError::Spawn)?;
+        let child = spawn_in(PidNamespace::New, || command.spawn()).map_err(MachineError::Spawn)?;
         Ok(Self { child, stderr: File::from(stderr), channel: Some(ours) })
     }
 
@@ -101,9 +104,15 @@ impl Process {
         self.child.id().cast_signed()
     }
 
-    /// Takes the runtime's end of the channel.
-    pub fn channel(&mut self) -> Result<Channel, MachineError> {
-        Channel::new(self.channel.take().ok_or(ChannelError::Closed)?)
+    /// Takes the runtime's end of the channel, to be made a [`Channel`] by whoever holds the machine. The machine ends with
+    /// it.
+    pub fn take_channel(&mut self) -> Option<OwnedFd> {
+        self.channel.take()
+    }
+
+    /// Leaves the process to whoever holds its channel.
+    pub fn release(self) {
+        std::mem::forget(self);
     }
 
     /// Why the process ended. To be called when the channel was closed by the other side: that is the last thing a process
@@ -151,11 +160,28 @@ impl Drop for Process {
     }
 }
 
-/// Calls `spawn` so that the child it makes is in a new pid namespace. Until this returns the thread can start no other.
-fn in_new_pid_namespace(spawn: impl FnOnce() -> io::Result<Child>) -> io::Result<Child> {
+/// Which pid namespace a child is to be in.
+#[derive(Clone, Copy)]
+pub enum PidNamespace<'a> {
+    /// Ours.
+    Same,
+    /// A new one, as its first process.
+    New,
+    /// That of another process (a pidfd).
+    Of(BorrowedFd<'a>),
+}
+
+/// Calls `spawn` so that the child it makes is in a pid namespace. Until this returns the thread can start no other.
+pub fn spawn_in(namespace: PidNamespace<'_>, spawn: impl FnOnce() -> io::Result<Child>) -> io::Result<Child> {
     let ours = rustix::process::pidfd_open(rustix::process::getpid(), PidfdFlags::empty())?;
-    // SAFETY: the flag decides about children to come, and nothing else.
-    unsafe { rustix::thread::unshare_unsafe(UnshareFlags::NEWPID) }?;
+    match namespace {
+        PidNamespace::Same => return spawn(),
+        // SAFETY: the flag decides about children to come, and nothing else.
+        PidNamespace::New => unsafe { rustix::thread::unshare_unsafe(UnshareFlags::NEWPID) }?,
+        PidNamespace::Of(process) => {
+            rustix::thread::move_into_thread_name_spaces(process, ThreadNameSpaceType::PROCESS_ID)?;
+        }
+    }
     let child = spawn();
     let back = rustix::thread::move_into_thread_name_spaces(ours.as_fd(), ThreadNameSpaceType::PROCESS_ID);
     match (child, back) {
@@ -196,7 +222,8 @@ pub struct Channel {
 }
 
 impl Channel {
-    fn new(socket: OwnedFd) -> Result<Self, MachineError> {
+    /// Speaks on a socket that was a [`Process`]'s; needs an event loop.
+    pub fn new(socket: OwnedFd) -> Result<Self, MachineError> {
         rustix::io::ioctl_fionbio(&socket, true).map_err(ChannelError::Io)?;
         // SAFETY: the descriptor is owned by the AsyncFd from here on, and never replaced.
         let socket = unsafe { AsyncFd::register(socket) }.map_err(|e| MachineError::Watch(e.into()))?;

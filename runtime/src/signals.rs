@@ -2,7 +2,7 @@
 
 use std::io;
 use std::mem::MaybeUninit;
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 
 use tokio::io::unix::AsyncFd;
 
@@ -116,7 +116,38 @@ const NAMES: [(&str, Signal); 34] = [
     ("XFSZ", libc::SIGXFSZ),
 ];
 
-/// The signals that arrive for this process; they must be blocked.
+/// The signals that arrive for this process, for who waits in `poll`; they must be blocked.
+pub struct Waiting(OwnedFd);
+
+impl Waiting {
+    /// From now on.
+    pub fn new() -> io::Result<Self> {
+        // SAFETY: the set is initialized by sigfillset; the descriptor is new and nobody else's.
+        unsafe {
+            let mut set = MaybeUninit::uninit();
+            libc::sigfillset(set.as_mut_ptr());
+            libc::sigdelset(set.as_mut_ptr(), libc::SIGTTIN);
+            libc::sigdelset(set.as_mut_ptr(), libc::SIGTTOU);
+            match libc::signalfd(-1, set.as_ptr(), libc::SFD_CLOEXEC | libc::SFD_NONBLOCK) {
+                -1 => Err(io::Error::last_os_error()),
+                fd => Ok(Self(OwnedFd::from_raw_fd(fd))),
+            }
+        }
+    }
+
+    /// One that has arrived.
+    pub fn next(&self) -> Option<Signal> {
+        read(&self.0).ok()
+    }
+}
+
+impl AsFd for Waiting {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+}
+
+/// The signals that arrive for this process, for who waits in an event loop; they must be blocked.
 pub struct Signals {
     fd: AsyncFd<OwnedFd>,
 }
@@ -124,19 +155,8 @@ pub struct Signals {
 impl Signals {
     /// Needs a runtime.
     pub fn new() -> io::Result<Self> {
-        // SAFETY: the set is initialized by sigfillset; the descriptor is new and nobody else's.
-        let fd = unsafe {
-            let mut set = MaybeUninit::uninit();
-            libc::sigfillset(set.as_mut_ptr());
-            libc::sigdelset(set.as_mut_ptr(), libc::SIGTTIN);
-            libc::sigdelset(set.as_mut_ptr(), libc::SIGTTOU);
-            match libc::signalfd(-1, set.as_ptr(), libc::SFD_CLOEXEC | libc::SFD_NONBLOCK) {
-                -1 => return Err(io::Error::last_os_error()),
-                fd => OwnedFd::from_raw_fd(fd),
-            }
-        };
         // SAFETY: the descriptor is owned by the AsyncFd from here on, and never replaced.
-        Ok(Self { fd: unsafe { AsyncFd::register(fd) }? })
+        Ok(Self { fd: unsafe { AsyncFd::register(Waiting::new()?.0) }? })
     }
 
     /// The next signal.

@@ -189,6 +189,8 @@ fn one(case: &Case, scene: &mut Scene) -> Outcome {
             kill_leftovers();
         }
     }
-    fs::remove_dir_all(&scene.directory)?;
-    result
+    let removed = fs::remove_dir_all(&scene.directory);
+    // What a failed test left mounted is not the news.
+    result?;
+    Ok(removed?)
 }

@@ -50,20 +50,26 @@ pub struct Container {
 }
 
 impl Container {
-    /// Makes it, held by a shadow.
-    pub fn create(&self, context: &Context) -> Result<(), CreateError> {
-        pod::in_shadow(&context.root, &self.id)
-    }
-
-    /// What is to be run.
-    pub fn run<'a>(&'a self, context: &'a Context, created: Option<pod::Report>) -> pod::Run<'a> {
-        pod::Run {
+    /// What is to be made.
+    pub fn create<'a>(&'a self, context: &'a Context) -> pod::Create<'a> {
+        pod::Create {
             id: &self.id,
             bundle: &self.bundle,
             pid_file: self.pid_file.as_deref(),
+            console_socket: self.console_socket.is_some(),
+            root: &context.root,
+            log: &context.log,
+        }
+    }
+
+    /// What its shadow is to run.
+    pub fn run<'a>(&'a self, context: &'a Context, creator: &'a pod::Creator) -> pod::Run<'a> {
+        pod::Run {
+            id: &self.id,
+            bundle: &self.bundle,
             console_socket: self.console_socket.as_deref(),
             guest_console: self.guest_console.as_deref(),
-            created,
+            creator,
             root: &context.root,
             log: &context.log,
         }
@@ -73,6 +79,6 @@ impl Container {
 impl Arguments {
     /// Makes the container.
     pub fn execute(self, context: &Context) -> Result<u8, CreateError> {
-        self.container.create(context).map(|()| 0)
+        pod::create(&self.container.create(context)).map(|()| 0)
     }
 }

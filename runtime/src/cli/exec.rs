@@ -83,14 +83,14 @@ impl Arguments {
     /// Executes the program; returns its exit status.
     pub fn execute(self, context: &Context) -> Result<u8, ExecError> {
         if self.detach {
-            pod::in_shadow(&context.root, &self.id)?;
+            pod::exec_in_background(&context.root, &self.id, self.pid_file.as_deref())?;
             return Ok(0);
         }
         self.run(context, None)
     }
 
-    /// Executes it in this process; `created` is told when it runs.
-    pub fn run(&self, context: &Context, created: Option<pod::Report>) -> Result<u8, ExecError> {
+    /// Executes it in this process; if that is a shadow, `creator` is told when it runs.
+    pub fn run(&self, context: &Context, creator: Option<&pod::Creator>) -> Result<u8, ExecError> {
         let known = pod::running(&context.root, &self.id)?;
         let config = self.config(&known.state.bundle)?;
         pod::exec(pod::Exec {
@@ -100,7 +100,7 @@ impl Arguments {
             ignore_paused: self.ignore_paused,
             pid_file: self.pid_file.as_deref(),
             console_socket: self.console_socket.as_deref(),
-            created,
+            creator,
             log: &context.log,
         })
     }

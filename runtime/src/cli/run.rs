@@ -12,7 +12,7 @@ use crate::pod;
 #[command(after_help = "Examples:
   podhull run -b /srv/hello hello            run the bundle in /srv/hello
   echo hi | podhull run cat                  run the bundle in the current directory
-  podhull run --pid-file /run/x.pid x        write the pid of this process to a file
+  podhull run --pid-file /run/x.pid x        write the pid that stands for the container to a file
   podhull run --guest-console boot.log x     see what the guest kernel prints, slowly")]
 pub struct Arguments {
     #[command(flatten)]
@@ -27,9 +27,9 @@ impl Arguments {
     /// Runs the container; returns its exit status.
     pub fn execute(self, context: &Context) -> Result<u8, Failure> {
         if !self.detach {
-            return Ok(pod::run(self.container.run(context, None))?);
+            return Ok(pod::run_in_foreground(&self.container.create(context), false)?);
         }
-        self.container.create(context)?;
+        pod::create(&self.container.create(context))?;
         let id = &self.container.id;
         if let Err(error) = pod::start_created(&context.root, id, &context.log) {
             // What this command made it removes; the error that counts is the first.

@@ -3,29 +3,34 @@
 use std::process::ExitCode;
 
 use super::{Command, Context, Failure};
-use crate::pod::{self, Pipe};
+use crate::machine::MachineError;
+use crate::pod::{self, Creator, News, RunError};
 
 /// Lives as long as the container, or the program executed in one; returns its exit status.
 pub fn stand(command: Option<Command>, context: Context) -> ExitCode {
     // It was started as /proc/self/exe, which `ps` would show as "exe". A name too many is no reason to fail.
     let _ = rustix::thread::set_name(c"podhull-shadow");
-    let Some(pipe) = Pipe::inherited() else {
+    let Some(creator) = Creator::inherited() else {
         context.log.error(&format!("{}: only podhull itself starts its shadows", pod::SHADOW_FLAG));
         return ExitCode::from(super::FAILURE);
     };
     // Standard error is the container's.
     let context = Context { log: context.log.quiet(), ..context };
-    let live = |report| match command {
-        Some(Command::Create(create)) => Ok(pod::run(create.container.run(&context, Some(report)))?),
-        Some(Command::Run(run)) => Ok(pod::run(run.container.run(&context, Some(report)))?),
-        Some(Command::Exec(exec)) => Ok(exec.run(&context, Some(report))?),
+    let result = match command {
+        Some(Command::Create(create)) => pod::run(&create.container.run(&context, &creator)).map_err(Failure::from),
+        Some(Command::Run(run)) => pod::run(&run.container.run(&context, &creator)).map_err(Failure::from),
+        Some(Command::Exec(exec)) => exec.run(&context, Some(&creator)).map_err(Failure::from),
         _ => Err(Failure::NoShadow),
     };
-    match pipe.report().map_err(Failure::from).and_then(live) {
+    match result {
         Ok(status) => ExitCode::from(status),
         Err(failure) => {
+            let told = match &failure {
+                Failure::Run(RunError::Machine(MachineError::Gone)) => creator.tell(&News::MachineGone),
+                failure => creator.tell_text(News::Failed, &failure.to_string()),
+            };
             // Who made it waits for that no more: then the log is all there is to tell.
-            if pipe.fail(&failure.to_string()).is_err() {
+            if told.is_err() {
                 context.log.error(&failure.to_string());
             }
             ExitCode::from(failure.status())

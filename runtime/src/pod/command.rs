@@ -1,6 +1,7 @@
 //! What is done with a container after it was made, by other processes than the one that holds it: they find it by its id,
 //! and speak to the agent themselves.
 
+use std::os::fd::AsFd;
 use std::path::Path;
 
 use crate::agent::{Agent, AgentError};
@@ -89,5 +90,6 @@ fn ask<T>(known: &Known, question: impl AsyncFnOnce(Agent) -> Result<T, AgentErr
         .enable_time()
         .build()
         .map_err(CommandError::Events)?;
-    runtime.block_on(async { Ok(question(Agent::dial(&known.socket())?).await?) })
+    let pod = known.pod()?;
+    runtime.block_on(async { Ok(question(Agent::dial(pod.as_fd())?).await?) })
 }

@@ -2,17 +2,21 @@
 
 use std::fmt::Write as _;
 use std::io;
+use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
+use std::process::ExitStatus;
 
 use podhull_protocol::ExecProcessRequest;
 use rustix::io::Errno;
 use rustix::rand::GetRandomFlags;
 
-use super::shadow::CreateError;
-use super::start::Report;
+use super::link::{Begin, Creator, LinkError, News};
+use super::shadow::Shadow;
+use super::view::{self, ViewError};
 use crate::agent::{Agent, AgentError, Exit};
 use crate::bundle::BundleError;
 use crate::log::Log;
+use crate::machine::PidNamespace;
 use crate::signals::{self, Signals};
 use crate::spec::Config;
 use crate::state::{self, Known, StateError, Status};
@@ -39,15 +43,27 @@ pub enum ExecError {
     /// The agent said no, or nothing.
     #[error("exec failed: unable to start container process: {0}")]
     Agent(#[from] AgentError),
-    /// Its shadow.
+    /// Its shadow said it.
+    #[error("{0}")]
+    Failed(String),
+    /// Its shadow cannot be started.
+    #[error("cannot start the process's shadow: {0}")]
+    Spawn(#[source] io::Error),
+    /// Its shadow ended without a word.
+    #[error("the process's shadow ended before the process was executed: {0}")]
+    Died(ExitStatus),
+    /// The namespaces of the container.
     #[error(transparent)]
-    Shadow(#[from] CreateError),
+    View(#[from] ViewError),
+    /// It cannot give up what it could do.
+    #[error("cannot give up privileges: {0}")]
+    Privileges(#[source] io::Error),
     /// The pid file cannot be written.
     #[error("cannot write the pid file {0}: {1}")]
     PidFile(PathBuf, #[source] io::Error),
     /// Who asked for it is gone.
-    #[error("nobody waits for the process any more: {0}")]
-    Report(#[source] io::Error),
+    #[error(transparent)]
+    Link(#[from] LinkError),
     /// No event loop.
     #[error("cannot set up event handling: {0}")]
     Signals(#[source] io::Error),
@@ -66,12 +82,12 @@ pub struct Exec<'a> {
     pub cgroup: &'a str,
     /// Whether to wait until a paused container is resumed.
     pub ignore_paused: bool,
-    /// Where to write the pid that stands for the process.
+    /// Where to write the pid of this process, which stands for the program.
     pub pid_file: Option<&'a Path>,
     /// Where to send the terminal.
     pub console_socket: Option<&'a Path>,
-    /// Told when the program runs.
-    pub created: Option<Report>,
+    /// Who asked for it, if this is its shadow.
+    pub creator: Option<&'a Creator>,
     /// Where to say what happens.
     pub log: &'a Log,
 }
@@ -85,12 +101,40 @@ pub fn running(root: &Path, id: &str) -> Result<Known, ExecError> {
     }
 }
 
+/// Executes the program with a shadow of its own; returns when the program runs.
+pub fn exec_in_background(root: &Path, id: &str, pid_file: Option<&Path>) -> Result<(), ExecError> {
+    let known = running(root, id)?;
+    let container = known.process().ok_or_else(|| ExecError::NotRunning(id.into()))?;
+    let begin = Begin { kept: true, container: true, ..Begin::default() };
+    let copy = container.try_clone().map_err(ExecError::Spawn)?;
+    let shadow = Shadow::spawn(PidNamespace::Of(container.as_fd()), begin, vec![copy]).map_err(ExecError::Spawn)?;
+    loop {
+        match shadow.news() {
+            Ok(News::Made) => break,
+            Ok(News::Failed(error)) => {
+                let _ = shadow.wait();
+                return Err(ExecError::Failed(error));
+            }
+            Ok(_) => {}
+            Err(_) => return Err(shadow.wait().map_or_else(ExecError::Spawn, ExecError::Died)),
+        }
+    }
+    if let Some(path) = pid_file
+        && let Err(error) = state::replace(path, shadow.pid().to_string().as_bytes())
+    {
+        shadow.kill();
+        return Err(ExecError::PidFile(path.to_owned(), error));
+    }
+    Ok(())
+}
+
 /// Executes the program and lives as long as it; returns its exit status.
 pub fn exec(exec: Exec<'_>) -> Result<u8, ExecError> {
     signals::block();
-    let Exec { known, config, created, log, .. } = exec;
-    let (id, socket) = (known.state.id.as_str(), known.socket());
-    let stdio = Stdio::new(config.terminal(), exec.console_socket, config.console_size(), created.is_some())?;
+    let Exec { known, config, creator, log, .. } = exec;
+    let id = known.state.id.as_str();
+    let pod = known.pod()?;
+    let stdio = Stdio::new(config.terminal(), exec.console_socket, config.console_size(), None, creator.is_some())?;
     let name = name()?;
     let request = ExecProcessRequest {
         container_id: id.into(),
@@ -101,29 +145,38 @@ pub fn exec(exec: Exec<'_>) -> Result<u8, ExecError> {
         ignore_paused: exec.ignore_paused,
         ..Default::default()
     };
+    let agent = crate::stdio::dial(pod.as_fd(), podhull_protocol::AGENT_PORT).map_err(AgentError::Connect)?;
+    if let Some(creator) = creator {
+        let container = creator.begin()?.container.ok_or_else(|| ExecError::NotRunning(id.into()))?;
+        view::join(container.as_fd())?;
+        view::drop_privileges().map_err(ExecError::Privileges)?;
+    }
     let runtime =
         tokio::runtime::Builder::new_current_thread().enable_io().enable_time().build().map_err(ExecError::Signals)?;
     let outcome = runtime.block_on(async {
         let signals = Signals::new().map_err(ExecError::Signals)?;
-        let agent = Agent::dial(&socket)?;
+        let agent = Agent::new(agent)?;
         let process = Process { agent: &agent, id, name: &name, stdio: &stdio, log };
         let mut events = agent.events(id, &name).await?;
         let streams = async {
-            let mut flow = stdio.connect(&socket)?;
+            let mut flow = stdio.connect(pod.as_fd())?;
             flow.connected().await?;
             Ok::<_, ExecError>(flow)
         };
         let executed = async { Ok(agent.exec(&request).await?) };
         let (mut flow, ()) = tokio::try_join!(streams, executed)?;
         log.debug(|| format!("{id}: executed {name}"));
-        if let Some(path) = exec.pid_file {
-            let pid = std::process::id().to_string();
-            state::replace(path, pid.as_bytes()).map_err(|e| ExecError::PidFile(path.to_owned(), e))?;
-        }
-        if let Some(report) = created {
-            report().map_err(ExecError::Report)?;
-        } else if let Some(terminal) = stdio.terminal() {
-            terminal.set_raw()?;
+        match creator {
+            Some(creator) => creator.tell(&News::Made)?,
+            None => {
+                if let Some(path) = exec.pid_file {
+                    let pid = std::process::id().to_string();
+                    state::replace(path, pid.as_bytes()).map_err(|e| ExecError::PidFile(path.to_owned(), e))?;
+                }
+                if let Some(terminal) = stdio.terminal() {
+                    terminal.set_raw()?;
+                }
+            }
         }
         let exit = tokio::select! {
             biased;

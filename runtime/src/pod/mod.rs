@@ -1,22 +1,27 @@
 //! A pod on the host: what is opened for it, how large it is, and its life from start to end.
 
 mod command;
+mod create;
 mod exec;
+mod link;
 mod mounts;
 mod resources;
 mod session;
 mod shadow;
 mod size;
 mod start;
+mod view;
 
 use std::path::PathBuf;
 
 pub use command::{CommandError, delete, kill, start as start_created};
-pub use exec::{Exec, ExecError, exec, running};
+pub use create::{Create, CreateError, create, run as run_in_foreground};
+pub use exec::{Exec, ExecError, exec, exec_in_background, running};
+pub use link::{Creator, News};
 pub use resources::ResourceError;
-pub use shadow::{CreateError, FLAG as SHADOW_FLAG, Pipe, in_shadow};
+pub use shadow::FLAG as SHADOW_FLAG;
 pub use size::host_memory;
-pub use start::{Report, Run, RunError, run};
+pub use start::{Run, RunError, run};
 
 /// Where the guest kernel is, if it is one.
 pub fn kernel() -> Result<PathBuf, ResourceError> {

@@ -10,6 +10,7 @@ use rustix::fs::{FileType, Mode, OFlags, ResolveFlags};
 use rustix::io::Errno;
 use rustix::mount::{OpenTreeFlags, open_tree};
 
+use super::view::Place;
 use crate::bundle::Bundle;
 use crate::spec::{has_option, is_bind};
 
@@ -63,9 +64,20 @@ pub fn root_in_share(id: &str) -> String {
     format!("{id}/rootfs")
 }
 
+/// The host's files of a container, as detached mounts.
+pub struct Prepared {
+    /// For the machine.
+    pub resources: Vec<(Resource, OwnedFd)>,
+    /// For who looks at the container from the host.
+    pub root: OwnedFd,
+    /// Mount points of the container, in order, and what is seen there from the host.
+    pub places: Vec<(PathBuf, Place)>,
+}
+
 /// Clones the mounts of the root filesystem and of each bind mount, and writes into the specification where the guest
 /// finds the latter.
-pub fn prepare(id: &str, bundle: &mut Bundle) -> Result<Vec<(Resource, OwnedFd)>, MountError> {
+pub fn prepare(id: &str, bundle: &mut Bundle) -> Result<Prepared, MountError> {
+    let mut places: Vec<_> = bundle.config.mounts().iter().map(place).collect();
     let binds: Vec<_> = bundle.config.mounts().iter().enumerate().filter(|(_, mount)| is_bind(mount)).collect();
     if binds.len() > MAX_BINDS {
         return Err(MountError::TooMany(binds.len()));
@@ -89,22 +101,32 @@ pub fn prepare(id: &str, bundle: &mut Bundle) -> Result<Vec<(Resource, OwnedFd)>
             read_only: last(["ro", "rw"]) == Some("ro"),
             all_read_only: last(["rro", "rrw"]) == Some("rro"),
         };
-        let clone = tree.clone(source.as_fd()).map_err(|errno| MountError::Clone { path: path.clone(), errno })?;
-        resources.push((Resource::Mount { path: format!("{id}/mounts/{index}") }, clone));
+        let clone = || tree.clone(source.as_fd()).map_err(|errno| MountError::Clone { path: path.clone(), errno });
+        resources.push((Resource::Mount { path: format!("{id}/mounts/{index}") }, clone()?));
+        places[index].1 = Place::Files(clone()?);
         sources.push((index, format!("{}/{id}/mounts/{index}", podhull_protocol::SHARE_DIR)));
     }
     let read_only = bundle.config.root_readonly();
     if read_only {
         make_mount_points(bundle, &files)?;
     }
-    let root = Tree { recursive: true, read_only, all_read_only: false }
-        .clone(bundle.root.as_fd())
-        .map_err(|errno| MountError::Clone { path: bundle.root_path.clone(), errno })?;
-    resources.push((Resource::Mount { path: root_in_share(id) }, root));
+    let root = || {
+        Tree { recursive: true, read_only, all_read_only: false }
+            .clone(bundle.root.as_fd())
+            .map_err(|errno| MountError::Clone { path: bundle.root_path.clone(), errno })
+    };
+    resources.push((Resource::Mount { path: root_in_share(id) }, root()?));
+    let root = root()?;
     for (index, source) in sources {
         bundle.config.set_mount_source(index, &source);
     }
-    Ok(resources)
+    Ok(Prepared { resources, root, places })
+}
+
+/// What is seen from the host where a mount is that is not one of the host's files.
+fn place(mount: &oci_spec::runtime::Mount) -> (PathBuf, Place) {
+    let place = if mount.typ().as_deref() == Some("proc") { Place::Processes } else { Place::Hidden };
+    (mount.destination().clone(), place)
 }
 
 /// How a mount is cloned.

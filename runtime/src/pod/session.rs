@@ -1,12 +1,13 @@
 //! A container's life in its machine, from the first instruction of the guest to the last byte of output.
 
 use std::cell::Cell;
-use std::path::Path;
+use std::os::fd::BorrowedFd;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use podhull_protocol::CreatePodRequest;
 use podhull_vmm::control::Device;
 
+use super::link::Orders;
 use super::size::Size;
 use super::start::RunError;
 use crate::agent::{Agent, Exit, Growth};
@@ -29,6 +30,15 @@ enum Phase {
     Ended,
 }
 
+/// How far a container is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Step {
+    /// Only its program is missing.
+    Created,
+    /// Its program runs, by an order.
+    Started,
+}
+
 /// What a session ends with.
 pub enum Outcome {
     /// The container has ended, and its output was written.
@@ -44,8 +54,8 @@ pub struct Session<'a> {
     pub channel: &'a Channel,
     pub stdio: &'a Stdio,
     pub size: Size,
-    /// The pod's socket.
-    pub socket: &'a Path,
+    /// The pod's directory.
+    pub pod: BorrowedFd<'a>,
     pub log: &'a Log,
     phase: Cell<Phase>,
     booted: Cell<bool>,
@@ -59,11 +69,11 @@ impl<'a> Session<'a> {
         channel: &'a Channel,
         stdio: &'a Stdio,
         size: Size,
-        socket: &'a Path,
+        pod: BorrowedFd<'a>,
         log: &'a Log,
     ) -> Self {
         let (phase, booted) = (Cell::new(Phase::Starting), Cell::new(false));
-        Self { id, agent, channel, stdio, size, socket, log, phase, booted }
+        Self { id, agent, channel, stdio, size, pod, log, phase, booted }
     }
 
     /// Whether the agent has listened.
@@ -71,30 +81,36 @@ impl<'a> Session<'a> {
         self.booted.get()
     }
 
-    /// The whole life. `request` makes pod and container; `created` is called when there is one, before its program runs.
-    /// If `starts` that is at once, else when somebody else asks the agent for it.
+    /// The whole life. `request` makes pod and container, as soon as it is ordered; `reached` is called at each step. The
+    /// program is executed when that is ordered, in the foreground, else when somebody else asks the agent for it.
     pub async fn live(
         &self,
         start: impl Future<Output = Result<(), MachineError>>,
         mut request: CreatePodRequest,
-        starts: bool,
-        created: impl FnOnce() -> Result<(), RunError>,
+        orders: &Orders,
+        foreground: bool,
+        mut reached: impl FnMut(Step) -> Result<(), RunError>,
     ) -> Result<Outcome, RunError> {
         let ready = self.channel.agent_ready();
         start.await?;
         self.log.debug(|| format!("{}: machine runs", self.id));
-        let exits = match tokio::time::timeout(BOOT, ready).await {
-            Ok(Ok(exits)) => exits,
-            Ok(Err(_)) => return Err(MachineError::Failed("its process is gone".into()).into()),
-            Err(_) => return Err(RunError::NoBoot),
+        let boot = async {
+            let exits = match tokio::time::timeout(BOOT, ready).await {
+                Ok(Ok(exits)) => exits,
+                Ok(Err(_)) => return Err(MachineError::Gone.into()),
+                Err(_) => return Err(RunError::NoBoot),
+            };
+            self.booted.set(true);
+            self.log.debug(|| format!("{}: agent ready after {exits} exits to user space", self.id));
+            Ok(())
         };
-        self.booted.set(true);
-        self.log.debug(|| format!("{}: agent ready after {exits} exits to user space", self.id));
+        let ordered = async { Ok(orders.go_on().await?) };
+        tokio::try_join!(boot, ordered)?;
 
         // Not before: the guest sets its clock by it.
         request.realtime_ns = realtime();
         let streams = async {
-            let mut flow = self.stdio.connect(self.socket)?;
+            let mut flow = self.stdio.connect(self.pod)?;
             flow.connected().await?;
             Ok::<_, RunError>(flow)
         };
@@ -109,25 +125,36 @@ impl<'a> Session<'a> {
         }
 
         let mut events = self.agent.events(self.id, "").await?;
-        created()?;
+        reached(Step::Created)?;
 
         self.phase.set(Phase::Running);
-        if starts {
-            if let Some(terminal) = self.stdio.terminal() {
-                terminal.set_raw()?;
-            }
+        if foreground {
+            orders.go_on().await?;
             self.agent.start_container(self.id).await?;
             self.log.debug(|| format!("{}: container started", self.id));
+            reached(Step::Started)?;
         }
 
         let exit = {
             let mut exit = std::pin::pin!(events.exit_of(self.id, ""));
+            let abandoned = async {
+                // In the foreground there is one more order: that there will be none.
+                match foreground {
+                    true => orders.go_on().await,
+                    false => std::future::pending().await,
+                }
+            };
+            let mut abandoned = std::pin::pin!(abandoned);
             tokio::select! {
                 biased;
                 exit = &mut exit => exit?,
+                Err(gone) = &mut abandoned => return Err(gone.into()),
                 added = self.add_helpers() => {
                     added?;
-                    exit.await?
+                    tokio::select! {
+                        exit = exit => exit?,
+                        Err(gone) = abandoned => return Err(gone.into()),
+                    }
                 }
             }
         };
@@ -172,25 +199,16 @@ impl<'a> Session<'a> {
     pub async fn signals(&self, signals: &Signals) -> Result<Outcome, RunError> {
         loop {
             let signal = signals.next().await.map_err(RunError::Signals)?;
-            match (signal, self.stdio.terminal()) {
-                (libc::SIGWINCH, _) => self.resize().await,
-                (libc::SIGTSTP, Some(terminal)) => {
-                    // From outside: the key of the terminal goes to the container. The shell gets a sane terminal.
-                    terminal.restore();
-                    signals::stop();
-                }
-                (libc::SIGCONT, Some(terminal)) if self.phase.get() == Phase::Running => {
-                    terminal.set_raw()?;
-                    self.resize().await;
-                }
-                (signal, _) if signals::is_ours(signal) => {}
-                (signal, _) if self.phase.get() == Phase::Running => {
+            match signal {
+                libc::SIGWINCH => self.resize().await,
+                signal if signals::is_ours(signal) => {}
+                signal if self.phase.get() == Phase::Running => {
                     // It may have ended at this very moment.
                     if let Err(error) = self.agent.signal(self.id, signal, false).await {
                         self.log.debug(|| format!("{}: signal {signal}: {error}", self.id));
                     }
                 }
-                (signal, _) if signals::ends_by_default(signal) => return Ok(Outcome::Interrupted(signal)),
+                signal if signals::ends_by_default(signal) => return Ok(Outcome::Interrupted(signal)),
                 _ => {}
             }
         }

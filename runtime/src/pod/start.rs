@@ -1,8 +1,8 @@
-//! `podhull run`: from a bundle to an exit status, and nothing left behind on any way out.
+//! A container's shadow: from a bundle to an exit status, and nothing left behind on any way out.
 
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 
@@ -11,20 +11,19 @@ use podhull_vmm::control::{Device, MachineConfig, Resource, SHARE_TAG};
 use rustix::io::Errno;
 use rustix::rand::GetRandomFlags;
 
+use super::link::{Creator, Given, LinkError, News};
 use super::mounts::{self, MountError};
 use super::resources::{self, IMAGE, KERNEL, ResourceError, library_file};
-use super::session::{BOOT, Outcome, Session};
+use super::session::{BOOT, Outcome, Session, Step};
 use super::size::{Size, SizeError, memory_limit};
+use super::view::{self, View, ViewError, namespaces};
 use crate::agent::{self, Agent, AgentError, Exit};
 use crate::bundle::{Bundle, BundleError};
 use crate::log::Log;
-use crate::machine::{Channel, MachineError, Process};
+use crate::machine::{Channel, MachineError};
 use crate::signals::{self, Signals};
 use crate::state::{self, Directory, State, StateError, Status};
-use crate::stdio::{Stdio, StdioError};
-
-/// Name of the pod's socket.
-const VSOCK: &str = "vsock.sock";
+use crate::stdio::{SOCKET, Stdio, StdioError};
 
 /// Bytes of entropy a guest gets before anything else.
 const ENTROPY: usize = 64;
@@ -35,22 +34,17 @@ pub struct Run<'a> {
     pub id: &'a str,
     /// Directory of the bundle.
     pub bundle: &'a Path,
-    /// Where to write the pid that stands for the container.
-    pub pid_file: Option<&'a Path>,
     /// Where to send the terminal.
     pub console_socket: Option<&'a Path>,
     /// Where to write what the guest kernel prints.
     pub guest_console: Option<&'a Path>,
-    /// Told when the container waits for `start`; without, it is started at once, and nothing of it is kept.
-    pub created: Option<Report>,
+    /// Who asked for it.
+    pub creator: &'a Creator,
     /// Root of all state.
     pub root: &'a Path,
     /// Where to say what happens.
     pub log: &'a Log,
 }
-
-/// Tells who made a container that it is made.
-pub type Report = Box<dyn FnOnce() -> io::Result<()>>;
 
 /// Why a container did not run to its end.
 #[derive(Debug, thiserror::Error)]
@@ -88,29 +82,37 @@ pub enum RunError {
     /// The pod's socket cannot be made.
     #[error("cannot make the pod's socket in {0}: {1}")]
     Socket(PathBuf, #[source] io::Error),
-    /// The pid file cannot be written.
-    #[error("cannot write the pid file {0}: {1}")]
-    PidFile(PathBuf, #[source] io::Error),
+    /// Its namespaces.
+    #[error(transparent)]
+    View(#[from] ViewError),
     /// The file for the guest's console cannot be opened.
     #[error("cannot open {0} for the guest's console: {1}")]
     GuestConsole(PathBuf, #[source] io::Error),
-    /// Who made the container is gone.
-    #[error("nobody waits for the container any more: {0}")]
-    Report(#[source] io::Error),
+    /// Who asked for the container is gone.
+    #[error(transparent)]
+    Link(#[from] LinkError),
+    /// It was started by hand.
+    #[error("a shadow without a machine")]
+    NoMachine,
     /// No event loop.
     #[error("cannot set up event handling: {0}")]
     Signals(#[source] io::Error),
     /// No random numbers.
     #[error("cannot get random numbers: {0}")]
     Random(#[source] Errno),
-    /// A directory that must be removed in the end cannot be opened.
-    #[error("cannot open {0}: {1}")]
-    Directory(PathBuf, #[source] io::Error),
+    /// Too many files open.
+    #[error("cannot duplicate a descriptor: {0}")]
+    Directory(#[source] io::Error),
+    /// They cannot be given up.
+    #[error("cannot give up privileges: {0}")]
+    Privileges(#[source] io::Error),
 }
 
 /// Runs a container; returns the status to exit with.
-pub fn run(mut run: Run<'_>) -> Result<u8, RunError> {
+pub fn run(run: &Run<'_>) -> Result<u8, RunError> {
     run.log.debug(|| format!("{}: run", run.id));
+    let Given { begin, channel, terminal, .. } = run.creator.begin()?;
+    let channel = channel.ok_or(RunError::NoMachine)?;
     state::check_id(run.id)?;
     let mut bundle = Bundle::open(run.bundle)?;
     for property in bundle.config.unknown() {
@@ -119,85 +121,100 @@ pub fn run(mut run: Run<'_>) -> Result<u8, RunError> {
     let limit = memory_limit(bundle.config.spec());
     let size = Size::for_container(bundle.config.spec())?;
 
-    // From here on there is something to remove. What is declared later is dropped earlier: the machine's process is
-    // gone before its directories are.
+    // From here on there is something to remove.
     signals::block();
-    let report = run.created.take();
-    let kept = report.is_some();
     let mut directory = Directory::create(run.root, run.id)?;
     let annotations = bundle.config.spec().annotations().clone();
-    let mut state = State::new(run.id, &bundle.path, &bundle.root_path, annotations);
+    let mut state = State::new(run.id, begin.pid, &bundle.path, &bundle.root_path, annotations);
+    state.machine = begin.machine.map(state::Machine::of);
     directory.write(&state)?;
+    let files = Files { kernel: library_file(KERNEL), image: library_file(IMAGE) };
     let (kvm, kernel, image) = (resources::kvm()?, resources::kernel()?, resources::image()?);
     let console_size = bundle.config.console_size();
-    let stdio = Stdio::new(bundle.config.terminal(), run.console_socket, console_size, kept)?;
+    let stdio = Stdio::new(bundle.config.terminal(), run.console_socket, console_size, terminal, true)?;
 
+    let pod = directory.open_pod()?;
     let (agent, their_agent) = UnixStream::pair().map_err(|e| RunError::Socket(directory.pod(), e))?;
-    let (socket, listener) = listen(&directory)?;
+    let listener = listen(&directory)?;
     let mut machine = Vec::from([
         (Resource::Kvm, kvm.into()),
         (Resource::Kernel, kernel.into()),
         (Resource::Image, image.into()),
         (Resource::Agent, their_agent.into()),
         (Resource::VsockListener, listener.into()),
-        (Resource::Remove { name: run.id.to_owned() }, open(&directory.pods())?),
+        (Resource::Remove { name: run.id.to_owned() }, duplicate(directory.pods())?),
     ]);
-    if !kept {
-        machine.push((Resource::Remove { name: run.id.to_owned() }, open(directory.root())?));
+    if !begin.kept {
+        machine.push((Resource::Remove { name: run.id.to_owned() }, duplicate(directory.root())?));
     }
     if let Some(path) = run.guest_console {
         let file = File::options().append(true).create(true).open(path);
         machine.push((Resource::Console, file.map_err(|e| RunError::GuestConsole(path.to_owned(), e))?.into()));
     }
-    machine.extend(mounts::prepare(run.id, &mut bundle)?);
+    let mounts = mounts::prepare(run.id, &mut bundle)?;
+    machine.extend(mounts.resources);
     let (config, fds) = machine_config(size, machine);
     let request = pod_request(run.id, &bundle, &stdio)?;
+    let view = View {
+        root: mounts.root,
+        places: mounts.places,
+        namespaces: namespaces(&bundle.config).others,
+        hostname: bundle.config.spec().hostname().clone(),
+    };
     drop(bundle);
+    // No path of the host from here on.
+    let mut entered = view.enter()?;
+    run.creator.tell(&News::Entered)?;
 
     run.log.debug(|| format!("{}: starting its machine", run.id));
-    let mut process = Process::spawn()?;
-    state.machine = Some(state::Machine::of(process.pid()));
     let runtime =
         tokio::runtime::Builder::new_current_thread().enable_io().enable_time().build().map_err(RunError::Signals)?;
     let outcome = runtime.block_on(async {
         let signals = Signals::new().map_err(RunError::Signals)?;
-        let channel = process.channel()?;
-        let session = Session::new(run.id, Agent::new(agent)?, &channel, &stdio, size, &socket, run.log);
+        let orders = run.creator.orders().map_err(RunError::Signals)?;
+        let channel = Channel::new(channel)?;
+        let session = Session::new(run.id, Agent::new(agent)?, &channel, &stdio, size, pod.as_fd(), run.log);
         let start = async {
             let sent = channel.start(config, &fds).await;
             drop(fds);
             sent
         };
-        let created = || {
-            (state.status, state.kept) = (if kept { Status::Created } else { Status::Running }, kept);
-            directory.write(&state)?;
-            if let Some(path) = run.pid_file {
-                let pid = std::process::id().to_string();
-                state::replace(path, pid.as_bytes()).map_err(|e| RunError::PidFile(path.to_owned(), e))?;
+        let reached = |step| match step {
+            Step::Created => {
+                entered.furnish();
+                view::drop_privileges().map_err(RunError::Privileges)?;
+                (state.status, state.kept) = (Status::Created, begin.kept);
+                directory.write(&state)?;
+                run.creator.tell(&News::Made)?;
+                if begin.kept {
+                    directory.keep();
+                }
+                Ok(())
             }
-            if let Some(report) = report {
-                report().map_err(RunError::Report)?;
-                directory.keep();
+            Step::Started => {
+                state.status = Status::Running;
+                directory.write(&state)?;
+                Ok(run.creator.tell(&News::Started)?)
             }
-            Ok(())
         };
-        supervise(&session, &signals, &channel, &mut process, session.live(start, request, !kept, created)).await
+        let live = session.live(start, request, &orders, begin.foreground, reached);
+        supervise(&session, &signals, &channel, &files, live).await
     });
     // Threads that still wait for input must not hold up the end; they end with the process.
     runtime.shutdown_background();
-    // The terminal is the caller's again before anything is said on it.
-    drop(stdio);
-    if let (Err(_), Some(path)) = (&outcome, run.pid_file) {
-        remove_own_pid_file(path);
-    }
-    match outcome {
-        Ok(Outcome::Exited(exit)) => {
-            report_out_of_memory(&run, exit, limit);
+    match outcome? {
+        Outcome::Exited(exit) => {
+            report_out_of_memory(run, exit, limit);
             Ok(exit.status)
         }
-        Ok(Outcome::Interrupted(signal)) => Ok(u8::try_from(128 + signal).unwrap_or(u8::MAX)),
-        Err(error) => Err(error),
+        Outcome::Interrupted(signal) => Ok(u8::try_from(128 + signal).unwrap_or(u8::MAX)),
     }
+}
+
+/// The files of the machine, by the names they had on the host.
+struct Files {
+    kernel: PathBuf,
+    image: PathBuf,
 }
 
 /// Lives through the session, unless a signal or the end of the machine is first; finds out why the machine ended.
@@ -205,7 +222,7 @@ async fn supervise(
     session: &Session<'_>,
     signals: &Signals,
     channel: &Channel,
-    process: &mut Process,
+    files: &Files,
     live: impl Future<Output = Result<Outcome, RunError>>,
 ) -> Result<Outcome, RunError> {
     let mut drive = std::pin::pin!(channel.drive());
@@ -214,7 +231,7 @@ async fn supervise(
         lived = live => match lived {
             // The machine knows its files by what they are, not by their names.
             Err(RunError::Machine(MachineError::Failed(line))) if !session.booted() => {
-                return Err(MachineError::Failed(with_paths(line)).into());
+                return Err(MachineError::Failed(with_paths(line, files)).into());
             }
             // The connection to the agent breaks when the machine does; the machine knows why.
             Err(RunError::Agent(AgentError::Gone(_)) | RunError::Stdio(StdioError::Connect(..))) => {
@@ -228,19 +245,18 @@ async fn supervise(
         signalled = session.signals(signals) => return signalled,
         ended = &mut drive => ended,
     };
-    let error = ended.unwrap_or_else(|| process.end());
-    match error {
+    match ended.unwrap_or(MachineError::Gone) {
         error @ (MachineError::Reset | MachineError::Crash(_)) if !session.booted() => {
-            Err(RunError::Boot(error, library_file(KERNEL), library_file(IMAGE)))
+            Err(RunError::Boot(error, files.kernel.clone(), files.image.clone()))
         }
         error => Err(error.into()),
     }
 }
 
-fn with_paths(line: String) -> String {
-    [("guest kernel", KERNEL), ("guest image", IMAGE)]
+fn with_paths(line: String, files: &Files) -> String {
+    [("guest kernel", &files.kernel), ("guest image", &files.image)]
         .iter()
-        .fold(line, |line, (what, name)| line.replacen(what, &format!("{what} {}", library_file(name).display()), 1))
+        .fold(line, |line, (what, path)| line.replacen(what, &format!("{what} {}", path.display()), 1))
 }
 
 /// How long the end of a machine may come after the end of the connection to its agent.
@@ -279,31 +295,27 @@ fn pod_request(id: &str, bundle: &Bundle, stdio: &Stdio) -> Result<CreatePodRequ
 }
 
 /// Makes the socket by way of its directory's descriptor: paths of sockets are at most 107 bytes long.
-fn listen(directory: &Directory) -> Result<(PathBuf, UnixListener), RunError> {
+fn listen(directory: &Directory) -> Result<UnixListener, RunError> {
     let pod = directory.pod();
     let listen = || {
         let fd = File::open(&pod)?;
-        UnixListener::bind(format!("/proc/self/fd/{}/{VSOCK}", fd.as_raw_fd()))
+        UnixListener::bind(format!("/proc/self/fd/{}/{SOCKET}", fd.as_raw_fd()))
     };
-    let listener = listen().map_err(|e| RunError::Socket(pod.clone(), e))?;
-    Ok((pod.join(VSOCK), listener))
+    listen().map_err(|e| RunError::Socket(pod.clone(), e))
 }
 
-fn open(path: &Path) -> Result<OwnedFd, RunError> {
-    File::open(path).map(OwnedFd::from).map_err(|e| RunError::Directory(path.to_owned(), e))
-}
-
-/// A run that failed has no pid; a file of somebody else's is not ours to remove.
-fn remove_own_pid_file(path: &Path) {
-    if std::fs::read(path).is_ok_and(|text| text == std::process::id().to_string().as_bytes()) {
-        let _ = std::fs::remove_file(path);
-    }
+fn duplicate(directory: BorrowedFd<'_>) -> Result<OwnedFd, RunError> {
+    directory.try_clone_to_owned().map_err(RunError::Directory)
 }
 
 fn report_out_of_memory(run: &Run<'_>, exit: Exit, limit: Option<u64>) {
     if exit.out_of_memory {
         let limit = limit.map_or(String::new(), |limit| format!(" (limit {limit} bytes)"));
         let who = if exit.killed { "killed" } else { "a process was killed" };
-        run.log.warning(&format!("container {}: out of memory: {who}{limit}", run.id));
+        let warning = format!("container {}: out of memory: {who}{limit}", run.id);
+        // In the background nobody listens.
+        if run.creator.tell_text(News::Warning, &warning).is_err() {
+            run.log.warning(&warning);
+        }
     }
 }

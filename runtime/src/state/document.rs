@@ -101,13 +101,13 @@ impl std::fmt::Display for Status {
 }
 
 impl State {
-    /// The state of a container that this process makes now.
-    pub fn new(id: &str, bundle: &Path, rootfs: &Path, annotations: Option<HashMap<String, String>>) -> Self {
+    /// The state of a container that this process makes now; `pid` is its own, as the host counts.
+    pub fn new(id: &str, pid: i32, bundle: &Path, rootfs: &Path, annotations: Option<HashMap<String, String>>) -> Self {
         Self {
             version: VERSION,
             oci_version: crate::cli::OCI_VERSION.into(),
             id: id.into(),
-            process: Process::of(std::process::id().cast_signed()),
+            process: Process::of(pid),
             status: Status::Creating,
             bundle: bundle.into(),
             rootfs: rootfs.into(),
@@ -126,7 +126,13 @@ mod tests {
     #[test]
     fn a_state_is_read_as_it_was_written() {
         let annotations = HashMap::from([("a".to_owned(), "b".to_owned())]);
-        let mut state = State::new("x", Path::new("/bundle"), Path::new("/root"), Some(annotations));
+        let mut state = State::new(
+            "x",
+            std::process::id().cast_signed(),
+            Path::new("/bundle"),
+            Path::new("/root"),
+            Some(annotations),
+        );
         state.machine = Some(Machine(Process { pid: 7, start_time: 8 }));
         let text = serde_json::to_string(&state).unwrap();
         let read: State = serde_json::from_str(&text).unwrap();

@@ -2,7 +2,7 @@
 
 use std::fs;
 use std::io::{self, Read};
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -46,15 +46,20 @@ impl Known {
         rustix::fs::fstat(&self.directory).map_or(0, |stat| stat.st_uid)
     }
 
-    /// The pod's socket.
-    pub fn socket(&self) -> PathBuf {
-        self.root.join(PODS).join(&self.state.id).join("vsock.sock")
+    /// The pod's directory, with its sockets.
+    pub fn pod(&self) -> Result<OwnedFd, StateError> {
+        super::open(&self.root.join(PODS).join(&self.state.id))
+    }
+
+    /// The process that stands for the container; `None` if it is gone.
+    pub fn process(&self) -> Option<OwnedFd> {
+        find(self.state.process)
     }
 
     /// Notes another status.
     pub fn note(&mut self, status: Status) -> Result<(), StateError> {
         self.state.status = status;
-        super::write(&self.root.join(&self.state.id), &self.state)
+        super::write(self.directory.as_fd(), &self.root.join(&self.state.id), &self.state)
     }
 
     /// Ends the container's processes, if they live, without asking anything inside, and removes all of it.
@@ -142,14 +147,15 @@ fn is_locked(directory: &OwnedFd) -> bool {
     locked
 }
 
+fn find(process: Process) -> Option<OwnedFd> {
+    let pidfd = pidfd_open(Pid::from_raw(process.pid)?, PidfdFlags::empty()).ok()?;
+    // After the descriptor is open its number cannot become another's.
+    (start_time(process.pid) == Some(process.start_time)).then_some(pidfd)
+}
+
 /// Kills a process, and waits for its end.
 fn end(process: Process) {
-    let Some(pid) = Pid::from_raw(process.pid) else { return };
-    let Ok(pidfd) = pidfd_open(pid, PidfdFlags::empty()) else { return };
-    // After the descriptor is open its number cannot become another's.
-    if start_time(process.pid) != Some(process.start_time) {
-        return;
-    }
+    let Some(pidfd) = find(process) else { return };
     let _ = pidfd_send_signal(&pidfd, Signal::KILL);
     let _ = rustix::io::retry_on_intr(|| poll(&mut [PollFd::new(&pidfd, PollFlags::IN)], Some(&END)));
 }
@@ -168,7 +174,7 @@ mod tests {
         let root = root("found");
         assert!(matches!(Known::load(&root, "a"), Err(StateError::Missing(_))));
         let mut held = Directory::create(&root, "a").unwrap();
-        let mut state = State::new("a", Path::new("/b"), Path::new("/r"), None);
+        let mut state = State::new("a", std::process::id().cast_signed(), Path::new("/b"), Path::new("/r"), None);
         (state.status, state.kept) = (Status::Running, true);
         held.write(&state).unwrap();
         held.keep();

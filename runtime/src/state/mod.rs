@@ -13,15 +13,17 @@
 mod document;
 mod known;
 
-use std::ffi::OsString;
-use std::fs;
-use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::ffi::{CString, OsString};
+use std::fs::{self, File};
+use std::io::{self, Write};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{FlockOperation, Mode, OFlags, RenameFlags};
+use podhull_vmm::jail::remove_tree;
+use rustix::fs::{AtFlags, FlockOperation, Mode, OFlags, RenameFlags};
 use rustix::io::Errno;
+use rustix::rand::GetRandomFlags;
 
 pub use document::{Machine, State, Status};
 pub use known::{Known, list, remove};
@@ -65,12 +67,16 @@ pub fn check_id(id: &str) -> Result<(), StateError> {
 }
 
 /// The directories of one container, held and locked by this process; dropping it removes them, unless they are kept.
+///
+/// Nothing is looked up by its path once it is made: the process may have another root by then.
 pub struct Directory {
     root: PathBuf,
+    root_fd: OwnedFd,
     id: String,
     keep: bool,
-    /// Locked; the lock goes with it.
-    _lock: OwnedFd,
+    /// The container's directory, locked; the lock goes with it.
+    container: OwnedFd,
+    pods: OwnedFd,
 }
 
 impl Directory {
@@ -94,10 +100,14 @@ impl Directory {
                 errno => StateError::Write(path, errno.into()),
             });
         }
-        let directory = Self { root: root.to_owned(), id: id.to_owned(), keep: false, _lock: lock };
-        make(&directory.pods(), 0o711)?;
-        make(&directory.pod(), 0o700)?;
-        Ok(directory)
+        // Whatever fails from here on takes the directory with it.
+        let unmade = Unmade(&path);
+        let pods = root.join(PODS);
+        make(&pods, 0o711)?;
+        make(&pods.join(id), 0o700)?;
+        let (root_fd, pods) = (open(root)?, open(&pods)?);
+        std::mem::forget(unmade);
+        Ok(Self { root: root.to_owned(), root_fd, id: id.to_owned(), keep: false, container: lock, pods })
     }
 
     /// Leaves the container's directory, and what is in it, to `delete`.
@@ -112,31 +122,46 @@ impl Directory {
 
     /// The pod's directory.
     pub fn pod(&self) -> PathBuf {
-        self.pods().join(&self.id)
+        self.root.join(PODS).join(&self.id)
+    }
+
+    /// The pod's directory.
+    pub fn open_pod(&self) -> Result<OwnedFd, StateError> {
+        open(&self.pod())
     }
 
     /// The directory of all containers.
-    pub fn root(&self) -> &Path {
-        &self.root
+    pub fn root(&self) -> BorrowedFd<'_> {
+        self.root_fd.as_fd()
     }
 
     /// The directory of all pods.
-    pub fn pods(&self) -> PathBuf {
-        self.root.join(PODS)
+    pub fn pods(&self) -> BorrowedFd<'_> {
+        self.pods.as_fd()
     }
 
     /// Writes `state.json` by rename: a reader sees the old or the new one, whole.
     pub fn write(&self, state: &State) -> Result<(), StateError> {
-        write(&self.container(), state)
+        write(self.container.as_fd(), &self.container(), state)
+    }
+}
+
+/// Removes a directory that turned out to be useless.
+struct Unmade<'a>(&'a Path);
+
+impl Drop for Unmade<'_> {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir(self.0);
     }
 }
 
 impl Drop for Directory {
     fn drop(&mut self) {
-        // Nothing can be done about an error here, and the next command sweeps.
-        let _ = fs::remove_dir_all(self.pod());
+        // Ids have no zero byte. Nothing can be done about an error here, and the next command sweeps.
+        let id = CString::new(self.id.as_str()).unwrap_or_default();
+        let _ = remove_tree(self.pods.as_fd(), &id);
         if !self.keep {
-            let _ = fs::remove_dir_all(self.container());
+            let _ = remove_tree(self.root_fd.as_fd(), &id);
         }
     }
 }
@@ -144,10 +169,28 @@ impl Drop for Directory {
 /// Name of the document in a container's directory.
 const DOCUMENT: &str = "state.json";
 
-fn write(container: &Path, state: &State) -> Result<(), StateError> {
-    let path = container.join(DOCUMENT);
-    let text = serde_json::to_vec(state).map_err(|e| StateError::Write(path.clone(), e.into()))?;
-    replace(&path, &text).map_err(|e| StateError::Write(path, e))
+/// `path` is the directory's, for errors.
+fn write(container: BorrowedFd<'_>, path: &Path, state: &State) -> Result<(), StateError> {
+    let fail = |error: io::Error| StateError::Write(path.join(DOCUMENT), error);
+    let text = serde_json::to_vec(state).map_err(|e| fail(e.into()))?;
+    // A name of its own for each writer: process ids differ among pid namespaces.
+    let mut random = [0; 8];
+    rustix::rand::getrandom(&mut random, GetRandomFlags::empty()).map_err(|e| fail(e.into()))?;
+    let new = format!("{DOCUMENT}.{:016x}", u64::from_ne_bytes(random));
+    let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::CLOEXEC;
+    let file = rustix::fs::openat(container, &new, flags, Mode::from_raw_mode(0o600)).map_err(|e| fail(e.into()))?;
+    let written = File::from(file)
+        .write_all(&text)
+        .and_then(|()| Ok(rustix::fs::renameat(container, &new, container, DOCUMENT)?));
+    written.map_err(|error| {
+        let _ = rustix::fs::unlinkat(container, &new, AtFlags::empty());
+        fail(error)
+    })
+}
+
+fn open(path: &Path) -> Result<OwnedFd, StateError> {
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    rustix::fs::open(path, flags, Mode::empty()).map_err(|e| StateError::Write(path.to_owned(), e.into()))
 }
 
 /// Writes a file of any directory by rename.

@@ -1,13 +1,12 @@
 //! A stream into the guest: `CONNECT <port>` and `OK` on the pod's socket, then the token that names the stream.
 
-use std::fs::File;
 use std::io::{self, Read, Write};
-use std::os::fd::AsRawFd;
+use std::os::fd::BorrowedFd;
 use std::os::unix::net::UnixStream;
-use std::path::Path;
 use std::time::Duration;
 
 use podhull_protocol::STDIO_PORT;
+use rustix::thread::UnshareFlags;
 
 /// How long the guest may take to accept a connection.
 const DEADLINE: Duration = Duration::from_secs(30);
@@ -15,21 +14,21 @@ const DEADLINE: Duration = Duration::from_secs(30);
 /// Longest answer: `OK` and a port.
 const MAX_ANSWER: usize = 32;
 
+/// Name of the pod's socket in the pod's directory.
+pub const SOCKET: &str = "vsock.sock";
+
 /// Connects, and names the stream by its token.
-pub fn connect(socket: &Path, token: u64) -> io::Result<UnixStream> {
-    let mut stream = dial(socket, STDIO_PORT)?;
+pub fn connect(pod: BorrowedFd<'_>, token: u64) -> io::Result<UnixStream> {
+    let mut stream = dial(pod, STDIO_PORT)?;
     stream.set_write_timeout(Some(DEADLINE))?;
     stream.write_all(&token.to_le_bytes())?;
     stream.set_write_timeout(None)?;
     Ok(stream)
 }
 
-/// Connects to a port of the guest.
-pub fn dial(socket: &Path, port: u32) -> io::Result<UnixStream> {
-    // By way of its directory's descriptor: paths of sockets are at most 107 bytes long.
-    let directory = File::open(socket.parent().unwrap_or(Path::new("/")))?;
-    let name = socket.file_name().unwrap_or_default();
-    let mut stream = UnixStream::connect(Path::new(&format!("/proc/self/fd/{}", directory.as_raw_fd())).join(name))?;
+/// Connects to a port of the guest through the socket in the pod's directory.
+pub fn dial(pod: BorrowedFd<'_>, port: u32) -> io::Result<UnixStream> {
+    let mut stream = connect_in(pod, SOCKET)?;
     stream.set_read_timeout(Some(DEADLINE))?;
     stream.set_write_timeout(Some(DEADLINE))?;
     stream.write_all(format!("CONNECT {port}\n").as_bytes())?;
@@ -40,6 +39,24 @@ pub fn dial(socket: &Path, port: u32) -> io::Result<UnixStream> {
     stream.set_read_timeout(None)?;
     stream.set_write_timeout(None)?;
     Ok(stream)
+}
+
+/// Connects to a socket in a directory. There is no `connectat`, the path of a socket is at most 107 bytes long, and a shadow
+/// has no `/proc` it could trust: so a thread goes there.
+fn connect_in(directory: BorrowedFd<'_>, name: &str) -> io::Result<UnixStream> {
+    std::thread::scope(|scope| {
+        let go = || {
+            // SAFETY: root and working directory of this thread alone; no descriptor table is unshared.
+            unsafe { rustix::thread::unshare_unsafe(UnshareFlags::FS) }?;
+            rustix::process::fchdir(directory)?;
+            UnixStream::connect(name)
+        };
+        let thread = std::thread::Builder::new().name("connect".into()).stack_size(super::pump::STACK);
+        thread
+            .spawn_scoped(scope, go)?
+            .join()
+            .unwrap_or_else(|_| Err(io::Error::other("the connecting thread panicked")))
+    })
 }
 
 /// One line, byte by byte: what follows belongs to the guest's stream.
@@ -64,6 +81,7 @@ fn line(stream: &mut impl Read) -> io::Result<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::os::fd::AsFd;
     use std::os::unix::net::UnixListener;
 
     #[test]
@@ -82,11 +100,12 @@ mod tests {
             let (stream, _) = listener.accept().unwrap();
             drop(stream);
         });
-        let mut stream = connect(&path, 0x0102_0304_0506_0708).unwrap();
+        let pod = std::fs::File::open(&directory).unwrap();
+        let mut stream = connect(pod.as_fd(), 0x0102_0304_0506_0708).unwrap();
         let mut text = [0; 5];
         stream.read_exact(&mut text).unwrap();
         assert_eq!(&text, b"hello");
-        assert!(connect(&path, 1).is_err());
+        assert!(connect(pod.as_fd(), 1).is_err());
         peer.join().unwrap();
         std::fs::remove_dir_all(&directory).unwrap();
     }

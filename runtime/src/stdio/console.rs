@@ -22,12 +22,17 @@ impl Console {
     pub fn open(socket: &Path, size: Option<(u16, u16)>) -> Result<Self, StdioError> {
         let (master, peer) = pair(size).map_err(StdioError::Terminal)?;
         send(socket, &master).map_err(|e| StdioError::ConsoleSocket(socket.to_owned(), e))?;
-        // It becomes our controlling terminal so that the caller's changes of size reach us as SIGWINCH. A process that
-        // leads a group already cannot have one; it learns the size it had when the container started.
-        if rustix::process::setsid().is_ok() {
-            let _ = rustix::process::ioctl_tiocsctty(&peer);
-        }
-        Ok(Self { peer })
+        Ok(Self::of(peer))
+    }
+
+    /// The container's side of a terminal that somebody else has made.
+    pub fn of(peer: OwnedFd) -> Self {
+        // It becomes our controlling terminal so that the caller's changes of size reach us as SIGWINCH. A shadow leads a
+        // session already. Another process that leads a group cannot have one; it learns the size it had when the
+        // container started.
+        let _ = rustix::process::setsid();
+        let _ = rustix::process::ioctl_tiocsctty(&peer);
+        Self { peer }
     }
 
     /// Rows and columns, if the caller has set them.
@@ -41,7 +46,8 @@ impl Console {
     }
 }
 
-fn pair(size: Option<(u16, u16)>) -> Result<(OwnedFd, OwnedFd), Errno> {
+/// A new terminal: its master, and its other side, which passes every key through.
+pub fn pair(size: Option<(u16, u16)>) -> Result<(OwnedFd, OwnedFd), Errno> {
     let flags = OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC;
     let master = openpt(flags)?;
     unlockpt(&master)?;
@@ -50,10 +56,15 @@ fn pair(size: Option<(u16, u16)>) -> Result<(OwnedFd, OwnedFd), Errno> {
     let mut mode = tcgetattr(&peer)?;
     mode.make_raw();
     tcsetattr(&peer, OptionalActions::Now, &mode)?;
-    if let Some((rows, columns)) = size {
-        tcsetwinsize(&peer, Winsize { ws_row: rows, ws_col: columns, ws_xpixel: 0, ws_ypixel: 0 })?;
+    if let Some(size) = size {
+        set_size(peer.as_fd(), size)?;
     }
     Ok((master, peer))
+}
+
+/// Sets rows and columns of a terminal.
+pub fn set_size(terminal: BorrowedFd<'_>, (rows, columns): (u16, u16)) -> Result<(), Errno> {
+    tcsetwinsize(terminal, Winsize { ws_row: rows, ws_col: columns, ws_xpixel: 0, ws_ypixel: 0 })
 }
 
 fn send(socket: &Path, master: &OwnedFd) -> io::Result<()> {

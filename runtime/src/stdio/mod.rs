@@ -5,6 +5,7 @@
 
 mod connect;
 mod console;
+mod proxy;
 mod pump;
 mod terminal;
 
@@ -13,14 +14,16 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::thread::JoinHandle;
 
 use rustix::fs::FileType;
 use rustix::io::Errno;
 use rustix::rand::GetRandomFlags;
 use tokio::sync::mpsc;
 
-pub use connect::dial;
+pub use connect::{SOCKET, dial};
 use console::Console;
+pub use proxy::Proxy;
 use pump::Progress;
 use terminal::Terminal;
 
@@ -90,20 +93,23 @@ pub struct Stdio {
 
 impl Stdio {
     /// Decides where the streams go; nothing is connected yet. `size` is what the specification says about the terminal.
-    /// With `detached` the caller's own terminal cannot be used.
+    /// `given` is a terminal of the caller's making ([`Proxy`]); with `detached` its own cannot be used.
     pub fn new(
         terminal: bool,
         console_socket: Option<&Path>,
         size: Option<(u16, u16)>,
+        given: Option<OwnedFd>,
         detached: bool,
     ) -> Result<Self, StdioError> {
-        let ends = match (terminal, console_socket) {
-            (true, None) if detached => return Err(StdioError::Detached),
-            (false, Some(_)) => return Err(StdioError::ConsoleWithoutTerminal),
-            (true, Some(socket)) => Ends::Console(Console::open(socket, size)?),
-            (true, None) => Ends::Terminal(Terminal::open()?),
-            (false, None) => Ends::Streams(STANDARD.map(|fd| !is_null(fd()))),
+        let ends = match (terminal, console_socket, given) {
+            (false, Some(_), _) => return Err(StdioError::ConsoleWithoutTerminal),
+            (true, Some(socket), _) => Ends::Console(Console::open(socket, size)?),
+            (true, None, Some(peer)) => Ends::Console(Console::of(peer)),
+            (true, None, None) if detached => return Err(StdioError::Detached),
+            (true, None, None) => Ends::Terminal(Terminal::open()?),
+            (false, None, _) => Ends::Streams(STANDARD.map(|fd| !is_null(fd()))),
         };
+        pump::prepare().map_err(StdioError::Duplicate)?;
         Ok(Self { ends, tokens: [token()?, token()?, token()?] })
     }
 
@@ -146,32 +152,32 @@ impl Stdio {
         }
     }
 
-    /// Starts a thread for each direction of each stream; they connect to the pod's socket and move bytes.
-    pub fn connect(&self, socket: &Path) -> Result<Flow, StdioError> {
+    /// Starts a thread for each direction of each stream; they connect to the socket in the pod's directory and move bytes.
+    pub fn connect(&self, pod: BorrowedFd<'_>) -> Result<Flow, StdioError> {
         let (sender, receiver) = mpsc::unbounded_channel();
         let mut flow = Flow { sender, receiver, progress: Arc::default(), connecting: 0, outputs: 0 };
         let [stdin, stdout, stderr] = self.tokens;
-        let socket: Arc<Path> = socket.into();
+        let pod = Arc::new(duplicate(pod).map_err(StdioError::Duplicate)?);
         match &self.ends {
             Ends::Streams(given) => {
                 let copy = |index: usize| duplicate(STANDARD[index]()).map_err(StdioError::Duplicate);
                 if given[1] {
-                    flow.start("stdout", &socket, stdout, Direction::Output(copy(1)?))?;
+                    flow.start("stdout", &pod, stdout, Direction::Output(copy(1)?))?;
                 }
                 if given[2] {
-                    flow.start("stderr", &socket, stderr, Direction::Output(copy(2)?))?;
+                    flow.start("stderr", &pod, stderr, Direction::Output(copy(2)?))?;
                 }
                 if given[0] {
-                    flow.start("stdin", &socket, stdin, Direction::Input(copy(0)?))?;
+                    flow.start("stdin", &pod, stdin, Direction::Input(copy(0)?))?;
                 }
             }
             Ends::Terminal(_) => {
                 let copy = |index: usize| duplicate(STANDARD[index]()).map_err(StdioError::Duplicate);
-                flow.start("terminal", &socket, stdout, Direction::Both(copy(0)?, copy(1)?, pump::End::Keep))?;
+                flow.start("terminal", &pod, stdout, Direction::Both(copy(0)?, copy(1)?, pump::End::Keep))?;
             }
             Ends::Console(console) => {
                 let copy = || duplicate(console.peer()).map_err(StdioError::Duplicate);
-                flow.start("terminal", &socket, stdout, Direction::Both(copy()?, copy()?, pump::End::HangUp))?;
+                flow.start("terminal", &pod, stdout, Direction::Both(copy()?, copy()?, pump::End::HangUp))?;
             }
         }
         Ok(flow)
@@ -193,7 +199,7 @@ impl Flow {
     fn start(
         &mut self,
         name: &'static str,
-        socket: &Arc<Path>,
+        pod: &Arc<OwnedFd>,
         token: u64,
         direction: Direction,
     ) -> Result<(), StdioError> {
@@ -201,8 +207,8 @@ impl Flow {
         if !matches!(direction, Direction::Input(_)) {
             self.outputs += 1;
         }
-        let (socket, sender, progress) = (socket.clone(), self.sender.clone(), self.progress.clone());
-        thread(name, move || match connect::connect(&socket, token) {
+        let (pod, sender, progress) = (pod.clone(), self.sender.clone(), self.progress.clone());
+        thread(name, move || match connect::connect(pod.as_fd(), token) {
             Ok(stream) => {
                 let _ = sender.send(Report::Connected);
                 if let Err(error) = direction.run(name, stream, &sender, &progress) {
@@ -286,7 +292,12 @@ impl Direction {
 }
 
 fn thread(name: &'static str, run: impl FnOnce() + Send + 'static) -> io::Result<()> {
-    std::thread::Builder::new().name(name.into()).stack_size(pump::STACK).spawn(run).map(drop)
+    spawn(name, run).map(drop)
+}
+
+/// A thread that moves bytes.
+fn spawn(name: &'static str, run: impl FnOnce() + Send + 'static) -> io::Result<JoinHandle<()>> {
+    std::thread::Builder::new().name(name.into()).stack_size(pump::STACK).spawn(run)
 }
 
 /// Standard input, output and error.

@@ -3,6 +3,7 @@
 use std::net::Shutdown;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
+use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::time::Duration;
 
@@ -89,10 +90,30 @@ pub fn input(from: OwnedFd, stream: &UnixStream, end: End) {
     };
 }
 
+/// Moves from one to the other until there is nothing more, or nobody to take it.
+pub fn copy(from: BorrowedFd<'_>, to: BorrowedFd<'_>) {
+    let mut buffer = vec![0; CHUNK];
+    while let Ok(length @ 1..) = read(from, &mut buffer) {
+        if write_all(to, &buffer[..length]).is_err() {
+            break;
+        }
+    }
+}
+
+/// `/dev/null`, opened while that was the host's.
+static NULL: OnceLock<OwnedFd> = OnceLock::new();
+
+/// To be called before anything is moved, and before this process has another root.
+pub fn prepare() -> Result<(), Errno> {
+    use rustix::fs::{Mode, OFlags};
+    let null = rustix::fs::open("/dev/null", OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())?;
+    NULL.get_or_init(|| null);
+    Ok(())
+}
+
 /// Puts `/dev/null` in place of standard input, so that the pipe behind it has no reader any more.
 fn forget_stdin() {
-    use rustix::fs::{Mode, OFlags};
-    if let Ok(null) = rustix::fs::open("/dev/null", OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty()) {
+    if let Some(null) = NULL.get() {
         let _ = rustix::stdio::dup2_stdin(null);
     }
 }

@@ -83,15 +83,14 @@ impl Memory {
     }
 }
 
-/// Memory of podhull itself, and of its machine's process.
+/// Memory of podhull itself, its shadow included, and of its machine's process.
 fn weigh(pid: i32) -> Outcome<(Memory, Memory)> {
-    let run = Memory::of(pid)?;
-    let (mut vmm, mut found) = (Memory::default(), 0);
+    let (mut run, mut vmm) = (Memory::of(pid)?, Memory::default());
     for process in processes::descendants(pid) {
-        vmm += Memory::of(process.pid)?;
-        found += 1;
+        let memory = Memory::of(process.pid)?;
+        if memory.guest > 0.0 { vmm += memory } else { run += memory }
     }
-    ensure!(found > 0 && vmm.guest > 0.0, "no process of podhull's has guest memory");
+    ensure!(vmm.guest > 0.0, "no process of podhull's has guest memory");
     Ok((run, vmm))
 }
 
@@ -122,7 +121,7 @@ pub fn measure(bench: &Bench) -> Outcome<Vec<Panel>> {
         let figure = |what: &str, samples| Figure::new(format!("{name} pod: {what}"), "MiB", samples);
         let figures = vec![
             figure("VMM beside guest memory", vmm).at_most(4.0),
-            figure("podhull run", run),
+            figure("podhull run and shadow", run),
             figure("all host processes beside guest memory", all).at_most(8.0),
             figure("guest memory, PSS", guest),
             figure("guest memory, private", guest_private).at_most(*private),

@@ -1,0 +1,263 @@
+//! Making a container, as the command does it that is asked to: it starts the machine's process and the shadow, does what
+//! takes a look from outside (its hooks, its control group), and in the foreground stays until the end.
+
+use std::io;
+use std::os::fd::OwnedFd;
+use std::path::{Path, PathBuf};
+use std::process::ExitStatus;
+
+use rustix::event::{PollFd, PollFlags, poll};
+use rustix::io::Errno;
+
+use super::link::{Begin, News};
+use super::shadow::Shadow;
+use super::view::namespaces;
+use crate::bundle::{Bundle, BundleError};
+use crate::log::Log;
+use crate::machine::{MachineError, PidNamespace, Process};
+use crate::signals::{self, Waiting};
+use crate::state::{self, Known, StateError};
+use crate::stdio::{Proxy, StdioError};
+
+/// What to make, and for whom.
+pub struct Create<'a> {
+    /// The container's id.
+    pub id: &'a str,
+    /// Directory of the bundle.
+    pub bundle: &'a Path,
+    /// Where to write the pid that stands for the container.
+    pub pid_file: Option<&'a Path>,
+    /// Whether somebody else is sent the terminal.
+    pub console_socket: bool,
+    /// Root of all state.
+    pub root: &'a Path,
+    /// Where to say what happens.
+    pub log: &'a Log,
+}
+
+/// Why there is no container, or no program in it.
+#[derive(Debug, thiserror::Error)]
+pub enum CreateError {
+    /// The bundle is wrong.
+    #[error(transparent)]
+    Bundle(#[from] BundleError),
+    /// Its id, or what is written under the state root.
+    #[error(transparent)]
+    State(#[from] StateError),
+    /// Its terminal.
+    #[error(transparent)]
+    Stdio(#[from] StdioError),
+    /// Its shadow said it.
+    #[error("{0}")]
+    Failed(String),
+    /// Its machine.
+    #[error(transparent)]
+    Machine(#[from] MachineError),
+    /// The shadow cannot be started.
+    #[error("cannot start the container's process: {0}")]
+    Spawn(#[source] io::Error),
+    /// The shadow ended without a word.
+    #[error("the container's process ended before its time: {0}")]
+    Died(ExitStatus),
+    /// Its end cannot be waited for.
+    #[error("cannot wait for the container's process: {0}")]
+    Wait(#[source] io::Error),
+    /// The pid file cannot be written.
+    #[error("cannot write the pid file {0}: {1}")]
+    PidFile(PathBuf, #[source] io::Error),
+}
+
+/// A container in the making, or one in the foreground.
+struct Pod<'a> {
+    create: &'a Create<'a>,
+    machine: Process,
+    shadow: Shadow,
+}
+
+/// Makes a container, which waits for `start`; it is its shadow's from then on.
+pub fn create(create: &Create<'_>) -> Result<(), CreateError> {
+    let bundle = Bundle::open(create.bundle)?;
+    let pod = Pod::begin(create, &bundle, Begin { kept: true, ..Begin::default() }, None)?;
+    loop {
+        match pod.shadow.news() {
+            Ok(News::Entered) => pod.shadow.go_on(),
+            Ok(News::Made) => break,
+            Ok(News::Started | News::Warning(_)) => {}
+            Ok(News::Failed(error)) => return Err(pod.failed(error)),
+            Ok(News::MachineGone) => return Err(pod.machine_gone()),
+            Err(_) => return Err(pod.died()),
+        }
+    }
+    if let Err(error) = pod.write_pid_file() {
+        return Err(pod.end(error));
+    }
+    pod.machine.release();
+    Ok(())
+}
+
+/// Runs a container in the foreground; returns its exit status. Without `kept` nothing is left of it then.
+pub fn run(create: &Create<'_>, kept: bool) -> Result<u8, CreateError> {
+    let bundle = Bundle::open(create.bundle)?;
+    // From here on nothing ends this process between making something and removing it.
+    signals::block();
+    let signals = Waiting::new().map_err(CreateError::Wait)?;
+    let mut proxy = match bundle.config.terminal() && !create.console_socket {
+        true => Some(Proxy::open(bundle.config.console_size())?),
+        false => None,
+    };
+    let begin = Begin { kept, foreground: true, ..Begin::default() };
+    let pod = Pod::begin(create, &bundle, begin, proxy.as_mut().and_then(Proxy::take_peer))?;
+    let mut running = false;
+    loop {
+        let (signal, news) = {
+            let link = pod.shadow.link();
+            let mut fds = [PollFd::new(&signals, PollFlags::IN), PollFd::new(&link, PollFlags::IN)];
+            match poll(&mut fds, None) {
+                Ok(_) | Err(Errno::INTR) => {}
+                Err(errno) => return Err(pod.end(CreateError::Wait(errno.into()))),
+            }
+            (!fds[0].revents().is_empty(), !fds[1].revents().is_empty())
+        };
+        if news {
+            match pod.shadow.news() {
+                Ok(News::Entered) => pod.shadow.go_on(),
+                Ok(News::Made) => {
+                    if let Err(error) = pod.write_pid_file() {
+                        return Err(pod.end(error));
+                    }
+                    if let Some(Err(error)) = proxy.as_mut().map(Proxy::start) {
+                        return Err(pod.end(error.into()));
+                    }
+                    running = true;
+                    pod.shadow.go_on();
+                }
+                Ok(News::Started) => create.log.debug(|| format!("{}: container runs", create.id)),
+                Ok(News::Warning(text)) => create.log.warning(&text),
+                Ok(News::Failed(error)) => return Err(pod.failed(error)),
+                Ok(News::MachineGone) => return Err(pod.machine_gone()),
+                Err(_) => break,
+            }
+        }
+        if signal && let Some(signal) = signals.next() {
+            match (signal, &proxy) {
+                (libc::SIGWINCH, Some(proxy)) => proxy.resize(),
+                // From outside: the key of the terminal goes to the container. The shell gets a sane terminal.
+                (libc::SIGTSTP, Some(proxy)) => proxy.stop(),
+                (libc::SIGCONT, Some(proxy)) if running => {
+                    if let Err(error) = proxy.resume() {
+                        return Err(pod.end(error.into()));
+                    }
+                }
+                (signal, _) if signals::is_ours(signal) => {}
+                (signal, _) if running => pod.shadow.signal(signal),
+                (signal, _) if signals::ends_by_default(signal) => {
+                    pod.remove();
+                    return Ok(u8::try_from(128 + signal).unwrap_or(u8::MAX));
+                }
+                _ => {}
+            }
+        }
+    }
+    pod.wait(proxy)
+}
+
+impl<'a> Pod<'a> {
+    /// Starts both processes. `terminal` is one that the container is to have.
+    fn begin(
+        create: &'a Create<'a>,
+        bundle: &Bundle,
+        begin: Begin,
+        terminal: Option<OwnedFd>,
+    ) -> Result<Self, CreateError> {
+        state::check_id(create.id)?;
+        let mut machine = Process::spawn()?;
+        let namespace = if namespaces(&bundle.config).pid { PidNamespace::New } else { PidNamespace::Same };
+        let begin = Begin { machine: Some(machine.pid()), terminal: terminal.is_some(), ..begin };
+        let fds = machine.take_channel().into_iter().chain(terminal).collect();
+        let shadow = Shadow::spawn(namespace, begin, fds).map_err(CreateError::Spawn)?;
+        Ok(Self { create, machine, shadow })
+    }
+
+    fn write_pid_file(&self) -> Result<(), CreateError> {
+        let Some(path) = self.create.pid_file else { return Ok(()) };
+        state::replace(path, self.shadow.pid().to_string().as_bytes())
+            .map_err(|e| CreateError::PidFile(path.to_owned(), e))
+    }
+
+    /// The container has ended, and its shadow is about to, with its status.
+    fn wait(self, proxy: Option<Proxy>) -> Result<u8, CreateError> {
+        let Self { create, machine, shadow } = self;
+        let pid = shadow.pid();
+        let status = shadow.wait().map_err(CreateError::Wait)?;
+        if let Some(mut proxy) = proxy {
+            proxy.drain();
+        }
+        drop(machine);
+        match status.code() {
+            Some(code) => Ok(u8::try_from(code).unwrap_or(u8::MAX)),
+            // Killed: it could not tidy up.
+            None => {
+                create.sweep(pid);
+                Err(CreateError::Died(status))
+            }
+        }
+    }
+
+    /// The shadow has said why, and removes what it made.
+    fn failed(self, error: String) -> CreateError {
+        let _ = self.shadow.wait();
+        self.create.remove_pid_file();
+        CreateError::Failed(error)
+    }
+
+    /// The shadow cannot know why; the process is a child of ours.
+    fn machine_gone(mut self) -> CreateError {
+        let error = self.machine.end();
+        let _ = self.shadow.wait();
+        self.create.remove_pid_file();
+        error.into()
+    }
+
+    /// The shadow ended without a word.
+    fn died(self) -> CreateError {
+        let Self { create, machine, shadow } = self;
+        let pid = shadow.pid();
+        let status = shadow.wait();
+        drop(machine);
+        create.sweep(pid);
+        status.map_or_else(CreateError::Wait, CreateError::Died)
+    }
+
+    /// Ends it all for an error of ours.
+    fn end(self, error: CreateError) -> CreateError {
+        self.remove();
+        error
+    }
+
+    fn remove(self) {
+        let Self { create, machine, shadow } = self;
+        let pid = shadow.pid();
+        shadow.kill();
+        drop(machine);
+        create.sweep(pid);
+    }
+}
+
+impl Create<'_> {
+    /// Removes what a shadow left that was killed. What it had not written down yet the next command sweeps.
+    fn sweep(&self, pid: i32) {
+        self.remove_pid_file();
+        if let Ok(known) = Known::load(self.root, self.id)
+            && known.state.process.pid == pid
+        {
+            let _ = known.destroy();
+        }
+    }
+
+    /// A container that failed has no pid; a file that somebody else made meanwhile is not told apart.
+    fn remove_pid_file(&self) {
+        if let Some(path) = self.pid_file {
+            let _ = std::fs::remove_file(path);
+        }
+    }
+}

@@ -1,0 +1,152 @@
+//! What a shadow and the command that makes it say to each other: a `SOCK_SEQPACKET` socket pair with messages in JSON, as
+//! on the channel to a machine. The command writes [`Order`]s, the shadow [`News`].
+
+use std::io;
+use std::os::fd::{AsFd, FromRawFd, OwnedFd};
+
+use podhull_vmm::control::{self, ChannelError};
+use rustix::io::Errno;
+use serde::{Deserialize, Serialize};
+use tokio::io::unix::AsyncFd;
+
+/// Descriptor at which the shadow finds its end.
+pub const LINK_FD: i32 = 3;
+
+/// Longest error or warning that is passed on, in bytes.
+const MAX_TEXT: usize = 32 * 1024;
+
+/// What the command wants.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Order {
+    /// The first. Attached are, in this order and as far as there is one, the channel to its machine, the terminal, and the
+    /// process whose namespaces it is to join (a pidfd).
+    Begin(Begin),
+    /// What the shadow waits for was done.
+    GoOn,
+}
+
+/// What a shadow has to know and cannot find out.
+#[derive(Debug, Default, Clone, Copy, Serialize, Deserialize)]
+pub struct Begin {
+    /// Its process id as the command, and the host, count.
+    pub pid: i32,
+    /// The process of the machine.
+    pub machine: Option<i32>,
+    /// Whether a terminal is attached, which is to be the container's.
+    pub terminal: bool,
+    /// Whether a process is attached, which stands for the container.
+    pub container: bool,
+    /// Whether the command stays, and the container ends with it.
+    pub foreground: bool,
+    /// Whether the container stays when it has ended, until `delete`.
+    pub kept: bool,
+}
+
+/// How far a shadow is.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum News {
+    /// It is in its namespaces. It waits for [`Order::GoOn`] before the container is made.
+    Entered,
+    /// The container is made, or the program executed. In the foreground the container's program waits for
+    /// [`Order::GoOn`], else for somebody to ask the agent.
+    Made,
+    /// The program runs; in the foreground only.
+    Started,
+    /// Something the user should know.
+    Warning(String),
+    /// The last: why there is no container, or no more; one line.
+    Failed(String),
+    /// The last: the machine's process has closed its channel, and did not say why.
+    MachineGone,
+}
+
+/// The command at the other end is gone, or speaks in tongues.
+#[derive(Debug, thiserror::Error)]
+#[error("who asked for it is gone: {0}")]
+pub struct LinkError(#[from] ChannelError);
+
+/// What a shadow begins with.
+pub struct Given {
+    /// What it is told.
+    pub begin: Begin,
+    /// The channel to its machine.
+    pub channel: Option<OwnedFd>,
+    /// The terminal of its container.
+    pub terminal: Option<OwnedFd>,
+    /// The process that stands for its container. Its number would mean another here, in its pid namespace.
+    pub container: Option<OwnedFd>,
+}
+
+/// The shadow's end.
+pub struct Creator(OwnedFd);
+
+impl Creator {
+    /// Takes the descriptor that this process was started with; `None` if it was not. To be called once, and first.
+    pub fn inherited() -> Option<Self> {
+        // SAFETY: who makes shadows put the socket there, and nothing else has opened anything yet; fcntl tells if it is
+        // not open.
+        let fd = unsafe {
+            if libc::fcntl(LINK_FD, libc::F_SETFD, libc::FD_CLOEXEC) != 0 {
+                return None;
+            }
+            OwnedFd::from_raw_fd(LINK_FD)
+        };
+        rustix::net::sockopt::socket_type(&fd).ok().filter(|kind| *kind == rustix::net::SocketType::SEQPACKET)?;
+        Some(Self(fd))
+    }
+
+    /// Waits for the first order and what comes with it.
+    pub fn begin(&self) -> Result<Given, LinkError> {
+        match control::receive(&self.0)? {
+            (Order::Begin(begin), fds) => {
+                let mut fds = fds.into_iter();
+                let mut next = |given: bool| if given { fds.next() } else { None };
+                let channel = next(begin.machine.is_some());
+                let terminal = next(begin.terminal);
+                Ok(Given { begin, channel, terminal, container: next(begin.container) })
+            }
+            (order, _) => Err(ChannelError::Malformed(format!("{order:?} is not how one begins")).into()),
+        }
+    }
+
+    /// Tells how far this is.
+    pub fn tell(&self, news: &News) -> Result<(), LinkError> {
+        Ok(control::send(&self.0, news, &[])?)
+    }
+
+    /// Tells something that may be long.
+    pub fn tell_text(&self, news: fn(String) -> News, text: &str) -> Result<(), LinkError> {
+        let end = (0..=MAX_TEXT.min(text.len())).rev().find(|end| text.is_char_boundary(*end)).unwrap_or(0);
+        self.tell(&news(text[..end].to_owned()))
+    }
+
+    /// To wait for orders; needs a runtime.
+    pub fn orders(&self) -> io::Result<Orders> {
+        let socket = self.0.try_clone()?;
+        rustix::io::ioctl_fionbio(&socket, true)?;
+        // SAFETY: the descriptor is owned by the AsyncFd from here on, and never replaced.
+        Ok(Orders(unsafe { AsyncFd::register(socket) }?))
+    }
+}
+
+/// The orders that come after the first.
+pub struct Orders(AsyncFd<OwnedFd>);
+
+impl Orders {
+    /// Waits for [`Order::GoOn`]; an error if the command is gone.
+    pub async fn go_on(&self) -> Result<(), LinkError> {
+        loop {
+            match control::receive(self.0.get_ref().as_fd()) {
+                Ok((Order::GoOn, _)) => return Ok(()),
+                Ok((order, _)) => return Err(ChannelError::Malformed(format!("{order:?} in the middle")).into()),
+                Err(ChannelError::Io(Errno::WOULDBLOCK)) => match self.0.readable().await {
+                    Ok(mut guard) => guard.clear_ready(),
+                    Err(_) => return Err(ChannelError::Closed.into()),
+                },
+                Err(error) => return Err(error.into()),
+            }
+        }
+    }
+}
