@@ -90,7 +90,7 @@ fn weigh(pid: i32) -> Outcome<(Memory, Memory)> {
         let memory = Memory::of(process.pid)?;
         if memory.guest > 0.0 { vmm += memory } else { run += memory }
     }
-    ensure!(vmm.guest > 0.0, "no process of podhull's has guest memory");
+    ensure!(vmm.guest != 0.0, "no process of podhull's has guest memory");
     Ok((run, vmm))
 }
 
