@@ -191,10 +191,13 @@ pub fn receive<T: DeserializeOwned>(socket: impl AsFd) -> Result<(T, Vec<OwnedFd
     let mut json = vec![0; MAX_MESSAGE];
     let mut space = vec![std::mem::MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_FDS))];
     let mut ancillary = RecvAncillaryBuffer::new(&mut space);
+    let mut reset = false;
     let received = loop {
         match recvmsg(&socket, &mut [IoSliceMut::new(&mut json)], &mut ancillary, RecvFlags::CMSG_CLOEXEC) {
             Ok(received) => break received,
             Err(rustix::io::Errno::INTR) => {}
+            // The other side left something of ours unread. Reported once, and before what it had sent itself.
+            Err(rustix::io::Errno::CONNRESET) if !reset => reset = true,
             Err(rustix::io::Errno::CONNRESET) => return Err(ChannelError::Closed),
             Err(errno) => return Err(ChannelError::Io(errno)),
         }
@@ -245,6 +248,16 @@ mod tests {
         let mut byte = [0];
         std::io::Read::read_exact(&mut std::fs::File::from(fds.remove(0)), &mut byte).unwrap();
         assert_eq!(&byte, b"!");
+    }
+
+    #[test]
+    fn last_words_arrive_though_the_other_side_did_not_listen() {
+        let (a, b) = pair();
+        send(&b, &Request::SetCpus(1), &[]).unwrap();
+        send(&a, &Notice::Failed("why".into()), &[]).unwrap();
+        drop(a);
+        assert_eq!(receive::<Notice>(&b).unwrap().0, Notice::Failed("why".into()));
+        assert!(matches!(receive::<Notice>(&b), Err(ChannelError::Closed)));
     }
 
     #[test]
