@@ -3,7 +3,7 @@
 //! ```text
 //! <root>/<id>/state.json       the container; see [`State`]
 //! <root>/pods/<id>/vsock.sock  the way into the guest
-//! <root>/@<pid>/               a container's directory in the making
+//! <root>/@<random>/            a container's directory in the making
 //! ```
 //!
 //! A container's directory is locked (`flock`) by its shadow, or by the `podhull run` that runs it, for as long as that
@@ -87,7 +87,7 @@ impl Directory {
         sweep(root);
         let path = root.join(id);
         // Made under another name and locked before it gets its own, so that nobody ever sees it unlocked.
-        let new = root.join(format!("@{}", std::process::id()));
+        let new = root.join(format!("@{}", unique().map_err(|e| StateError::Write(root.to_owned(), e))?));
         make(&new, 0o700)?;
         let lock = rustix::fs::open(&new, OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())
             .and_then(|fd| rustix::fs::flock(&fd, FlockOperation::NonBlockingLockExclusive).map(|()| fd))
@@ -173,10 +173,7 @@ const DOCUMENT: &str = "state.json";
 fn write(container: BorrowedFd<'_>, path: &Path, state: &State) -> Result<(), StateError> {
     let fail = |error: io::Error| StateError::Write(path.join(DOCUMENT), error);
     let text = serde_json::to_vec(state).map_err(|e| fail(e.into()))?;
-    // A name of its own for each writer: process ids differ among pid namespaces.
-    let mut random = [0; 8];
-    rustix::rand::getrandom(&mut random, GetRandomFlags::empty()).map_err(|e| fail(e.into()))?;
-    let new = format!("{DOCUMENT}.{:016x}", u64::from_ne_bytes(random));
+    let new = format!("{DOCUMENT}.{}", unique().map_err(fail)?);
     let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::CLOEXEC;
     let file = rustix::fs::openat(container, &new, flags, Mode::from_raw_mode(0o600)).map_err(|e| fail(e.into()))?;
     let written = File::from(file)
@@ -186,6 +183,14 @@ fn write(container: BorrowedFd<'_>, path: &Path, state: &State) -> Result<(), St
         let _ = rustix::fs::unlinkat(container, &new, AtFlags::empty());
         fail(error)
     })
+}
+
+/// A name that nobody else has. Not the process id: each shadow is the first process of a pid namespace.
+fn unique() -> io::Result<String> {
+    let mut random = [0; 8];
+    // Up to 256 bytes are never cut short (random(4)).
+    rustix::rand::getrandom(&mut random, GetRandomFlags::empty())?;
+    Ok(format!("{:016x}", u64::from_ne_bytes(random)))
 }
 
 fn open(path: &Path) -> Result<OwnedFd, StateError> {
