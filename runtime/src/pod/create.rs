@@ -11,6 +11,7 @@ use rustix::io::Errno;
 
 use super::link::{Begin, News};
 use super::shadow::Shadow;
+use super::size::{Size, SizeError};
 use super::view::namespaces;
 use crate::bundle::{Bundle, BundleError};
 use crate::log::Log;
@@ -41,6 +42,9 @@ pub enum CreateError {
     /// The bundle is wrong.
     #[error(transparent)]
     Bundle(#[from] BundleError),
+    /// It asks for more than there is.
+    #[error(transparent)]
+    Size(#[from] SizeError),
     /// Its id, or what is written under the state root.
     #[error(transparent)]
     State(#[from] StateError),
@@ -76,7 +80,7 @@ struct Pod<'a> {
 
 /// Makes a container, which waits for `start`; it is its shadow's from then on.
 pub fn create(create: &Create<'_>) -> Result<(), CreateError> {
-    let bundle = Bundle::open(create.bundle)?;
+    let bundle = create.check()?;
     let pod = Pod::begin(create, &bundle, Begin { kept: true, ..Begin::default() }, None)?;
     loop {
         match pod.shadow.news() {
@@ -97,7 +101,7 @@ pub fn create(create: &Create<'_>) -> Result<(), CreateError> {
 
 /// Runs a container in the foreground; returns its exit status. Without `kept` nothing is left of it then.
 pub fn run(create: &Create<'_>, kept: bool) -> Result<u8, CreateError> {
-    let bundle = Bundle::open(create.bundle)?;
+    let bundle = create.check()?;
     // From here on nothing ends this process between making something and removing it.
     signals::block();
     let signals = Waiting::new().map_err(CreateError::Wait)?;
@@ -169,7 +173,6 @@ impl<'a> Pod<'a> {
         begin: Begin,
         terminal: Option<OwnedFd>,
     ) -> Result<Self, CreateError> {
-        state::check_id(create.id)?;
         let mut machine = Process::spawn()?;
         let namespace = if namespaces(&bundle.config).pid { PidNamespace::New } else { PidNamespace::Same };
         let begin = Begin { machine: Some(machine.pid()), terminal: terminal.is_some(), ..begin };
@@ -244,6 +247,14 @@ impl<'a> Pod<'a> {
 }
 
 impl Create<'_> {
+    /// What can be said before anything is made, so that it is said first.
+    fn check(&self) -> Result<Bundle, CreateError> {
+        state::check_free(self.root, self.id)?;
+        let bundle = Bundle::open(self.bundle)?;
+        Size::for_container(bundle.config.spec())?;
+        Ok(bundle)
+    }
+
     /// Removes what a shadow left that was killed. What it had not written down yet the next command sweeps.
     fn sweep(&self, pid: i32) {
         self.remove_pid_file();

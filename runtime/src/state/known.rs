@@ -102,6 +102,11 @@ pub fn list(root: &Path) -> Result<Vec<Known>, StateError> {
     Ok(ids.iter().filter_map(|id| Known::load(root, id).ok()).collect())
 }
 
+/// Whether somebody holds the container of this directory.
+pub fn is_held(container: &Path) -> bool {
+    open(container).is_some_and(|directory| is_locked(&directory))
+}
+
 /// Whether the container of this directory stays although nobody holds it.
 pub fn is_kept(container: &Path) -> bool {
     let (Some(root), Some(id)) = (container.parent(), container.file_name().and_then(|name| name.to_str())) else {

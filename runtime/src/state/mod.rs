@@ -66,6 +66,13 @@ pub fn check_id(id: &str) -> Result<(), StateError> {
     if id == PODS { Err(StateError::ReservedId) } else { Ok(()) }
 }
 
+/// An id that nobody has at this moment; to have it takes [`Directory::create`].
+pub fn check_free(root: &Path, id: &str) -> Result<(), StateError> {
+    check_id(id)?;
+    let path = root.join(id);
+    if known::is_held(&path) || known::is_kept(&path) { Err(StateError::InUse(id.to_owned())) } else { Ok(()) }
+}
+
 /// The directories of one container, held and locked by this process; dropping it removes them, unless they are kept.
 ///
 /// Nothing is looked up by its path once it is made: the process may have another root by then.
