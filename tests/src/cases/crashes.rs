@@ -147,11 +147,13 @@ fn the_guest_console_has_the_panic(scene: &Scene) -> Outcome {
 /// Killed at moments spread over the whole of a start.
 fn a_run_killed_while_it_starts(scene: &Scene) -> Outcome {
     let began = Instant::now();
-    let run = start(scene)?;
+    let before = Leaks::watch();
+    let mut run = start(scene)?;
     let whole = began.elapsed();
-    run.signal(Signal::TERM)?;
+    run.signal(Signal::KILL)?;
+    run.wait_open(LATEST * 5)?;
     drop(run);
-    crate::leaks::kill_leftovers();
+    before.check()?;
     let steps = u32::try_from(repetitions(scene))?;
     for step in 0..steps {
         let before = Leaks::watch();
