@@ -5,11 +5,13 @@ mod command_line;
 mod crashes;
 mod exit_codes;
 mod files;
+mod hooks;
 mod isolation;
 mod lifecycle;
 mod load;
 mod namespaces;
 mod podman;
+mod pods;
 mod privileged;
 mod process;
 mod resources;
@@ -25,6 +27,7 @@ pub const ALL: &[&[Case]] = &[
     exit_codes::CASES,
     isolation::CASES,
     lifecycle::CASES,
+    hooks::CASES,
     namespaces::CASES,
     process::CASES,
     privileged::CASES,
@@ -35,6 +38,7 @@ pub const ALL: &[&[Case]] = &[
     crashes::CASES,
     resources::CASES,
     load::CASES,
+    pods::CASES,
     podman::CASES,
 ];
 
