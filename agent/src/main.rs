@@ -12,6 +12,7 @@ mod container;
 mod events;
 mod machine;
 mod native;
+mod network;
 mod pod;
 mod readiness;
 mod reaper;
