@@ -12,6 +12,7 @@ pub mod bundle;
 pub mod cases;
 pub mod container;
 pub mod leaks;
+pub mod netns;
 pub mod processes;
 pub mod run;
 pub mod runtime;

@@ -10,6 +10,7 @@ mod isolation;
 mod lifecycle;
 mod load;
 mod namespaces;
+mod network;
 mod podman;
 mod pods;
 mod privileged;
@@ -39,6 +40,7 @@ pub const ALL: &[&[Case]] = &[
     resources::CASES,
     load::CASES,
     pods::CASES,
+    network::CASES,
     podman::CASES,
 ];
 

@@ -40,10 +40,11 @@ fn each_in_the_spec_is_private(scene: &Scene) -> Outcome {
 }
 
 fn each_left_out_is_the_machine_s(scene: &Scene) -> Outcome {
-    // A host name without a namespace of its own for it would be the machine's, which runtimes refuse.
-    let bundle = scene.debian()?.privileged().namespaces(&["mount"]).remove("", "hostname");
+    // A host name without a namespace of its own for it would be the machine's, which runtimes refuse; and without one for the
+    // network it would be the host's.
+    let bundle = scene.debian()?.privileged().namespaces(&["mount", "network"]).remove("", "hostname");
     let found = scene.run(&bundle.python(COMPARE))?.output()?;
-    let expected = "pid shared\nnet shared\nipc shared\nuts shared\nmnt private\ncgroup shared\nuser shared\n";
+    let expected = "pid shared\nnet private\nipc shared\nuts shared\nmnt private\ncgroup shared\nuser shared\n";
     ensure_eq!(found, expected, "namespaces");
     Ok(())
 }
