@@ -3,6 +3,7 @@
 mod bad_input;
 mod command_line;
 mod crashes;
+mod docker;
 mod exit_codes;
 mod files;
 mod hooks;
@@ -40,6 +41,7 @@ pub const ALL: &[&[Case]] = &[
     load::CASES,
     pods::CASES,
     podman::CASES,
+    docker::CASES,
 ];
 
 /// A test that holds for any OCI runtime.
