@@ -100,7 +100,8 @@ impl Pod {
         let (name, peer) = (format!("dev{number}"), format!("peer{number}"));
         let address = format!("02:00:00:00:00:{number:02x}");
         self.ip(&format!("link add name {name} address {address} type veth peer name {peer}"));
-        self.ip(&format!("link set {peer} up"));
+        // Without addresses of its own, which would come and go.
+        self.ip(&format!("link set {peer} addrgenmode none up"));
     }
 
     async fn with_pod(devices: u8, network: ConfigureNetworkRequest) -> Self {
@@ -201,7 +202,7 @@ async fn the_network_is_made_with_the_pod() {
     let filter = pod.enter().args(["cat", "/proc/sys/net/ipv4/conf/eth0/rp_filter"]).output().unwrap();
     assert_eq!(filter.stdout, b"2\n");
     // A server may bind to any of them at once.
-    assert_eq!(pod.ip("-6 addr show tentative"), "");
+    assert_eq!(pod.ip("-6 addr show dev eth0 tentative"), "");
 }
 
 #[tokio::test(flavor = "current_thread")]

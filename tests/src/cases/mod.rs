@@ -3,6 +3,7 @@
 mod bad_input;
 mod command_line;
 mod crashes;
+mod docker;
 mod exit_codes;
 mod files;
 mod hooks;
@@ -11,6 +12,7 @@ mod lifecycle;
 mod load;
 mod namespaces;
 mod network;
+mod networks;
 mod podman;
 mod pods;
 mod privileged;
@@ -41,7 +43,9 @@ pub const ALL: &[&[Case]] = &[
     load::CASES,
     pods::CASES,
     network::CASES,
+    networks::CASES,
     podman::CASES,
+    docker::CASES,
 ];
 
 /// A test that holds for any OCI runtime.
