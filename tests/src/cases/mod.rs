@@ -12,7 +12,6 @@ mod lifecycle;
 mod load;
 mod namespaces;
 mod network;
-mod networks;
 mod podman;
 mod pods;
 mod privileged;
@@ -43,7 +42,6 @@ pub const ALL: &[&[Case]] = &[
     load::CASES,
     pods::CASES,
     network::CASES,
-    networks::CASES,
     podman::CASES,
     docker::CASES,
 ];
