@@ -29,16 +29,16 @@ pub const CASES: &[Case] = &[
 ];
 
 /// A container in the background, its output in a file.
-struct Container<'a> {
-    scene: &'a Scene,
-    id: String,
+pub(super) struct Container<'a> {
+    pub scene: &'a Scene,
+    pub id: String,
     output: PathBuf,
-    pid: Pid,
+    pub pid: Pid,
 }
 
 impl<'a> Container<'a> {
     /// `words` are `create`, or `run` and `--detach`.
-    fn make(scene: &'a Scene, bundle: &Bundle, words: &[&str]) -> Outcome<Self> {
+    pub fn make(scene: &'a Scene, bundle: &Bundle, words: &[&str]) -> Outcome<Self> {
         bundle.write()?;
         let id = scene.id();
         let (output, pid_file) = (scene.directory.join(format!("{id}.out")), scene.directory.join(format!("{id}.pid")));
@@ -57,29 +57,29 @@ impl<'a> Container<'a> {
         Ok(Self { scene, id, output, pid })
     }
 
-    fn create(scene: &'a Scene, bundle: &Bundle) -> Outcome<Self> {
+    pub fn create(scene: &'a Scene, bundle: &Bundle) -> Outcome<Self> {
         Self::make(scene, bundle, &["create"])
     }
 
-    fn call(&self, words: &[&str]) -> Outcome<Ended> {
+    pub fn call(&self, words: &[&str]) -> Outcome<Ended> {
         self.scene.call(words)
     }
 
-    fn start(&self) -> Outcome {
+    pub fn start(&self) -> Outcome {
         self.call(&["start", &self.id])?.output().map(drop)
     }
 
-    fn state(&self) -> Outcome<Value> {
+    pub fn state(&self) -> Outcome<Value> {
         Ok(serde_json::from_str(&self.call(&["state", &self.id])?.output()?)?)
     }
 
-    fn status(&self) -> Outcome<String> {
+    pub fn status(&self) -> Outcome<String> {
         Ok(self.state()?["status"].as_str().unwrap_or_default().to_owned())
     }
 
     /// The status the process that stands for the container exits with, or 128 and the signal that ended it, which callers
     /// take for the same: it is ours since its parent has gone.
-    fn wait(&self) -> Outcome<i32> {
+    pub fn wait(&self) -> Outcome<i32> {
         let pidfd = pidfd_open(self.pid, PidfdFlags::empty())?;
         let deadline = rustix::event::Timespec::try_from(DEADLINE)?;
         let ready = rustix::event::poll(
@@ -91,12 +91,12 @@ impl<'a> Container<'a> {
         Ok(status.exit_status().or(status.terminating_signal().map(|signal| 128 + signal)).unwrap_or(-1))
     }
 
-    fn output(&self) -> Outcome<String> {
+    pub fn output(&self) -> Outcome<String> {
         Ok(fs::read_to_string(&self.output)?)
     }
 
     /// Waits until the container has written this.
-    fn expect_output(&self, expected: &str) -> Outcome {
+    pub fn expect_output(&self, expected: &str) -> Outcome {
         let began = std::time::Instant::now();
         while !self.output()?.contains(expected) {
             ensure!(began.elapsed() < DEADLINE, "no {expected:?} in {:?}", self.output()?);
@@ -105,7 +105,7 @@ impl<'a> Container<'a> {
         Ok(())
     }
 
-    fn delete(&self) -> Outcome {
+    pub fn delete(&self) -> Outcome {
         self.call(&["delete", &self.id])?.output()?;
         let gone = self.call(&["state", &self.id])?.expect_status(1)?;
         ensure!(gone.stderr.contains("does not exist"), "after delete: {:?}", gone.stderr);

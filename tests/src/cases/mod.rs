@@ -2,6 +2,7 @@
 
 mod bad_input;
 mod command_line;
+mod commands;
 mod crashes;
 mod exit_codes;
 mod files;
@@ -25,6 +26,7 @@ pub const ALL: &[&[Case]] = &[
     exit_codes::CASES,
     isolation::CASES,
     lifecycle::CASES,
+    commands::CASES,
     namespaces::CASES,
     process::CASES,
     privileged::CASES,
