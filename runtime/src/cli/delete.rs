@@ -20,6 +20,6 @@ pub struct Arguments {
 impl Arguments {
     /// Returns when nothing is left of it.
     pub fn execute(self, context: &Context) -> Result<u8, CommandError> {
-        pod::delete(&context.root, &self.id, self.force).map(|()| 0)
+        pod::delete(&context.root, &self.id, self.force, &context.log).map(|()| 0)
     }
 }

@@ -4,6 +4,7 @@
 use std::os::fd::AsFd;
 use std::path::Path;
 
+use super::hooks::{self, HookError, Point};
 use super::size::SizeError;
 use crate::agent::{Agent, AgentError};
 use crate::log::Log;
@@ -50,6 +51,9 @@ pub enum CommandError {
     /// A limit that this host cannot keep.
     #[error(transparent)]
     Size(#[from] SizeError),
+    /// One of its hooks.
+    #[error(transparent)]
+    Hook(#[from] HookError),
     /// No event loop.
     #[error("cannot set up event handling: {0}")]
     Events(#[source] std::io::Error),
@@ -67,7 +71,15 @@ pub fn start(root: &Path, id: &str, log: &Log) -> Result<(), CommandError> {
     ask(&known, async |agent| agent.start_container(id).await)?;
     log.debug(|| format!("{id}: container started"));
     known.state.status = Status::Running;
-    Ok(known.write()?)
+    known.write()?;
+    // A hook may be another command on the same container.
+    known.release();
+    let Some(hooks) = &known.state.hooks else { return Ok(()) };
+    hooks::run(hooks, Point::Started, &known.state, None).map_err(|error| {
+        // As runc does. It may have ended meanwhile.
+        let _ = ask(&known, async |agent| agent.signal(id, libc::SIGKILL, false).await);
+        error.into()
+    })
 }
 
 /// Sends a signal to the container's first process, or to all of them.
@@ -123,7 +135,7 @@ pub fn resume(root: &Path, id: &str) -> Result<(), CommandError> {
 }
 
 /// Removes a container; with `force`, whatever it does, and if it is not there that is no error.
-pub fn delete(root: &Path, id: &str, force: bool) -> Result<(), CommandError> {
+pub fn delete(root: &Path, id: &str, force: bool, log: &Log) -> Result<(), CommandError> {
     let known = match Known::load(root, id) {
         Ok(known) => known,
         Err(StateError::Missing(_)) if force => return Ok(()),
@@ -136,7 +148,16 @@ pub fn delete(root: &Path, id: &str, force: bool) -> Result<(), CommandError> {
         _ if force => {}
         status => return Err(CommandError::NotStopped { id: id.into(), status }),
     }
-    Ok(known.destroy()?)
+    let state = known.state.clone();
+    if !known.destroy()? {
+        return if force { Ok(()) } else { Err(StateError::Missing(id.into()).into()) };
+    }
+    if let Some(hooks) = &state.hooks
+        && let Err(error) = hooks::run(hooks, Point::Deleted, &state, None)
+    {
+        log.warning(&error.to_string());
+    }
+    Ok(())
 }
 
 /// Asks the agent of a container's pod one thing.

@@ -2,13 +2,17 @@
 //! takes a look from outside (its hooks, its control group), and in the foreground stays until the end.
 
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::process::ExitStatus;
 
+use oci_spec::runtime::{Hooks, LinuxNamespaceType};
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
+use rustix::process::{Pid, PidfdFlags, pidfd_open};
 
+use super::hooks::{self, HookError, Point};
+use super::join::{self, JoinError, Joined};
 use super::link::{Begin, News};
 use super::shadow::Shadow;
 use super::size::{Size, SizeError};
@@ -17,7 +21,7 @@ use crate::bundle::{Bundle, BundleError};
 use crate::log::Log;
 use crate::machine::{MachineError, PidNamespace, Process};
 use crate::signals::{self, Waiting};
-use crate::state::{self, Known, StateError};
+use crate::state::{self, Known, Membership, State, StateError};
 use crate::stdio::{Proxy, StdioError};
 
 /// What to make, and for whom.
@@ -63,9 +67,18 @@ pub enum CreateError {
     /// The shadow ended without a word.
     #[error("the container's process ended before its time: {0}")]
     Died(ExitStatus),
+    /// The machine it is to be in.
+    #[error("pod {0:?}: its virtual machine is gone")]
+    PodGone(String),
     /// Its end cannot be waited for.
     #[error("cannot wait for the container's process: {0}")]
     Wait(#[source] io::Error),
+    /// A namespace that it is to be in.
+    #[error(transparent)]
+    Join(#[from] JoinError),
+    /// One of its hooks.
+    #[error(transparent)]
+    Hook(#[from] HookError),
     /// The pid file cannot be written.
     #[error("cannot write the pid file {0}: {1}")]
     PidFile(PathBuf, #[source] io::Error),
@@ -74,17 +87,33 @@ pub enum CreateError {
 /// A container in the making, or one in the foreground.
 struct Pod<'a> {
     create: &'a Create<'a>,
-    machine: Process,
+    /// Its own.
+    machine: Option<Process>,
+    /// The pod whose machine it is in, if that is another's.
+    member_of: Option<Membership>,
     shadow: Shadow,
+    hooks: Hooked,
+}
+
+/// The hooks of a container, and what they are told about it.
+struct Hooked {
+    hooks: Hooks,
+    state: State,
+    /// Whether there was anything that a hook could have seen.
+    begun: bool,
 }
 
 /// Makes a container, which waits for `start`; it is its shadow's from then on.
 pub fn create(create: &Create<'_>) -> Result<(), CreateError> {
-    let bundle = create.check()?;
-    let pod = Pod::begin(create, &bundle, Begin { kept: true, ..Begin::default() }, None)?;
+    let (bundle, joined) = create.check()?;
+    let mut pod = Pod::begin(create, &bundle, joined, Begin { kept: true, ..Begin::default() }, None)?;
     loop {
         match pod.shadow.news() {
-            Ok(News::Entered) => pod.shadow.go_on(),
+            Ok(News::Entered) => {
+                if let Err(error) = pod.entered() {
+                    return Err(pod.end(error));
+                }
+            }
             Ok(News::Made) => break,
             Ok(News::Started | News::Warning(_)) => {}
             Ok(News::Failed(error)) => return Err(pod.failed(error)),
@@ -95,13 +124,15 @@ pub fn create(create: &Create<'_>) -> Result<(), CreateError> {
     if let Err(error) = pod.write_pid_file() {
         return Err(pod.end(error));
     }
-    pod.machine.release();
+    if let Some(machine) = pod.machine {
+        machine.release();
+    }
     Ok(())
 }
 
 /// Runs a container in the foreground; returns its exit status. Without `kept` nothing is left of it then.
 pub fn run(create: &Create<'_>, kept: bool) -> Result<u8, CreateError> {
-    let bundle = create.check()?;
+    let (bundle, joined) = create.check()?;
     // From here on nothing ends this process between making something and removing it.
     signals::block();
     let signals = Waiting::new().map_err(CreateError::Wait)?;
@@ -110,7 +141,7 @@ pub fn run(create: &Create<'_>, kept: bool) -> Result<u8, CreateError> {
         false => None,
     };
     let begin = Begin { kept, foreground: true, ..Begin::default() };
-    let pod = Pod::begin(create, &bundle, begin, proxy.as_mut().and_then(Proxy::take_peer))?;
+    let mut pod = Pod::begin(create, &bundle, joined, begin, proxy.as_mut().and_then(Proxy::take_peer))?;
     let mut running = false;
     loop {
         let (signal, news) = {
@@ -124,7 +155,11 @@ pub fn run(create: &Create<'_>, kept: bool) -> Result<u8, CreateError> {
         };
         if news {
             match pod.shadow.news() {
-                Ok(News::Entered) => pod.shadow.go_on(),
+                Ok(News::Entered) => {
+                    if let Err(error) = pod.entered() {
+                        return Err(pod.end(error));
+                    }
+                }
                 Ok(News::Made) => {
                     if let Err(error) = pod.write_pid_file() {
                         return Err(pod.end(error));
@@ -135,7 +170,12 @@ pub fn run(create: &Create<'_>, kept: bool) -> Result<u8, CreateError> {
                     running = true;
                     pod.shadow.go_on();
                 }
-                Ok(News::Started) => create.log.debug(|| format!("{}: container runs", create.id)),
+                Ok(News::Started) => {
+                    create.log.debug(|| format!("{}: container runs", create.id));
+                    if let Err(error) = pod.hooks.run(Point::Started, None) {
+                        return Err(pod.end(error.into()));
+                    }
+                }
                 Ok(News::Warning(text)) => create.log.warning(&text),
                 Ok(News::Failed(error)) => return Err(pod.failed(error)),
                 Ok(News::MachineGone) => return Err(pod.machine_gone()),
@@ -162,7 +202,7 @@ pub fn run(create: &Create<'_>, kept: bool) -> Result<u8, CreateError> {
             }
         }
     }
-    pod.wait(proxy)
+    pod.wait(proxy, kept)
 }
 
 impl<'a> Pod<'a> {
@@ -170,15 +210,49 @@ impl<'a> Pod<'a> {
     fn begin(
         create: &'a Create<'a>,
         bundle: &Bundle,
+        joined: Joined,
         begin: Begin,
         terminal: Option<OwnedFd>,
     ) -> Result<Self, CreateError> {
-        let mut machine = Process::spawn()?;
-        let namespace = if namespaces(&bundle.config).pid { PidNamespace::New } else { PidNamespace::Same };
-        let begin = Begin { machine: Some(machine.pid()), terminal: terminal.is_some(), ..begin };
-        let fds = machine.take_channel().into_iter().chain(terminal).collect();
-        let shadow = Shadow::spawn(namespace, begin, fds).map_err(CreateError::Spawn)?;
-        Ok(Self { create, machine, shadow })
+        let Joined { pod: member_of, shared, namespaces: joined } = joined;
+        let (mut machine, mounts) = match &member_of {
+            None => (Some(Process::spawn()?), None),
+            Some(pod) => (None, Some(pod.mounts()?.ok_or_else(|| CreateError::PodGone(pod.pod.clone()))?)),
+        };
+        let (kinds, joined): (Vec<_>, Vec<_>) = joined.into_iter().unzip();
+        let begin = Begin {
+            machine: machine.as_ref().map(Process::pid),
+            terminal: terminal.is_some(),
+            pod: member_of.clone(),
+            shared,
+            namespaces: kinds.clone(),
+            ..begin
+        };
+        let channel = machine.as_mut().and_then(Process::take_channel);
+        let fds: Vec<_> = channel.into_iter().chain(terminal).chain(mounts).chain(joined).collect();
+        let joined = &fds[fds.len() - kinds.len()..];
+        let namespace = match kinds.iter().position(|kind| *kind == LinuxNamespaceType::Pid) {
+            Some(index) => PidNamespace::Is(joined[index].as_fd()),
+            None if namespaces(&bundle.config).pid => PidNamespace::New,
+            None => PidNamespace::Same,
+        };
+        let shadow = Shadow::spawn(namespace, begin, &fds).map_err(CreateError::Spawn)?;
+        let spec = bundle.config.spec();
+        let annotations = spec.annotations().clone();
+        let state = State::new(create.id, shadow.pid(), &bundle.path, &bundle.root_path, annotations);
+        let hooks = Hooked { hooks: spec.hooks().clone().unwrap_or_default(), state, begun: false };
+        Ok(Self { create, machine, member_of, shadow, hooks })
+    }
+
+    /// The shadow is in its namespaces: what takes a look from outside is done, and the container made.
+    fn entered(&mut self) -> Result<(), CreateError> {
+        self.hooks.begun = true;
+        let pid = Pid::from_raw(self.shadow.pid());
+        let pidfd = pid.map(|pid| pidfd_open(pid, PidfdFlags::empty())).transpose();
+        let pidfd = pidfd.map_err(|errno| CreateError::Wait(errno.into()))?;
+        self.hooks.run(Point::Made, pidfd.as_ref().map(AsFd::as_fd))?;
+        self.shadow.go_on();
+        Ok(())
     }
 
     fn write_pid_file(&self) -> Result<(), CreateError> {
@@ -188,8 +262,8 @@ impl<'a> Pod<'a> {
     }
 
     /// The container has ended, and its shadow is about to, with its status.
-    fn wait(self, proxy: Option<Proxy>) -> Result<u8, CreateError> {
-        let Self { create, machine, shadow } = self;
+    fn wait(self, proxy: Option<Proxy>, kept: bool) -> Result<u8, CreateError> {
+        let Self { create, machine, member_of, shadow, hooks } = self;
         let pid = shadow.pid();
         let status = shadow.wait().map_err(CreateError::Wait)?;
         if let Some(mut proxy) = proxy {
@@ -197,10 +271,18 @@ impl<'a> Pod<'a> {
         }
         drop(machine);
         match status.code() {
-            Some(code) => Ok(u8::try_from(code).unwrap_or(u8::MAX)),
+            Some(code) => {
+                if !kept {
+                    create.leave(member_of.as_ref());
+                    hooks.deleted(create.log);
+                }
+                Ok(u8::try_from(code).unwrap_or(u8::MAX))
+            }
             // Killed: it could not tidy up.
             None => {
                 create.sweep(pid);
+                create.leave(member_of.as_ref());
+                hooks.deleted(create.log);
                 Err(CreateError::Died(status))
             }
         }
@@ -210,24 +292,30 @@ impl<'a> Pod<'a> {
     fn failed(self, error: String) -> CreateError {
         let _ = self.shadow.wait();
         self.create.remove_pid_file();
+        self.create.leave(self.member_of.as_ref());
+        self.hooks.deleted(self.create.log);
         CreateError::Failed(error)
     }
 
     /// The shadow cannot know why; the process is a child of ours.
     fn machine_gone(mut self) -> CreateError {
-        let error = self.machine.end();
+        let error = self.machine.as_mut().map_or(MachineError::Gone, Process::end);
         let _ = self.shadow.wait();
         self.create.remove_pid_file();
+        self.create.leave(self.member_of.as_ref());
+        self.hooks.deleted(self.create.log);
         error.into()
     }
 
     /// The shadow ended without a word.
     fn died(self) -> CreateError {
-        let Self { create, machine, shadow } = self;
+        let Self { create, machine, member_of, shadow, hooks } = self;
         let pid = shadow.pid();
         let status = shadow.wait();
         drop(machine);
         create.sweep(pid);
+        create.leave(member_of.as_ref());
+        hooks.deleted(create.log);
         status.map_or_else(CreateError::Wait, CreateError::Died)
     }
 
@@ -238,21 +326,46 @@ impl<'a> Pod<'a> {
     }
 
     fn remove(self) {
-        let Self { create, machine, shadow } = self;
+        let Self { create, machine, member_of, shadow, hooks } = self;
         let pid = shadow.pid();
         shadow.kill();
         drop(machine);
         create.sweep(pid);
+        create.leave(member_of.as_ref());
+        hooks.deleted(create.log);
+    }
+}
+
+impl Hooked {
+    fn run(&self, point: Point, shadow: Option<BorrowedFd<'_>>) -> Result<(), HookError> {
+        hooks::run(&self.hooks, point, &self.state, shadow)
+    }
+
+    /// Nothing is left of the container. That a hook fails then changes nothing.
+    fn deleted(&self, log: &Log) {
+        if self.begun
+            && let Err(error) = self.run(Point::Deleted, None)
+        {
+            log.warning(&error.to_string());
+        }
     }
 }
 
 impl Create<'_> {
     /// What can be said before anything is made, so that it is said first.
-    fn check(&self) -> Result<Bundle, CreateError> {
+    fn check(&self) -> Result<(Bundle, Joined), CreateError> {
         state::check_free(self.root, self.id)?;
         let bundle = Bundle::open(self.bundle)?;
         Size::for_container(bundle.config.spec())?;
-        Ok(bundle)
+        let joined = join::look_up(self.root, &bundle.config)?;
+        Ok((bundle, joined))
+    }
+
+    /// Takes the container's files out of the machine of its pod. What cannot be taken out goes with the machine.
+    fn leave(&self, pod: Option<&Membership>) {
+        if let Some(Err(error)) = pod.map(|pod| pod.leave(self.id)) {
+            self.log.debug(|| format!("{}: {error}", self.id));
+        }
     }
 
     /// Removes what a shadow left that was killed. What it had not written down yet the next command sweeps.

@@ -22,7 +22,6 @@ use Fate::{Enforced, Host, Refused};
 
 const LSM: &str = "labels of the host's security modules mean nothing in the guest's kernel";
 const CGROUP_V1: &str = "cgroup v2, which every pod uses, has no such control";
-const HOST_HOOK: &str = "hooks on the host are not there yet";
 const HOST_DEVICE: &str = "host devices are not passed into the pod yet";
 const OTHER_SYSTEM: &str = "for another operating system";
 
@@ -83,9 +82,18 @@ pub const FIELDS: &[(&str, Fate)] = &[
     ("hostname", Enforced),
     ("domainname", Enforced),
     ("hooks", Enforced),
-    ("hooks.prestart", Refused(HOST_HOOK)),
-    ("hooks.createRuntime", Refused(HOST_HOOK)),
-    ("hooks.createContainer", Refused(HOST_HOOK)),
+    ("hooks.prestart", Host),
+    ("hooks.prestart[]", Host),
+    ("hooks.prestart[].*", Host),
+    ("hooks.prestart[].*[]", Host),
+    ("hooks.createRuntime", Host),
+    ("hooks.createRuntime[]", Host),
+    ("hooks.createRuntime[].*", Host),
+    ("hooks.createRuntime[].*[]", Host),
+    ("hooks.createContainer", Host),
+    ("hooks.createContainer[]", Host),
+    ("hooks.createContainer[].*", Host),
+    ("hooks.createContainer[].*[]", Host),
     ("hooks.startContainer", Enforced),
     ("hooks.startContainer[]", Enforced),
     ("hooks.startContainer[].path", Enforced),
@@ -94,8 +102,14 @@ pub const FIELDS: &[(&str, Fate)] = &[
     ("hooks.startContainer[].env", Enforced),
     ("hooks.startContainer[].env[]", Enforced),
     ("hooks.startContainer[].timeout", Enforced),
-    ("hooks.poststart", Refused(HOST_HOOK)),
-    ("hooks.poststop", Refused(HOST_HOOK)),
+    ("hooks.poststart", Host),
+    ("hooks.poststart[]", Host),
+    ("hooks.poststart[].*", Host),
+    ("hooks.poststart[].*[]", Host),
+    ("hooks.poststop", Host),
+    ("hooks.poststop[]", Host),
+    ("hooks.poststop[].*", Host),
+    ("hooks.poststop[].*[]", Host),
     ("annotations", Host),
     ("annotations.*", Host),
     ("linux", Enforced),
@@ -108,7 +122,7 @@ pub const FIELDS: &[(&str, Fate)] = &[
     ("linux.namespaces", Enforced),
     ("linux.namespaces[]", Enforced),
     ("linux.namespaces[].type", Enforced),
-    ("linux.namespaces[].path", Refused("joining a namespace is not there yet: every container has a pod of its own")),
+    ("linux.namespaces[].path", Host),
     ("linux.uidMappings", Enforced),
     ("linux.uidMappings[]", Enforced),
     ("linux.uidMappings[].*", Enforced),
@@ -285,9 +299,9 @@ mod tests {
     #[test]
     fn a_refused_field_is_named_with_its_place() {
         let mut document =
-            json!({"linux": {"namespaces": [{"type": "pid"}, {"type": "network", "path": "/proc/1/ns/net"}]}});
+            json!({"mounts": [{"destination": "/a"}, {"destination": "/b", "uidMappings": [{"size": 1}]}]});
         let error = check(&mut document).unwrap_err().to_string();
-        assert!(error.starts_with(": linux.namespaces[1].path: not supported: "), "{error}");
+        assert!(error.starts_with(": mounts[1].uidMappings: not supported: "), "{error}");
     }
 
     #[test]

@@ -4,6 +4,7 @@ use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
+use oci_spec::runtime::Hooks;
 use serde::{Deserialize, Serialize};
 
 /// Version of `state.json`. Raised when a reader of the version before could misread it.
@@ -42,6 +43,12 @@ pub struct State {
     /// The process of its machine.
     #[serde(default)]
     pub machine: Option<Machine>,
+    /// The pod it is in, if the machine is another's.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub member_of: Option<Membership>,
+    /// Hooks of the specification that come after the container was made.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub hooks: Option<Hooks>,
 }
 
 /// A process that is not taken for another with its number.
@@ -52,6 +59,15 @@ pub struct Process {
     pub pid: i32,
     /// When it started, in clock ticks since boot (`/proc/<pid>/stat`, field 22); 0 if it is not known.
     pub start_time: u64,
+}
+
+/// Whose machine a container is in that has none of its own.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Membership {
+    /// Name of the pod: the container that the machine was made for.
+    pub pod: String,
+    /// The process of its machine.
+    pub machine: Machine,
 }
 
 /// A machine's process.
@@ -122,7 +138,17 @@ impl State {
             annotations,
             kept: false,
             machine: None,
+            member_of: None,
+            hooks: None,
         }
+    }
+}
+
+impl State {
+    /// The pod the container is in; none while it is not known.
+    pub fn pod(&self) -> Option<Membership> {
+        let own = || self.machine.map(|machine| Membership { pod: self.id.clone(), machine });
+        self.member_of.clone().or_else(own)
     }
 }
 

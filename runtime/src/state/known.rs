@@ -6,13 +6,14 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use podhull_vmm::jail::Jail;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{FlockOperation, Mode, OFlags};
 use rustix::io::Errno;
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 
 use super::document::{Process, VERSION, start_time};
-use super::{DOCUMENT, PODS, State, StateError, Status, check_id, same_file};
+use super::{DOCUMENT, Membership, PODS, State, StateError, Status, check_id, same_file};
 
 /// Longest `state.json`: annotations are the caller's.
 const MAX_DOCUMENT: u64 = 4 << 20;
@@ -34,7 +35,7 @@ pub struct Known {
     pub state: State,
     directory: OwnedFd,
     /// Held by who changes it.
-    _turn: Option<OwnedFd>,
+    turn: Option<OwnedFd>,
 }
 
 impl Known {
@@ -43,7 +44,7 @@ impl Known {
         check_id(id)?;
         let directory = open(&root.join(id)).ok_or_else(|| StateError::Missing(id.into()))?;
         let state = read(&directory, &root.join(id))?;
-        Ok(Self { root: root.into(), state, directory, _turn: None })
+        Ok(Self { root: root.into(), state, directory, turn: None })
     }
 
     /// Finds a container to change what it does: until this is dropped no other command does. The container itself may end,
@@ -65,7 +66,7 @@ impl Known {
         };
         // Only now: who had it before has changed it.
         let state = read(&directory, &path)?;
-        Ok(Self { root: root.into(), state, directory, _turn: Some(turn) })
+        Ok(Self { root: root.into(), state, directory, turn: Some(turn) })
     }
 
     /// Where in its life it is now.
@@ -86,7 +87,8 @@ impl Known {
 
     /// The pod's directory, with its sockets.
     pub fn pod(&self) -> Result<OwnedFd, StateError> {
-        super::open(&self.root.join(PODS).join(&self.state.id))
+        let pod = self.state.member_of.as_ref().map_or(&self.state.id, |member| &member.pod);
+        open_pod(&self.root, pod)
     }
 
     /// The process that stands for the container; `None` if it is gone.
@@ -94,20 +96,63 @@ impl Known {
         find(self.state.process)
     }
 
-    /// Writes its state down as it is now; to be called by who alone may change it.
+    /// Writes its state down as it is now; to be called by who alone may change it. Of a container that was deleted meanwhile
+    /// nothing is to be known.
     pub fn write(&self) -> Result<(), StateError> {
-        super::write(self.directory.as_fd(), &self.root.join(&self.state.id), &self.state)
+        let path = self.root.join(&self.state.id);
+        match super::write(self.directory.as_fd(), &path, &self.state) {
+            Err(_) if !same_file(&self.directory, &path) => Ok(()),
+            written => written,
+        }
     }
 
-    /// Ends the container's processes, if they live, without asking anything inside, and removes all of it.
-    pub fn destroy(self) -> Result<(), StateError> {
+    /// Lets other commands change it again.
+    pub fn release(&mut self) {
+        self.turn = None;
+    }
+
+    /// Ends the container's processes, if they live, without asking anything inside, and removes all of it; false if somebody
+    /// else did at the same time.
+    pub fn destroy(self) -> Result<bool, StateError> {
         end(self.state.process)?;
         // It sees its channel closed and ends by itself; but not if it is stopped.
         if let Some(machine) = self.state.machine {
             end(machine.0)?;
         }
+        if let Some(member) = &self.state.member_of {
+            member.leave(&self.state.id)?;
+        }
         remove_from(&self.root, &self.state.id, self.directory)
     }
+}
+
+impl Membership {
+    /// The mount namespace of the pod's machine, which has the files of its containers; none if the machine is gone.
+    pub fn mounts(&self) -> Result<Option<OwnedFd>, StateError> {
+        let Some(_process) = find(self.machine.0) else { return Ok(None) };
+        let path = format!("/proc/{}/ns/mnt", self.machine.0.pid);
+        match rustix::fs::open(&path, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty()) {
+            Ok(namespace) => Ok(Some(namespace)),
+            // It has just ended.
+            Err(Errno::NOENT | Errno::SRCH) => Ok(None),
+            Err(errno) => Err(StateError::Mounts(self.pod.clone(), errno.to_string())),
+        }
+    }
+
+    /// Takes the files of a container out of its pod's machine.
+    pub fn leave(&self, id: &str) -> Result<(), StateError> {
+        match self.mounts()? {
+            Some(mounts) => Jail::of_running(mounts.as_fd(), |share| share.detach(id))
+                .map_err(|error| StateError::Mounts(self.pod.clone(), error.to_string())),
+            None => Ok(()),
+        }
+    }
+}
+
+/// The directory of a pod, with its sockets.
+pub fn open_pod(root: &Path, pod: &str) -> Result<OwnedFd, StateError> {
+    check_id(pod)?;
+    super::open(&root.join(PODS).join(pod))
 }
 
 /// Removes a container whose state cannot be read, and ends the process that holds it.
@@ -117,12 +162,12 @@ pub fn remove(root: &Path, id: &str) -> Result<(), StateError> {
     if let Some(holder) = holder(&directory) {
         kill(&holder, "that holds the container")?;
     }
-    remove_from(root, id, directory)
+    remove_from(root, id, directory).map(drop)
 }
 
 /// Removes what is left of a container that no process holds any more. Another that does the same is waited for, and what
-/// somebody makes under the same id meanwhile is left alone.
-fn remove_from(root: &Path, id: &str, directory: OwnedFd) -> Result<(), StateError> {
+/// somebody makes under the same id meanwhile is left alone; false if there was nothing left to remove.
+fn remove_from(root: &Path, id: &str, directory: OwnedFd) -> Result<bool, StateError> {
     let path = root.join(id);
     let directory = match lock_in_time(directory, TURN) {
         Ok(directory) => directory,
@@ -130,7 +175,7 @@ fn remove_from(root: &Path, id: &str, directory: OwnedFd) -> Result<(), StateErr
         Err(errno) => return Err(StateError::Write(path, errno.into())),
     };
     if !same_file(&directory, &path) {
-        return Ok(());
+        return Ok(false);
     }
     for path in [root.join(PODS).join(id), path] {
         match fs::remove_dir_all(&path) {
@@ -138,7 +183,7 @@ fn remove_from(root: &Path, id: &str, directory: OwnedFd) -> Result<(), StateErr
             _ => {}
         }
     }
-    Ok(())
+    Ok(true)
 }
 
 /// All containers whose state can be read, by id.
@@ -307,7 +352,7 @@ mod tests {
             root: root.clone(),
             state: State { process: Process { pid: 1, start_time: 1 }, ..state },
             directory: open(&root.join("a")).unwrap(),
-            _turn: None,
+            turn: None,
         }
         .destroy()
         .unwrap();

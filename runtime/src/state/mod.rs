@@ -26,8 +26,8 @@ use rustix::fs::{AtFlags, FlockOperation, Mode, OFlags, RenameFlags};
 use rustix::io::Errno;
 use rustix::rand::GetRandomFlags;
 
-pub use document::{Machine, State, Status};
-pub use known::{Known, list, remove};
+pub use document::{Machine, Membership, State, Status};
+pub use known::{Known, list, open_pod, remove};
 
 /// Directory of the pods; not a container's id.
 const PODS: &str = "pods";
@@ -52,6 +52,9 @@ pub enum StateError {
     /// Its `state.json` cannot be used.
     #[error("{0}: {1}; podhull delete --force removes the container")]
     Unreadable(PathBuf, String),
+    /// A machine's mounts could not be changed.
+    #[error("pod {0:?}: cannot change the files of its virtual machine: {1}")]
+    Mounts(String, String),
     /// A file or directory could not be made.
     #[error("cannot write {0}: {1}")]
     Write(PathBuf, #[source] io::Error),

@@ -6,8 +6,8 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
-use super::lifecycle::Container;
 use super::{oci, podhull};
+use crate::container::Container;
 use crate::leaks::Leaks;
 use crate::run::{DEADLINE, Running};
 use crate::runtime::Runtime;

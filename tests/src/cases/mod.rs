@@ -6,11 +6,13 @@ mod commands;
 mod crashes;
 mod exit_codes;
 mod files;
+mod hooks;
 mod isolation;
 mod lifecycle;
 mod load;
 mod namespaces;
 mod podman;
+mod pods;
 mod privileged;
 mod process;
 mod resources;
@@ -27,6 +29,7 @@ pub const ALL: &[&[Case]] = &[
     isolation::CASES,
     lifecycle::CASES,
     commands::CASES,
+    hooks::CASES,
     namespaces::CASES,
     process::CASES,
     privileged::CASES,
@@ -37,6 +40,7 @@ pub const ALL: &[&[Case]] = &[
     crashes::CASES,
     resources::CASES,
     load::CASES,
+    pods::CASES,
     podman::CASES,
 ];
 
