@@ -12,6 +12,7 @@ mod connection;
 mod container;
 mod events;
 mod machine;
+mod memory;
 mod native;
 mod pod;
 mod readiness;

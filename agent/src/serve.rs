@@ -33,8 +33,8 @@ pub enum ServeError {
 pub enum Listeners {
     /// In a virtual machine.
     Vsock { agent: OwnedFd, stdio: OwnedFd },
-    /// On an ordinary machine, for tests; paths below `share` stand for the pod's share.
-    Unix { agent: OwnedFd, stdio: OwnedFd, share: PathBuf },
+    /// On an ordinary machine, for tests; paths below `share` stand for the pod's share, and shared memory is in `memory`.
+    Unix { agent: OwnedFd, stdio: OwnedFd, share: PathBuf, memory: PathBuf },
 }
 
 /// Serves until something breaks that nothing can be served without.
@@ -54,21 +54,23 @@ async fn serve_forever(
     cgroups: cgroup::Hierarchy,
 ) -> Result<std::convert::Infallible, ServeError> {
     let reaper = reaper::Reaper::start().map_err(ServeError::Reaper)?;
-    let (calls, stdio, machine, share) = match listeners {
+    let (calls, stdio, machine, share, memory) = match listeners {
         Listeners::Vsock { agent, stdio } => {
             // SAFETY: the descriptor is an open vsock listener and is given away here.
             let calls = unsafe { Listener::from_raw_vsock_listener_fd(agent.into_raw_fd()) };
-            (calls, stdio, Some(Machine), PathBuf::from(podhull_protocol::SHARE_DIR))
+            let directories = [podhull_protocol::SHARE_DIR, podhull_protocol::MEMORY_DIR];
+            let [share, memory] = directories.map(PathBuf::from);
+            (calls, stdio, Some(Machine), share, memory)
         }
-        Listeners::Unix { agent, stdio, share } => {
+        Listeners::Unix { agent, stdio, share, memory } => {
             // SAFETY: the descriptor is an open Unix listener and is given away here.
             let calls = unsafe { Listener::from_raw_unix_listener_fd(agent.into_raw_fd()) };
-            (calls, stdio, None, share)
+            (calls, stdio, None, share, memory)
         }
     };
     let in_machine = machine.is_some();
     let streams = Arc::new(stdio::Streams::default());
-    let pod = Arc::new(pod::Pod::new(share, cgroups, machine, reaper, streams.clone()));
+    let pod = Arc::new(pod::Pod::new(share, memory, cgroups, machine, reaper, streams.clone()));
     let calls = calls.map_err(ServeError::Calls)?;
     let listener = readiness::watch(stdio, Interest::READABLE).map_err(ServeError::Stdio)?;
     if in_machine {

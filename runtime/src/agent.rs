@@ -8,7 +8,7 @@ use std::time::Duration;
 use podhull_protocol::{
     AgentClient, ContainerStatsRequest, ContainerStatsResponse, CreateContainerRequest, CreatePodRequest,
     DeleteContainerRequest, DeleteProcessRequest, Event, EventsRequest, ExecProcessRequest, GrowRequest,
-    PauseContainerRequest, ResizeTerminalRequest, ResumeContainerRequest, SharedNamespace, SignalContainerRequest,
+    PauseContainerRequest, ResizeTerminalRequest, ResumeContainerRequest, SharedMemory, SignalContainerRequest,
     SignalProcessRequest, StartContainerRequest, UpdateContainerRequest, event,
 };
 use ttrpc::r#async::ClientStreamReceiver;
@@ -300,9 +300,9 @@ pub fn container(
     spec: Vec<u8>,
     rootfs: String,
     stdio: podhull_protocol::Stdio,
-    shared: Vec<SharedNamespace>,
+    memory: Vec<SharedMemory>,
 ) -> CreateContainerRequest {
-    CreateContainerRequest { id: id.into(), spec, rootfs, stdio: Some(stdio).into(), shared, ..Default::default() }
+    CreateContainerRequest { id: id.into(), spec, rootfs, stdio: Some(stdio).into(), memory, ..Default::default() }
 }
 
 #[cfg(test)]

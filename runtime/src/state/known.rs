@@ -53,17 +53,7 @@ impl Known {
         check_id(id)?;
         let path = root.join(id);
         let directory = open(&path).ok_or_else(|| StateError::Missing(id.into()))?;
-        let flags = OFlags::RDWR | OFlags::CREATE | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-        let file = match rustix::fs::openat(&directory, TURN_FILE, flags, Mode::from_raw_mode(0o600)) {
-            Ok(file) => file,
-            Err(Errno::NOENT) => return Err(StateError::Missing(id.into())),
-            Err(errno) => return Err(StateError::Write(path.join(TURN_FILE), errno.into())),
-        };
-        let turn = match lock_in_time(file, TURN) {
-            Ok(turn) => turn,
-            Err(Errno::TIMEDOUT) => return Err(StateError::Busy(id.into())),
-            Err(errno) => return Err(StateError::Write(path.join(TURN_FILE), errno.into())),
-        };
+        let turn = take_turn(&directory, &path)?;
         // Only now: who had it before has changed it.
         let state = read(&directory, &path)?;
         Ok(Self { root: root.into(), state, directory, turn: Some(turn) })
@@ -71,10 +61,9 @@ impl Known {
 
     /// Where in its life it is now.
     pub fn status(&self) -> Status {
-        // Who deletes it locks it too.
-        let held = is_locked(&self.directory) && self.process().is_some_and(|process| !has_ended(&process));
+        // Not by its process: this may be asked in another pid namespace.
         match self.state.status {
-            _ if !held => Status::Stopped,
+            _ if !is_locked(&self.directory) => Status::Stopped,
             Status::Created | Status::Running if self.state.paused => Status::Paused,
             status => status,
         }
@@ -169,10 +158,10 @@ pub fn remove(root: &Path, id: &str) -> Result<(), StateError> {
 /// somebody makes under the same id meanwhile is left alone; false if there was nothing left to remove.
 fn remove_from(root: &Path, id: &str, directory: OwnedFd) -> Result<bool, StateError> {
     let path = root.join(id);
-    let directory = match lock_in_time(directory, TURN) {
-        Ok(directory) => directory,
-        Err(Errno::TIMEDOUT) => return Err(StateError::Busy(id.into())),
-        Err(errno) => return Err(StateError::Write(path, errno.into())),
+    let _turn = match take_turn(&directory, &path) {
+        Ok(turn) => turn,
+        Err(StateError::Missing(_)) => return Ok(false),
+        Err(error) => return Err(error),
     };
     if !same_file(&directory, &path) {
         return Ok(false);
@@ -253,6 +242,30 @@ fn is_locked(directory: &OwnedFd) -> bool {
     locked
 }
 
+/// Waits until no other command changes the container of a directory, or sweeps or deletes it.
+fn take_turn(directory: &OwnedFd, path: &Path) -> Result<OwnedFd, StateError> {
+    let id = || path.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
+    let wrong = |errno| match errno {
+        // The directory was removed.
+        Errno::NOENT => StateError::Missing(id()),
+        Errno::TIMEDOUT => StateError::Busy(id()),
+        errno => StateError::Write(path.join(TURN_FILE), Errno::into(errno)),
+    };
+    lock_in_time(open_turn(directory).map_err(wrong)?, TURN).map_err(wrong)
+}
+
+fn open_turn(directory: impl AsFd) -> Result<OwnedFd, Errno> {
+    let flags = OFlags::RDWR | OFlags::CREATE | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    rustix::fs::openat(directory, TURN_FILE, flags, Mode::from_raw_mode(0o600))
+}
+
+/// The same for one who sweeps what nobody holds, and does not wait.
+pub fn try_turn(directory: impl AsFd) -> Option<OwnedFd> {
+    let turn = open_turn(directory).ok()?;
+    rustix::fs::flock(&turn, FlockOperation::NonBlockingLockExclusive).ok()?;
+    Some(turn)
+}
+
 /// Waits for an exclusive lock, but not for ever. There is no such call: when the deadline has passed a thread goes on
 /// waiting, until the process ends or it gets the lock and gives it back.
 fn lock_in_time(file: OwnedFd, deadline: Duration) -> Result<OwnedFd, Errno> {
@@ -277,14 +290,8 @@ fn find(process: Process) -> Option<OwnedFd> {
     (start_time(process.pid) == Some(process.start_time)).then_some(pidfd)
 }
 
-/// Whether a process has ended, be it that nobody has taken notice yet.
-fn has_ended(process: &OwnedFd) -> bool {
-    let now = Timespec { tv_sec: 0, tv_nsec: 0 };
-    rustix::io::retry_on_intr(|| poll(&mut [PollFd::new(process, PollFlags::IN)], Some(&now))) == Ok(1)
-}
-
 /// The shadow that holds a container of which nothing else is known: it has locked its directory. Not another command that
-/// deletes it.
+/// sweeps it.
 fn holder(directory: &OwnedFd) -> Option<OwnedFd> {
     let stat = rustix::fs::fstat(directory).ok()?;
     let (major, minor) = (rustix::fs::major(stat.st_dev), rustix::fs::minor(stat.st_dev));

@@ -246,6 +246,8 @@ fn sweep(root: &Path) {
         if rustix::fs::flock(&directory, FlockOperation::NonBlockingLockExclusive).is_err() {
             continue;
         }
+        // Another may be deleting it.
+        let Some(_turn) = known::try_turn(&directory) else { continue };
         // Between opening and locking, its owner may have removed it and another taken the name.
         if same_file(&directory, &path) && !known::is_kept(&path) {
             let _ = fs::remove_dir_all(root.join(PODS).join(name));

@@ -165,7 +165,8 @@ fn update_changes_what_is_given(scene: &Scene) -> Outcome {
     scene.call(&["update", "-r", &file.to_string_lossy(), "--pids-limit", "7", id])?.output()?;
     ensure_eq!(limits(&container)?, "100663296 33554432 max 60000 100 40 ", "limits from a file");
     let mut update = Running::start(&words(scene, &["update", "--resources=-", id]), &[])?;
-    update.send(br#"{"memory": {"limit": 83886080}, "cpu": {"quota": 20000}, "pids": {"limit": 50}}"#)?;
+    update
+        .send(br#"{"memory": {"limit": 83886080}, "cpu": {"quota": 20000, "period": 60000}, "pids": {"limit": 50}}"#)?;
     update.wait()?.output()?;
     ensure_eq!(limits(&container)?, "83886080 33554432 20000 60000 100 50 ", "limits from standard input");
     refused(scene, &["update", "--memory", "much", id], 1, "invalid value for")?;
