@@ -12,6 +12,7 @@ pub mod bench;
 pub mod bundle;
 pub mod cases;
 pub mod container;
+pub mod docker;
 pub mod leaks;
 pub mod podman;
 pub mod processes;
