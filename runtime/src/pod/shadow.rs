@@ -14,6 +14,9 @@ use super::link::{Begin, LINK_FD, LinkError, News, Order};
 use super::network::{WireError, Wiring};
 use crate::machine::{PidNamespace, spawn_in};
 
+/// Name of its process.
+pub const NAME: &str = "podhull-shadow";
+
 /// The flag by which a command line is a shadow's.
 pub const FLAG: &str = "--shadow";
 
