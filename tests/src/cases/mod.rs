@@ -4,6 +4,7 @@ mod bad_input;
 mod command_line;
 mod crashes;
 mod docker;
+mod docs;
 mod exit_codes;
 mod files;
 mod hooks;
@@ -42,6 +43,7 @@ pub const ALL: &[&[Case]] = &[
     pods::CASES,
     podman::CASES,
     docker::CASES,
+    docs::CASES,
 ];
 
 /// A test that holds for any OCI runtime.
