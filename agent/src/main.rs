@@ -13,6 +13,7 @@ mod events;
 mod machine;
 mod memory;
 mod native;
+mod network;
 mod pod;
 mod readiness;
 mod reaper;

@@ -6,8 +6,9 @@ use std::path::{Component, Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use podhull_protocol::{
-    ContainerStatsResponse, CreateContainerRequest, CreateContainerResponse, CreatePodRequest, CreatePodResponse,
-    ExecProcessRequest, ExecProcessResponse, GrowRequest, GrowResponse, ListProcessesResponse, Stdio, VERSION,
+    ConfigureNetworkRequest, ContainerStatsResponse, CreateContainerRequest, CreateContainerResponse, CreatePodRequest,
+    CreatePodResponse, ExecProcessRequest, ExecProcessResponse, GrowRequest, GrowResponse, ListProcessesResponse,
+    Stdio, VERSION,
 };
 use rustix::io::Errno;
 use tokio::io::unix::AsyncFd;
@@ -15,10 +16,11 @@ use tokio::sync::OnceCell;
 
 use crate::cgroup::{CgroupError, Hierarchy};
 use crate::container::report::ErrorKind;
-use crate::container::{self, Container, ContainerError};
+use crate::container::{self, Container, ContainerError, Network};
 use crate::events::Events;
 use crate::machine::{Machine, MachineError, MemoryState};
 use crate::memory::Memory;
+use crate::network::{Configure, Description, NetworkError, PodNetwork};
 use crate::reaper::Reaper;
 use crate::stdio::{self, StdioError, Streams};
 
@@ -59,6 +61,8 @@ pub enum PodError {
     #[error(transparent)]
     Machine(#[from] MachineError),
     #[error(transparent)]
+    Network(#[from] NetworkError),
+    #[error(transparent)]
     Cgroup(#[from] CgroupError),
     #[error(transparent)]
     Stdio(#[from] StdioError),
@@ -78,6 +82,8 @@ impl PodError {
             Self::Machine(MachineError::EntropyLength(_) | MachineError::NoSuchCpu { .. }) => {
                 ttrpc::Code::INVALID_ARGUMENT
             }
+            Self::Network(NetworkError::Missing { .. }) => ttrpc::Code::NOT_FOUND,
+            Self::Network(error) if error.is_invalid() => ttrpc::Code::INVALID_ARGUMENT,
             Self::Exists(_) => ttrpc::Code::ALREADY_EXISTS,
             Self::NoContainer(_) => ttrpc::Code::NOT_FOUND,
             Self::Container(ContainerError::ProcessExists(_)) => ttrpc::Code::ALREADY_EXISTS,
@@ -93,6 +99,7 @@ impl PodError {
             | Self::Memory { .. }
             | Self::CpuTask(_)
             | Self::Machine(_)
+            | Self::Network(_)
             | Self::Cgroup(_)
             | Self::Stdio(_) => ttrpc::Code::INTERNAL,
         }
@@ -117,6 +124,7 @@ pub struct Pod {
     reaper: Reaper,
     streams: Arc<Streams>,
     pub events: Arc<Events>,
+    network: PodNetwork,
     /// Memory as it was when the pod was made. Set once, by the call that made it.
     made: OnceCell<Option<MemoryState>>,
     containers: Mutex<HashMap<String, Entry>>,
@@ -139,6 +147,7 @@ impl Pod {
             reaper,
             streams,
             events: Arc::default(),
+            network: PodNetwork::default(),
             made: OnceCell::new(),
             containers: Mutex::default(),
         }
@@ -152,6 +161,7 @@ impl Pod {
         if self.made.initialized() {
             return Err(PodError::PodExists);
         }
+        let wanted = request.network.as_ref().map(Description::new).transpose()?;
         // In this order: what runs later may look at the clock and draw random numbers.
         let memory = match self.machine {
             Some(machine) => {
@@ -171,9 +181,14 @@ impl Pod {
             None => None,
         };
         self.made.set(memory).map_err(|_| PodError::PodExists)?;
+        // Every device that there is has been found.
+        let configure = Configure { machine: self.machine, scanned: true, wanted };
         let container = match request.container.into_option() {
-            Some(container) => Some(self.create_container(container).await?),
-            None => None,
+            Some(container) => Some(self.make_container(container, Network::Pod(&self.network, configure)).await?),
+            None => {
+                self.network.configure(configure).await?;
+                None
+            }
         };
         Ok(CreatePodResponse {
             agent_version: env!("CARGO_PKG_VERSION").into(),
@@ -188,6 +203,14 @@ impl Pod {
         request: CreateContainerRequest,
     ) -> Result<CreateContainerResponse, PodError> {
         self.made.get().ok_or(PodError::NoPod)?;
+        self.make_container(request, Network::Own).await
+    }
+
+    async fn make_container(
+        self: &Arc<Self>,
+        request: CreateContainerRequest,
+        network: Network<'_>,
+    ) -> Result<CreateContainerResponse, PodError> {
         if !is_valid_id(&request.id) {
             return Err(PodError::Id(request.id));
         }
@@ -209,7 +232,7 @@ impl Pod {
         });
         let shared = shared.collect::<Result<Vec<_>, PodError>>()?;
         let rootfs = self.share.join(rootfs);
-        let asked = container::Request { id, spec: &request.spec, rootfs, streams, shared: &shared };
+        let asked = container::Request { id, spec: &request.spec, rootfs, streams, shared: &shared, network };
         let (container, lease) = tokio::join!(Container::create(asked, self.surroundings()), lease);
         let container = Arc::new(container?);
         let pid = container.pid().as_raw_nonzero().get();
@@ -342,6 +365,13 @@ impl Pod {
         container.delete().await?;
         reservation.becomes = None;
         Ok(())
+    }
+
+    /// Makes the network what is described.
+    pub async fn configure_network(&self, request: ConfigureNetworkRequest) -> Result<(), PodError> {
+        self.made.get().ok_or(PodError::NoPod)?;
+        let wanted = Some(Description::new(&request)?);
+        Ok(self.network.configure(Configure { machine: self.machine, scanned: false, wanted }).await?)
     }
 
     /// Takes devices, CPUs and memory that the machine was given.

@@ -3,11 +3,11 @@
 use std::sync::Arc;
 
 use podhull_protocol::{
-    Agent, ContainerStatsRequest, ContainerStatsResponse, CreateContainerRequest, CreateContainerResponse,
-    CreatePodRequest, CreatePodResponse, DeleteContainerRequest, DeleteProcessRequest, Empty, Event, EventsRequest,
-    ExecProcessRequest, ExecProcessResponse, GrowRequest, GrowResponse, ListProcessesRequest, ListProcessesResponse,
-    PauseContainerRequest, ResizeTerminalRequest, ResumeContainerRequest, SignalContainerRequest, SignalProcessRequest,
-    StartContainerRequest, UpdateContainerRequest,
+    Agent, ConfigureNetworkRequest, ContainerStatsRequest, ContainerStatsResponse, CreateContainerRequest,
+    CreateContainerResponse, CreatePodRequest, CreatePodResponse, DeleteContainerRequest, DeleteProcessRequest, Empty,
+    Event, EventsRequest, ExecProcessRequest, ExecProcessResponse, GrowRequest, GrowResponse, ListProcessesRequest,
+    ListProcessesResponse, PauseContainerRequest, ResizeTerminalRequest, ResumeContainerRequest,
+    SignalContainerRequest, SignalProcessRequest, StartContainerRequest, UpdateContainerRequest,
 };
 use ttrpc::r#async::{ServerStreamSender, TtrpcContext};
 
@@ -126,6 +126,11 @@ impl Agent for Service {
     async fn grow(&self, _: &TtrpcContext, request: GrowRequest) -> ttrpc::Result<GrowResponse> {
         let pod = self.pod.clone();
         self.run(async move { pod.grow(request).await }).await
+    }
+
+    async fn configure_network(&self, _: &TtrpcContext, request: ConfigureNetworkRequest) -> ttrpc::Result<Empty> {
+        let pod = self.pod.clone();
+        self.run(async move { pod.configure_network(request).await }).await.map(empty)
     }
 
     async fn events(

@@ -6,9 +6,9 @@ use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
 use podhull_protocol::{
-    AgentClient, CreateContainerRequest, CreatePodRequest, DeleteContainerRequest, DeleteProcessRequest, Event,
-    EventsRequest, ExecProcessRequest, GrowRequest, ResizeTerminalRequest, SharedMemory, SignalContainerRequest,
-    SignalProcessRequest, StartContainerRequest, event,
+    AgentClient, ConfigureNetworkRequest, CreateContainerRequest, CreatePodRequest, DeleteContainerRequest,
+    DeleteProcessRequest, Event, EventsRequest, ExecProcessRequest, GrowRequest, ResizeTerminalRequest, SharedMemory,
+    SignalContainerRequest, SignalProcessRequest, StartContainerRequest, event,
 };
 use ttrpc::r#async::ClientStreamReceiver;
 use ttrpc::r#async::transport::Socket;
@@ -181,6 +181,13 @@ impl Agent {
         let Growth { cpus, memory_bytes, rescan } = growth;
         let request = GrowRequest { cpus, memory_bytes, rescan, ..Default::default() };
         self.client.grow(with_duration(WORK), &request).await.map(drop).map_err(|e| AgentError::of("Grow", e))
+    }
+
+    /// Makes the pod's network what it says, whatever it was before.
+    #[allow(dead_code, reason = "for the network, and for updates of a running pod")]
+    pub async fn configure_network(&self, request: &ConfigureNetworkRequest) -> Result<(), AgentError> {
+        let answer = self.client.configure_network(with_duration(WORK), request).await;
+        answer.map(drop).map_err(|e| AgentError::of("ConfigureNetwork", e))
     }
 
     /// Events of the pod from now on, and those nobody received yet.

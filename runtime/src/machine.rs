@@ -1,4 +1,7 @@
-//! The process of a machine, and the channel to it ([`podhull_vmm::control`]).
+//! The process of a machine, the channel to it, and its control socket ([`podhull_vmm::control`]).
+
+#[allow(dead_code, reason = "for the network, and for updates of a running pod")]
+mod dial;
 
 use std::cell::RefCell;
 use std::collections::VecDeque;
@@ -7,6 +10,7 @@ use std::io::{self, Read};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::process::CommandExt;
 use std::process::{Child, Command, Stdio};
+use std::time::Duration;
 
 use podhull_vmm::control::{self, ChannelError, Device, End, MachineConfig, Notice, Request, Resource};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -17,6 +21,9 @@ use rustix::process::{Pid, PidfdFlags};
 use rustix::thread::{LinkNameSpaceType, ThreadNameSpaceType, UnshareFlags};
 use tokio::io::unix::AsyncFd;
 use tokio::sync::oneshot;
+
+#[allow(unused_imports, reason = "for the network, and for updates of a running pod")]
+pub use dial::{CONTROL_SOCKET, Control};
 
 /// Descriptor at which the machine's process finds its end of the channel.
 pub const CHANNEL_FD: i32 = 3;
@@ -33,6 +40,14 @@ pub enum MachineError {
     /// There is no event loop for it.
     #[error("cannot watch the virtual machine's process: {0}")]
     Watch(#[source] io::Error),
+    /// Nobody answers at its control socket.
+    #[allow(dead_code, reason = "for the network, and for updates of a running pod")]
+    #[error("cannot reach the virtual machine's process: {0}")]
+    Dial(#[source] io::Error),
+    /// It did not answer in time.
+    #[allow(dead_code, reason = "for the network, and for updates of a running pod")]
+    #[error("the virtual machine's process did not answer within {} seconds", .0.as_secs())]
+    Silent(Duration),
     /// The channel cannot be used.
     #[error("virtual machine: {0}")]
     Channel(#[from] ChannelError),
@@ -240,9 +255,14 @@ impl Channel {
         self.request(&Request::Start(config), fds).await
     }
 
-    /// Puts devices into the running machine.
-    pub async fn add(&self, devices: Vec<Device>) -> Result<(), MachineError> {
-        self.request(&Request::Add { resources: Vec::<Resource>::new(), devices }, &[]).await
+    /// Puts what the descriptors are, and further devices, into the running machine: all of it or nothing.
+    pub async fn add(
+        &self,
+        resources: Vec<Resource>,
+        fds: &[OwnedFd],
+        devices: Vec<Device>,
+    ) -> Result<(), MachineError> {
+        self.request(&Request::Add { resources, devices }, fds).await
     }
 
     /// Creates vCPUs.
@@ -263,17 +283,8 @@ impl Channel {
     }
 
     async fn request(&self, request: &Request, fds: &[OwnedFd]) -> Result<(), MachineError> {
-        let fds: Vec<BorrowedFd<'_>> = fds.iter().map(AsFd::as_fd).collect();
         let (sender, receiver) = oneshot::channel();
-        loop {
-            match control::send(self.socket.get_ref(), request, &fds) {
-                Err(ChannelError::Io(Errno::WOULDBLOCK)) => match self.socket.writable().await {
-                    Ok(mut guard) => guard.clear_ready(),
-                    Err(_) => return Err(ChannelError::Closed.into()),
-                },
-                sent => break sent?,
-            }
-        }
+        send(&self.socket, request, fds).await?;
         self.pending.borrow_mut().push_back(sender);
         match receiver.await {
             Ok(Ok(())) => Ok(()),
@@ -285,15 +296,15 @@ impl Channel {
     /// Receives notices until there is no machine any more; `None` if its process said nothing about why.
     pub async fn drive(&self) -> Option<MachineError> {
         loop {
-            match control::receive::<Notice>(self.socket.get_ref()) {
-                Ok((Notice::Done, _)) => self.answer(Ok(())),
-                Ok((Notice::Failed(message), _)) => self.answer(Err(message)),
-                Ok((Notice::AgentReady { exits }, _)) => {
+            match receive(&self.socket).await {
+                Ok(Notice::Done) => self.answer(Ok(())),
+                Ok(Notice::Failed(message)) => self.answer(Err(message)),
+                Ok(Notice::AgentReady { exits }) => {
                     if let Some(ready) = self.ready.borrow_mut().take() {
                         let _ = ready.send(exits);
                     }
                 }
-                Ok((Notice::Ended(end), _)) => {
+                Ok(Notice::Ended(end)) => {
                     return Some(match end {
                         End::Reset => MachineError::Reset,
                         End::Crash(what) => MachineError::Crash(what),
@@ -301,10 +312,6 @@ impl Channel {
                         End::Failure(what) => MachineError::Failed(what),
                     });
                 }
-                Err(ChannelError::Io(Errno::WOULDBLOCK)) => match self.socket.readable().await {
-                    Ok(mut guard) => guard.clear_ready(),
-                    Err(_) => return None,
-                },
                 Err(ChannelError::Closed) => return None,
                 Err(error) => return Some(error.into()),
             }
@@ -315,6 +322,34 @@ impl Channel {
         if let Some(sender) = self.pending.borrow_mut().pop_front() {
             // Nobody waits for it any more: fine.
             let _ = sender.send(result);
+        }
+    }
+}
+
+/// Sends a request as soon as there is room for it.
+async fn send(socket: &AsyncFd<OwnedFd>, request: &Request, fds: &[OwnedFd]) -> Result<(), ChannelError> {
+    let fds: Vec<BorrowedFd<'_>> = fds.iter().map(AsFd::as_fd).collect();
+    loop {
+        match control::send(socket.get_ref(), request, &fds) {
+            Err(ChannelError::Io(Errno::WOULDBLOCK)) => match socket.writable().await {
+                Ok(mut guard) => guard.clear_ready(),
+                Err(_) => return Err(ChannelError::Closed),
+            },
+            sent => return sent,
+        }
+    }
+}
+
+/// The next notice.
+async fn receive(socket: &AsyncFd<OwnedFd>) -> Result<Notice, ChannelError> {
+    loop {
+        match control::receive(socket.get_ref()) {
+            Ok((notice, _)) => return Ok(notice),
+            Err(ChannelError::Io(Errno::WOULDBLOCK)) => match socket.readable().await {
+                Ok(mut guard) => guard.clear_ready(),
+                Err(_) => return Err(ChannelError::Closed),
+            },
+            Err(error) => return Err(error),
         }
     }
 }

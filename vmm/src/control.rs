@@ -6,6 +6,11 @@
 //!
 //! The machine lives as long as the channel: when the last copy of the runtime's end is closed, the process ends, and
 //! removes what it was told to ([`Resource::Remove`]).
+//!
+//! Others than who started the machine speak to it through its control socket ([`Resource::Control`]): the same requests
+//! but [`Request::Start`], each with its one answer, and no other notice. A connection that is closed ends nothing. Of
+//! [`MAX_CLIENTS`] connections the one that has been silent longest makes room for a new one, and a client that does not take
+//! its answers is disconnected: who says nothing or does not listen holds up nobody.
 
 use std::io::{IoSlice, IoSliceMut};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -20,6 +25,9 @@ use serde::{Deserialize, Serialize};
 /// Longest message in bytes.
 pub const MAX_MESSAGE: usize = 128 * 1024;
 
+/// Most connections to a control socket at a time.
+pub const MAX_CLIENTS: usize = 8;
+
 /// Most file descriptors in one message (the kernel's own bound, `SCM_MAX_FD`, is 253).
 pub const MAX_FDS: usize = 200;
 
@@ -29,8 +37,8 @@ pub const MAX_FDS: usize = 200;
 pub enum Request {
     /// Builds the machine and runs it. The first request, and only the first.
     Start(MachineConfig),
-    /// Puts disks and devices into the running machine. They appear on its PCI bus; the guest sees them after a rescan.
-    /// Mounts and directories to remove are given at the start: by then the process has nothing left to mount with, or to
+    /// Puts disks, taps and devices into the running machine, all of them or, if it fails, none. They appear on its PCI
+    /// bus; the guest sees them after a rescan. Mounts and directories to remove are given at the start: by then the process has nothing left to mount with, or to
     /// reach other directories. Nor is it given its share later.
     Add {
         /// One for each attached file descriptor, in order.
@@ -94,6 +102,17 @@ pub enum Resource {
         /// Serial number the guest reads, at most 20 bytes of ASCII.
         serial: String,
     },
+    /// One queue of a tap device, which becomes a virtio-net device: opened with `IFF_TAP | IFF_NO_PI | IFF_VNET_HDR`, with a
+    /// header of [`TAP_HEADER`] bytes (`TUNSETVNETHDRSZ`), and non-blocking. Given at the start it appears when the agent is
+    /// ready.
+    Tap {
+        /// Address of the guest's interface: that of one station, not all zeros.
+        mac: [u8; 6],
+        /// Its MTU, which the guest cannot raise: at least [`MTU_MIN`].
+        mtu: u16,
+    },
+    /// A listening Unix socket of type `SOCK_SEQPACKET`: the machine's control socket. At the start only.
+    Control,
     /// A directory; the entry `name` in it, with all below it, is removed when the machine ends because its channel was
     /// closed. At the start only.
     Remove {
@@ -118,6 +137,12 @@ pub enum Device {
 
 /// Tag of the virtio-fs device that serves the share.
 pub const SHARE_TAG: &str = "share";
+
+/// Bytes of the header that goes before each packet of a tap (`struct virtio_net_hdr_v1`).
+pub const TAP_HEADER: usize = 12;
+
+/// Smallest MTU of an interface: what IPv4 asks of every link (RFC 791).
+pub const MTU_MIN: u16 = 68;
 
 /// What a machine tells the runtime.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

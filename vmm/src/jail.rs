@@ -53,6 +53,8 @@ pub enum Kind {
     Vsock,
     /// Moves bytes between guest memory and disks.
     Block,
+    /// Moves packets between guest memory and a tap.
+    Net,
     /// Serves files.
     Files,
 }

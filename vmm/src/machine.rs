@@ -38,8 +38,10 @@ const CONFIG_ADDRESS: IoEventAddress = IoEventAddress::Pio(0xcf8);
 
 /// Kernel command line of every machine:
 /// `reboot=k panic=-1` make a panic one write to port 0x64; `pci=noearly` leaves out the search for quirky chipsets (a fifth
-/// of all exits to user space); `noreplace-smp` leaves the lock prefixes as they are; `maxcpus=1` leaves the other CPUs to the agent; what virtio-mem brings can be taken away again.
+/// of all exits to user space); `noreplace-smp` leaves the lock prefixes as they are; `maxcpus=1` leaves the other CPUs to the agent; what virtio-mem brings can be taken away again; the network that the pod's containers see begins without a
+/// device that only stands for one.
 const CMDLINE: &str = "reboot=k panic=-1 pci=noearly noreplace-smp maxcpus=1 memhp_default_state=online_movable \
+    dummy.numdummies=0 \
     root=/dev/pmem0 rootfstype=erofs rootflags=dax=always ro init=/sbin/podhull-agent";
 
 /// Why a machine could not be made.
@@ -252,22 +254,32 @@ impl Machine {
         Ok(())
     }
 
-    /// Puts a device into a free slot of the bus; the guest sees it when it scans the bus.
-    pub fn add_device(&mut self, name: &'static str, device: Box<dyn Device>) -> Result<(), BuildError> {
-        let (confine, kind) = (self.shared.confine.clone(), device.kind());
-        let thread = Thread::spawn(name, move || confine(kind))
-            .map_err(|source| BuildError::Kvm { what: "thread of a device", source })?;
-        let function = Arc::new(Mutex::new(VirtioPci::new(
-            name,
-            device,
-            thread,
-            self.memory.clone(),
-            self.vm.clone(),
-            self.broken.clone(),
-        )));
-        self.shared.bus.pci().add(function.clone())?;
-        self.devices.push(function);
+    /// Puts devices into free slots of the bus, all of them or none; the guest sees them when it scans the bus. The name of
+    /// each is what its errors are called.
+    pub fn add_devices(&mut self, devices: Vec<(&'static str, Box<dyn Device>)>) -> Result<(), BuildError> {
+        let mut functions = Vec::new();
+        for (name, device) in devices {
+            let (confine, kind) = (self.shared.confine.clone(), device.kind());
+            let thread = Thread::spawn(name, move || confine(kind))
+                .map_err(|source| BuildError::Kvm { what: "thread of a device", source })?;
+            functions.push(Arc::new(Mutex::new(VirtioPci::new(
+                name,
+                device,
+                thread,
+                self.memory.clone(),
+                self.vm.clone(),
+                self.broken.clone(),
+            ))));
+        }
+        let slots: Vec<pci::Slot> = functions.iter().map(|function| function.clone() as pci::Slot).collect();
+        self.shared.bus.pci().add(&slots)?;
+        self.devices.extend(functions);
         Ok(())
+    }
+
+    /// Puts a device into a free slot of the bus.
+    pub fn add_device(&mut self, name: &'static str, device: Box<dyn Device>) -> Result<(), BuildError> {
+        self.add_devices(vec![(name, device)])
     }
 
     /// Lets vCPUs and devices run.

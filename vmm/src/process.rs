@@ -1,5 +1,8 @@
 //! The process of a machine: takes its configuration and open files from the control channel, enters its jail, builds the
-//! machine, and serves the channel until either side ends.
+//! machine, and serves the channel until either side ends, and its control socket meanwhile.
+
+mod clients;
+mod devices;
 
 use std::collections::VecDeque;
 use std::ffi::CString;
@@ -9,21 +12,18 @@ use std::sync::{Arc, Mutex};
 
 use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
 use rustix::io::Errno;
-use vm_memory::{GuestAddress, GuestMemory as _};
 use vmm_sys_util::eventfd::EventFd;
 
-use crate::arch::layout::HOTPLUG;
 use crate::control::{self, ChannelError, Device, End, MachineConfig, Notice, Request, Resource, SHARE_TAG};
 use crate::fault;
 use crate::jail::{Jail, Kind, raise_descriptor_limit, remove_tree};
 use crate::machine::{Listeners, Machine, Parts};
 use crate::vcpu::{install_kick_handler, lock};
-use crate::virtio::balloon::Balloon;
-use crate::virtio::block::Block;
-use crate::virtio::entropy::Entropy;
 use crate::virtio::fs::{Share, ShareConfig};
-use crate::virtio::mem::{Memory, MemoryHandle};
+use crate::virtio::mem::MemoryHandle;
 use crate::virtio::{Broken, vsock};
+use clients::{Clients, Ready};
+use devices::{Batch, Named};
 
 /// The control channel is this descriptor of the process.
 pub const CONTROL_FD: i32 = 3;
@@ -67,14 +67,15 @@ impl Events {
 /// A machine with what belongs to its process.
 struct Process {
     machine: Machine,
-    /// The share, from the start to when the machine gets it.
+    /// What the machine gets when its agent is ready: the share, taps, and devices without descriptors.
     share: Option<Share>,
-    /// Devices the machine gets when its agent is ready.
+    taps: Vec<Named>,
     devices: Vec<Device>,
     memory_bytes: u64,
     memory: Option<MemoryHandle>,
     ready: EventFd,
     events: Arc<Events>,
+    clients: Clients,
 }
 
 /// What the process was given to remove.
@@ -161,6 +162,8 @@ struct Start {
     console: Option<File>,
     agent: Option<OwnedFd>,
     listener: Option<OwnedFd>,
+    control: Option<OwnedFd>,
+    taps: Vec<Named>,
     later: Vec<(Resource, OwnedFd)>,
 }
 
@@ -178,6 +181,11 @@ impl Start {
                 Resource::Console => start.console.replace(fd.into()).is_some(),
                 Resource::Agent => start.agent.replace(fd).is_some(),
                 Resource::VsockListener => start.listener.replace(fd).is_some(),
+                Resource::Control => start.control.replace(fd).is_some(),
+                tap @ Resource::Tap { .. } => {
+                    start.taps.push(devices::of_resource(tap, fd)?);
+                    false
+                }
                 later => {
                     start.later.push((later, fd));
                     false
@@ -203,6 +211,7 @@ impl Process {
             console: start.console,
         };
         let agent = start.agent.ok_or_else(|| missing("agent channel"))?;
+        let clients = Clients::new(start.control).map_err(|e| format!("control socket: {e}"))?;
         let shared = config.devices.contains(&Device::Share);
         let share = enter_jail(start.later, shared, leftovers)?;
         install_kick_handler().map_err(|e| format!("signal handler: {e}"))?;
@@ -233,11 +242,13 @@ impl Process {
         let mut process = Self {
             machine,
             share,
+            taps: start.taps,
             devices: config.devices,
             memory_bytes: config.memory_bytes,
             memory: None,
             ready,
             events,
+            clients,
         };
         // Before the first instruction of the guest.
         Kind::Main.confine().map_err(|e| format!("confinement: {e}"))?;
@@ -251,17 +262,20 @@ impl Process {
         let events = self.events.clone();
         let Ok(ready) = ready else { return Stop::Ended(End::Failure("no descriptor left".into())) };
         loop {
-            let (channel_ready, agent_ready) = {
-                let mut fds = [
+            let (channel_ready, agent_ready, clients_ready) = {
+                let mut fds = vec![
                     PollFd::new(channel, PollFlags::IN),
                     PollFd::new(&events.wake, PollFlags::IN),
                     PollFd::from_borrowed_fd(borrow(&ready), PollFlags::IN),
                 ];
+                fds.extend(self.clients.descriptors().map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN)));
                 match poll(&mut fds, None) {
                     Ok(_) | Err(Errno::INTR) => {}
                     Err(errno) => return Stop::Ended(End::Failure(format!("poll: {errno}"))),
                 }
-                (!fds[0].revents().is_empty(), !fds[2].revents().is_empty())
+                let mut ready = fds.iter().map(|fd| !fd.revents().is_empty());
+                let first = [ready.next(), ready.next(), ready.next()];
+                (first[0] == Some(true), first[2] == Some(true), ready.collect::<Ready>())
             };
             let _ = rustix::io::read(&events.wake, &mut [0; 8]);
             while let Some(event) = events.pop() {
@@ -289,14 +303,26 @@ impl Process {
                     return Stop::Abandoned;
                 }
             }
+            let mut clients = std::mem::take(&mut self.clients);
+            clients.serve(&clients_ready, |request, fds| self.carry_out(request, fds));
+            self.clients = clients;
         }
     }
 
     fn agent_ready(&mut self, channel: &OwnedFd) -> Result<(), Line> {
         let exits = self.machine.exits();
+        let mut batch = Batch::default();
         for device in std::mem::take(&mut self.devices) {
-            self.add_device(device)?;
+            match device {
+                Device::Share => {
+                    let share = self.share.take().ok_or("the share was asked for twice")?;
+                    batch.devices.push(("fs", Box::new(share)));
+                }
+                other => batch.device(other, &self.machine, self.memory.is_some())?,
+            }
         }
+        batch.devices.append(&mut self.taps);
+        self.add(batch)?;
         // A runtime that is gone is seen at the next poll.
         let _ = control::send(channel, &Notice::AgentReady { exits }, &[]);
         Ok(())
@@ -309,45 +335,27 @@ impl Process {
                 if resources.len() != fds.len() {
                     return Err(format!("{} resources with {} descriptors", resources.len(), fds.len()));
                 }
+                let mut batch = Batch::default();
                 for (resource, fd) in resources.into_iter().zip(fds) {
-                    self.add_resource(resource, fd)?;
+                    batch.devices.push(devices::of_resource(resource, fd)?);
                 }
-                devices.into_iter().try_for_each(|device| self.add_device(device))
+                for device in devices {
+                    batch.device(device, &self.machine, self.memory.is_some())?;
+                }
+                self.add(batch)
             }
             Request::SetCpus(count) => self.machine.set_cpus(count).map_err(line),
             Request::SetMemory(bytes) => self.set_memory(bytes),
         }
     }
 
-    fn add_resource(&mut self, resource: Resource, fd: OwnedFd) -> Result<(), Line> {
-        match resource {
-            Resource::Disk { read_only, serial } => {
-                let disk = Block::new(fd, read_only, &serial).map_err(line)?;
-                self.machine.add_device("blk", Box::new(disk)).map_err(line)
-            }
-            other => Err(format!("{other:?} is given at the start or not at all")),
+    /// Puts all of it on the bus, or nothing.
+    fn add(&mut self, batch: Batch) -> Result<(), Line> {
+        self.machine.add_devices(batch.devices).map_err(line)?;
+        if batch.memory.is_some() {
+            self.memory = batch.memory;
         }
-    }
-
-    fn add_device(&mut self, device: Device) -> Result<(), Line> {
-        match device {
-            Device::Entropy => self.machine.add_device("rng", Box::new(Entropy)).map_err(line),
-            Device::Share => {
-                let share = self.share.take().ok_or("a share is asked for at the start or not at all")?;
-                self.machine.add_device("fs", Box::new(share)).map_err(line)
-            }
-            Device::Memory if self.machine.memory().num_regions() == 1 => Ok(()),
-            Device::Memory => {
-                let memory = self.machine.memory().clone();
-                let device = Memory::new(memory, GuestAddress(HOTPLUG), true).map_err(line)?;
-                self.memory = Some(device.handle());
-                self.machine.add_device("mem", Box::new(device)).map_err(line)
-            }
-            Device::Balloon => {
-                let balloon = Balloon::new(self.machine.file_backed().clone());
-                self.machine.add_device("balloon", Box::new(balloon)).map_err(line)
-            }
-        }
+        Ok(())
     }
 
     fn set_memory(&mut self, bytes: u64) -> Result<(), Line> {

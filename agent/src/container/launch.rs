@@ -59,6 +59,18 @@ pub struct Launched {
     pub pidfd: OwnedFd,
     pub socket: AsyncFd<OwnedFd>,
     pub exit: oneshot::Receiver<ExitStatus>,
+    /// It waits for [`Launched::release`].
+    waits: bool,
+}
+
+impl Launched {
+    /// Lets the process of a new user namespace go on, when all is done that is done from outside.
+    pub fn release(&self) -> Result<(), LaunchError> {
+        if self.waits {
+            rustix::net::send(self.socket.get_ref(), b"mapped", SendFlags::NOSIGNAL).map_err(LaunchError::Release)?;
+        }
+        Ok(())
+    }
 }
 
 /// Descriptors of the child, from the numbers they have here to the numbers they get there.
@@ -72,7 +84,7 @@ struct Handover {
     waits_for_mappings: bool,
 }
 
-/// Makes a process of a container. On an error after the clone it ends by itself, because its socket is closed.
+/// Makes a process of a container, which goes on when it is released. On an error after the clone it ends by itself, because its socket is closed.
 pub fn launch(
     config: &Config<'_>,
     place: &Place<'_>,
@@ -112,11 +124,10 @@ pub fn launch(
         && namespaces.user
     {
         namespaces::write_mappings(pid, spec)?;
-        rustix::net::send(&ours, b"mapped", SendFlags::NOSIGNAL).map_err(LaunchError::Release)?;
     }
     rustix::io::ioctl_fionbio(&ours, true).map_err(|errno| LaunchError::Socket(errno.into()))?;
     let socket = readiness::watch(ours, Interest::READABLE | Interest::WRITABLE).map_err(LaunchError::Socket)?;
-    Ok(Launched { pid, pidfd, socket, exit })
+    Ok(Launched { pid, pidfd, socket, exit, waits: handover.waits_for_mappings })
 }
 
 fn config_file(config: &Config<'_>) -> io::Result<OwnedFd> {

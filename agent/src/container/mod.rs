@@ -40,11 +40,13 @@ use tokio::io::unix::AsyncFd;
 
 use crate::cgroup::{Cgroup, CgroupError, Hierarchy};
 use crate::events::Events;
+use crate::network::{Configure, NetworkError, PodNetwork};
 use crate::reaper::{ExitStatus, Reaper};
 use crate::spec::{Process, Resources, Spec};
 use crate::stdio::{Claim, ContainerEnds, Pumps, StdioError};
 use affinity::AffinityError;
 use exec::Executed;
+pub use join::setns;
 use launch::{LaunchError, Place};
 use limits::{LimitError, Limits};
 use namespaces::{NamespaceError, Namespaces};
@@ -80,6 +82,8 @@ pub enum ContainerError {
     TerminalWithoutStream,
     #[error(transparent)]
     Launch(#[from] LaunchError),
+    #[error(transparent)]
+    Network(#[from] NetworkError),
     /// In the words of the step that failed.
     #[error("{message}")]
     Init { kind: ErrorKind, message: String },
@@ -158,6 +162,7 @@ impl ContainerError {
             Self::Limit(LimitError::WriteOomScore(_)) => ErrorKind::Internal,
             Self::Limit(_) => ErrorKind::Invalid,
             Self::Cgroup(error) if error.is_invalid() => ErrorKind::Invalid,
+            Self::Network(error) if error.is_invalid() => ErrorKind::Invalid,
             Self::NoProcess(_) => ErrorKind::NotFound,
             Self::Init { kind, .. } => *kind,
             _ => ErrorKind::Internal,
@@ -209,6 +214,16 @@ pub struct Request<'a> {
     pub rootfs: PathBuf,
     pub streams: Streams,
     pub shared: &'a [Shared],
+    pub network: Network<'a>,
+}
+
+/// The network of a container.
+pub enum Network<'a> {
+    /// What its specification says: one of its own, with nothing but the loopback interface, another container's, or that of
+    /// the guest.
+    Own,
+    /// That of the pod, of which it is the first container, and what is to be done with it.
+    Pod(&'a PodNetwork, Configure),
 }
 
 /// A namespace that is another container's.
@@ -265,6 +280,17 @@ impl Container {
             affinity::check(affinity)?;
         }
         let limits = Limits::of(&spec.process)?;
+        let mut request = request;
+        // With a user namespace the network is the container's, and made with it.
+        if let Network::Pod(network, configure) = &mut request.network
+            && !(namespaces.user && namespaces.has_own_network())
+        {
+            network.configure(std::mem::take(configure)).await?;
+            if namespaces.has_own_network() {
+                namespaces.share("network")?;
+            }
+            request.network = Network::Own;
+        }
         let cgroup = around.cgroups.create(&spec.linux.cgroups_path, &request.id, &spec.linux.resources)?;
         let (id, rootfs, bytes) = (request.id.clone(), request.rootfs.clone(), request.spec);
         let ready = match Self::create_in(&cgroup, &spec, namespaces, &limits, request, &around).await {
@@ -324,6 +350,11 @@ impl Container {
         let launched = launch::launch(&config, &place, &cgroup.open()?, &ends, around.reaper)?;
         // Ours: the streams end when the process's own are closed.
         drop(ends);
+        if let Network::Pod(network, configure) = request.network {
+            let pid = launched.pid.as_raw_nonzero().to_string();
+            network.settle_in(launch::open_namespace(&pid, "net")?, configure).await?;
+        }
+        launched.release()?;
         let ready = Ready::await_from(launched, limits, terminal, pumps).await?;
         match cgroup.set_limits(&spec.linux.resources) {
             Ok(()) => Ok(ready),

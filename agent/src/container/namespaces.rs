@@ -35,7 +35,7 @@ pub enum NamespaceError {
 pub struct Namespaces {
     /// Flags for `clone3`.
     pub clone_flags: u64,
-    /// Those of them that are another container's.
+    /// Those of them that are another container's, or the pod's.
     pub shared_flags: u64,
     pub user: bool,
     /// Made by the container's init for itself: its root is the cgroup it is in, and a clone is moved there only after its

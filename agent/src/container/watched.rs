@@ -73,7 +73,7 @@ impl Ready {
         events: Arc<Events>,
         meanwhile: impl Future<Output = std::convert::Infallible> + Send + 'static,
     ) -> (Watched, AsyncFd<OwnedFd>) {
-        let Self { launched: Launched { pid, pidfd, socket, exit }, pumps, master } = self;
+        let Self { launched: Launched { pid, pidfd, socket, exit, .. }, pumps, master } = self;
         let (sender, ended) = watch::channel(false);
         let reporter = tokio::spawn(async move {
             let status = tokio::select! {

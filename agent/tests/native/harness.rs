@@ -2,15 +2,16 @@
 
 use std::io::Write;
 use std::os::unix::fs::PermissionsExt;
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use podhull_protocol::{
-    AgentClient, CreateContainerRequest, CreatePodRequest, DeleteContainerRequest, DeleteProcessRequest, Empty, Event,
-    EventsRequest, ExecProcessRequest, Exit, ResizeTerminalRequest, SignalContainerRequest, SignalProcessRequest,
-    StartContainerRequest, Stdio, VERSION,
+    AgentClient, CreateContainerRequest, CreatePodRequest, CreatePodResponse, DeleteContainerRequest,
+    DeleteProcessRequest, Empty, Event, EventsRequest, ExecProcessRequest, Exit, ResizeTerminalRequest,
+    SignalContainerRequest, SignalProcessRequest, StartContainerRequest, Stdio, VERSION,
 };
 use serde_json::{Value, json};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -102,21 +103,39 @@ impl Outcome {
 }
 
 impl Agent {
+    /// An agent with an empty pod, in the network namespace of the tests.
     pub async fn start() -> Self {
+        let agent = Self::listen(false).await;
+        agent.create_pod(|_| {}).await.unwrap();
+        agent
+    }
+
+    /// Makes the pod.
+    pub async fn create_pod(&self, change: impl FnOnce(&mut CreatePodRequest)) -> ttrpc::Result<CreatePodResponse> {
+        let mut request = CreatePodRequest { protocol_version: VERSION, ..CreatePodRequest::default() };
+        change(&mut request);
+        self.client.create_pod(deadline(), &request).await
+    }
+
+    /// An agent without a pod; if it is said, in a network namespace of its own.
+    pub async fn listen(own_network: bool) -> Self {
         assert!(rustix::process::geteuid().is_root(), "these tests make namespaces and mounts: run them as root");
         let dir = tempfile::tempdir_in("/var/tmp").unwrap();
         std::fs::set_permissions(dir.path(), std::fs::Permissions::from_mode(0o755)).unwrap();
         std::fs::create_dir(dir.path().join("share")).unwrap();
         let name = format!("podhull-test-{}-{}", std::process::id(), NUMBER.fetch_add(1, Ordering::Relaxed));
-        let child = Command::new(agent_binary())
-            .arg("native")
-            .arg("--dir")
-            .arg(dir.path())
-            .arg("--cgroup2")
-            .arg(cgroup2())
-            .args(["--cgroup", &name])
-            .spawn()
-            .unwrap();
+        let mut command = Command::new(agent_binary());
+        command.arg("native").arg("--dir").arg(dir.path()).arg("--cgroup2").arg(cgroup2()).args(["--cgroup", &name]);
+        if own_network {
+            // SAFETY: between fork and exec there is this one system call.
+            unsafe {
+                command.pre_exec(|| match libc::unshare(libc::CLONE_NEWNET) {
+                    0 => Ok(()),
+                    _ => Err(std::io::Error::last_os_error()),
+                });
+            }
+        }
+        let child = command.spawn().unwrap();
         let socket = dir.path().join("agent.sock");
         let begin = std::time::Instant::now();
         while !socket.exists() || !dir.path().join("stdio.sock").exists() {
@@ -124,16 +143,13 @@ impl Agent {
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
         let client = Client::connect(&format!("unix://{}", socket.display())).await.unwrap();
-        let agent = Self {
+        Self {
             dir,
             client: AgentClient::new(client),
             cgroup: cgroup2().join(name),
             child,
             events: tokio::sync::Mutex::default(),
-        };
-        let request = CreatePodRequest { protocol_version: VERSION, ..CreatePodRequest::default() };
-        agent.client.create_pod(deadline(), &request).await.unwrap();
-        agent
+        }
     }
 
     pub fn pid(&self) -> u32 {
@@ -190,14 +206,19 @@ impl Agent {
     }
 
     pub async fn create(&self, id: &str, rootfs: &str, spec: &Value, stdio: Stdio) -> ttrpc::Result<i32> {
-        let request = CreateContainerRequest {
+        let request = Self::container(id, rootfs, spec, stdio);
+        self.client.create_container(deadline(), &request).await.map(|response| response.pid)
+    }
+
+    /// The call that makes a container.
+    pub fn container(id: &str, rootfs: &str, spec: &Value, stdio: Stdio) -> CreateContainerRequest {
+        CreateContainerRequest {
             id: id.into(),
             spec: serde_json::to_vec(spec).unwrap(),
             rootfs: rootfs.into(),
             stdio: Some(stdio).into(),
             ..CreateContainerRequest::default()
-        };
-        self.client.create_container(deadline(), &request).await.map(|response| response.pid)
+        }
     }
 
     /// The error of a container that cannot be made.

@@ -12,6 +12,7 @@ mod harness;
 mod life;
 mod mounts;
 mod namespaces;
+mod network;
 mod process;
 mod seccomp;
 mod streams;

@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 use podhull_protocol::{CreatePodRequest, SharedMemory};
 use podhull_vmm::control::{Device, MachineConfig, Resource, SHARE_TAG};
 use rustix::io::Errno;
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 use rustix::rand::GetRandomFlags;
 
 use super::boot::{BOOT, Boot};
@@ -24,10 +25,13 @@ use super::view::{self, Entered, View, ViewError, namespaces};
 use crate::agent::{self, Agent, AgentError, Exit};
 use crate::bundle::{Bundle, BundleError};
 use crate::log::Log;
-use crate::machine::{Channel, MachineError};
+use crate::machine::{CONTROL_SOCKET, Channel, MachineError};
 use crate::signals::{self, Signals};
 use crate::state::{self, Directory, State, StateError, Status};
 use crate::stdio::{SOCKET, Stdio, StdioError};
+
+/// Clients of the machine that may wait to be taken; it takes them at once.
+const CONTROL_BACKLOG: i32 = 16;
 
 /// Bytes of entropy a guest gets before anything else.
 const ENTROPY: usize = 64;
@@ -147,12 +151,14 @@ pub fn run(run: &Run<'_>) -> Result<u8, RunError> {
     let pod = directory.open_pod()?;
     let (agent, their_agent) = UnixStream::pair().map_err(|e| RunError::Socket(directory.pod(), e))?;
     let listener = listen(directory)?;
+    let control = listen_for_control(directory)?;
     let mut machine = Vec::from([
         (Resource::Kvm, kvm.into()),
         (Resource::Kernel, kernel.into()),
         (Resource::Image, image.into()),
         (Resource::Agent, their_agent.into()),
         (Resource::VsockListener, listener.into()),
+        (Resource::Control, control),
         (Resource::Remove { name: run.id.to_owned() }, duplicate(directory.pods())?),
     ]);
     if !begin.kept {
@@ -368,6 +374,21 @@ fn listen(directory: &Directory) -> Result<UnixListener, RunError> {
         UnixListener::bind(format!("/proc/self/fd/{}/{SOCKET}", fd.as_raw_fd()))
     };
     listen().map_err(|e| RunError::Socket(pod.clone(), e))
+}
+
+/// The same for the machine's control socket.
+fn listen_for_control(directory: &Directory) -> Result<OwnedFd, RunError> {
+    let pod = directory.pod();
+    let listen = || {
+        let fd = File::open(&pod)?;
+        let flags = SocketFlags::CLOEXEC;
+        let socket = rustix::net::socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None)?;
+        let path = format!("/proc/self/fd/{}/{CONTROL_SOCKET}", fd.as_raw_fd());
+        rustix::net::bind(&socket, &SocketAddrUnix::new(path)?)?;
+        rustix::net::listen(&socket, CONTROL_BACKLOG)?;
+        Ok(socket)
+    };
+    listen().map_err(|e: io::Error| RunError::Socket(pod.clone(), e))
 }
 
 fn duplicate(directory: BorrowedFd<'_>) -> Result<OwnedFd, RunError> {

@@ -1,11 +1,13 @@
 //! A stream into the guest: `CONNECT <port>` and `OK` on the pod's socket, then the token that names the stream.
 
 use std::io::{self, Read, Write};
-use std::os::fd::BorrowedFd;
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
 use podhull_protocol::STDIO_PORT;
+use rustix::net::sockopt::{Timeout, set_socket_timeout};
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 use rustix::thread::UnshareFlags;
 
 /// How long the guest may take to accept a connection.
@@ -28,7 +30,7 @@ pub fn connect(pod: BorrowedFd<'_>, token: u64) -> io::Result<UnixStream> {
 
 /// Connects to a port of the guest through the socket in the pod's directory.
 pub fn dial(pod: BorrowedFd<'_>, port: u32) -> io::Result<UnixStream> {
-    let mut stream = connect_in(pod, SOCKET)?;
+    let mut stream = in_directory(pod, || UnixStream::connect(SOCKET))?;
     stream.set_read_timeout(Some(DEADLINE))?;
     stream.set_write_timeout(Some(DEADLINE))?;
     stream.write_all(format!("CONNECT {port}\n").as_bytes())?;
@@ -41,15 +43,25 @@ pub fn dial(pod: BorrowedFd<'_>, port: u32) -> io::Result<UnixStream> {
     Ok(stream)
 }
 
-/// Connects to a socket in a directory. There is no `connectat`, the path of a socket is at most 107 bytes long, and a shadow
+#[allow(dead_code, reason = "for the network, and for updates of a running pod")]
+/// Connects to a packet socket in a directory; at most so long if its backlog is full.
+pub fn connect_packets(directory: BorrowedFd<'_>, name: &str, deadline: Duration) -> io::Result<OwnedFd> {
+    let flags = SocketFlags::CLOEXEC;
+    let socket = rustix::net::socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None)?;
+    set_socket_timeout(&socket, Timeout::Send, Some(deadline))?;
+    in_directory(directory, || Ok(rustix::net::connect(&socket, &SocketAddrUnix::new(name)?)?))?;
+    Ok(socket)
+}
+
+/// Connects from a directory. There is no `connectat`, the path of a socket is at most 107 bytes long, and a shadow
 /// has no `/proc` it could trust: so a thread goes there.
-fn connect_in(directory: BorrowedFd<'_>, name: &str) -> io::Result<UnixStream> {
+fn in_directory<T: Send>(directory: BorrowedFd<'_>, connect: impl FnOnce() -> io::Result<T> + Send) -> io::Result<T> {
     std::thread::scope(|scope| {
         let go = || {
             // SAFETY: root and working directory of this thread alone; no descriptor table is unshared.
             unsafe { rustix::thread::unshare_unsafe(UnshareFlags::FS) }?;
             rustix::process::fchdir(directory)?;
-            UnixStream::connect(name)
+            connect()
         };
         let thread = std::thread::Builder::new().name("connect".into()).stack_size(super::pump::STACK);
         thread

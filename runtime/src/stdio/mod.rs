@@ -21,7 +21,7 @@ use rustix::io::Errno;
 use rustix::rand::GetRandomFlags;
 use tokio::sync::mpsc;
 
-pub use connect::{SOCKET, dial};
+pub use connect::{SOCKET, connect_packets, dial};
 use console::Console;
 pub use proxy::Proxy;
 use pump::Progress;

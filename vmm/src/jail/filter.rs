@@ -15,6 +15,7 @@ use seccompiler::{
 
 use super::Kind;
 use crate::process::CONTROL_FD;
+use crate::virtio::net::{TUNGETIFF, TUNGETVNETHDRSZ, TUNSETOFFLOAD};
 
 /// Installs the filter of a kind on the calling thread.
 pub fn install(kind: Kind) -> io::Result<()> {
@@ -25,7 +26,7 @@ pub fn install(kind: Kind) -> io::Result<()> {
 }
 
 /// Threads of a kind share their program. Compiling one again by accident, in two threads at once, does no harm.
-static PROGRAMS: [OnceLock<BpfProgram>; 6] = [const { OnceLock::new() }; 6];
+static PROGRAMS: [OnceLock<BpfProgram>; 7] = [const { OnceLock::new() }; 7];
 static OLD_CLONE: OnceLock<BpfProgram> = OnceLock::new();
 
 fn program(
@@ -57,6 +58,7 @@ fn calls(kind: Kind) -> Calls {
         Kind::Device => device(&mut calls),
         Kind::Vsock => vsock(&mut calls),
         Kind::Block => block(&mut calls),
+        Kind::Net => net(&mut calls),
         Kind::Files => files(&mut calls),
         Kind::Main => main(&mut calls),
     }
@@ -277,6 +279,12 @@ fn block(calls: &mut Calls) {
     ]);
 }
 
+/// Reads packets, and says once, when its driver is ready, which of them it takes.
+fn net(calls: &mut Calls) {
+    device(calls);
+    calls.ioctls(&[TUNSETOFFLOAD]).any(&[libc::SYS_readv]);
+}
+
 /// What a FUSE request can come to. Identities and capabilities change for the time of one.
 fn files(calls: &mut Calls) {
     device(calls);
@@ -346,7 +354,8 @@ fn main(calls: &mut Calls) {
     vcpu(calls);
     vsock(calls);
     block(calls);
-    calls.ioctls(&MACHINE).ioctls(&BLOCK_SIZES);
+    net(calls);
+    calls.ioctls(&MACHINE).ioctls(&BLOCK_SIZES).ioctls(&[TUNGETIFF, TUNGETVNETHDRSZ]);
     calls.any(&[
         // A disk is looked at, and what is left over removed.
         libc::SYS_fstat,
@@ -373,7 +382,7 @@ fn main(calls: &mut Calls) {
 mod tests {
     use super::*;
 
-    const KINDS: [Kind; 6] = [Kind::Main, Kind::Vcpu, Kind::Device, Kind::Vsock, Kind::Block, Kind::Files];
+    const KINDS: [Kind; 7] = [Kind::Main, Kind::Vcpu, Kind::Device, Kind::Vsock, Kind::Block, Kind::Net, Kind::Files];
 
     /// How a child process ends that is confined as `kind` and makes a call, or several.
     fn end_of(kind: Kind, call: impl Fn() -> bool) -> Result<i32, i32> {
@@ -459,14 +468,20 @@ mod tests {
         killed(Kind::Vcpu, libc::SYS_ioctl, ioctl(MACHINE[0]));
         killed(Kind::Device, libc::SYS_ioctl, ioctl(KVM_RUN));
         fails(Kind::Block, libc::SYS_ioctl, ioctl(BLKDISCARD));
+        fails(Kind::Net, libc::SYS_ioctl, ioctl(TUNSETOFFLOAD));
+        fails(Kind::Net, libc::SYS_readv, [BAD, 0, 0, 0]);
+        fails(Kind::Main, libc::SYS_ioctl, ioctl(TUNGETIFF));
+        killed(Kind::Net, libc::SYS_ioctl, ioctl(TUNGETIFF));
+        killed(Kind::Block, libc::SYS_ioctl, ioctl(TUNSETOFFLOAD));
         for kind in KINDS {
-            // KVM_SET_USER_MEMORY_REGION and TIOCSTI.
+            // KVM_SET_USER_MEMORY_REGION, TUNSETIFF and TIOCSTI.
             killed(kind, libc::SYS_ioctl, ioctl(0x4020_ae46));
+            killed(kind, libc::SYS_ioctl, ioctl(0x4004_54ca));
             killed(kind, libc::SYS_ioctl, ioctl(0x5412));
         }
         fails(Kind::Files, libc::SYS_openat, [BAD, 0, 0, 0]);
         fails(Kind::Main, libc::SYS_openat, [BAD, 0, 0, 0]);
-        for kind in [Kind::Vcpu, Kind::Device, Kind::Vsock, Kind::Block] {
+        for kind in [Kind::Vcpu, Kind::Device, Kind::Vsock, Kind::Block, Kind::Net] {
             killed(kind, libc::SYS_openat, [BAD, 0, 0, 0]);
             killed(kind, libc::SYS_clone, [0; 4]);
             killed(kind, libc::SYS_capset, [0; 4]);
@@ -486,7 +501,7 @@ mod tests {
     #[test]
     fn the_main_thread_has_the_calls_of_every_thread_it_starts() {
         let main = calls(Kind::Main).rules;
-        for kind in [Kind::Vcpu, Kind::Device, Kind::Vsock, Kind::Block] {
+        for kind in [Kind::Vcpu, Kind::Device, Kind::Vsock, Kind::Block, Kind::Net] {
             for (call, lines) in calls(kind).rules {
                 let ours = main.get(&call).unwrap_or_else(|| panic!("{kind:?}: system call {call}"));
                 assert!(ours.is_empty() || !lines.is_empty() && lines.iter().all(|line| ours.contains(line)), "{call}");
@@ -501,7 +516,7 @@ mod tests {
             if install(Kind::Main).is_err() {
                 return false;
             }
-            [Kind::Vcpu, Kind::Device, Kind::Vsock, Kind::Block].into_iter().all(|kind| {
+            [Kind::Vcpu, Kind::Device, Kind::Vsock, Kind::Block, Kind::Net].into_iter().all(|kind| {
                 let thread = std::thread::Builder::new().name("late".into()).spawn(move || kind.confine().is_ok());
                 thread.is_ok_and(|thread| thread.join().unwrap_or(false))
             })

@@ -49,12 +49,17 @@ impl Default for Bus {
 }
 
 impl Bus {
-    /// Puts a function into the first free slot. The guest sees it when it scans the bus next.
-    pub fn add(&self, function: Slot) -> Result<usize, Full> {
+    /// Puts functions into free slots, all of them or none. The guest sees them when it scans the bus next.
+    pub fn add(&self, functions: &[Slot]) -> Result<(), Full> {
         let mut slots = self.slots.write().unwrap_or_else(std::sync::PoisonError::into_inner);
-        let free = slots.iter().position(Option::is_none).ok_or(Full)?;
-        slots[free] = Some(function);
-        Ok(free)
+        let free: Vec<_> = (0..SLOTS).filter(|slot| slots[*slot].is_none()).take(functions.len()).collect();
+        if free.len() < functions.len() {
+            return Err(Full);
+        }
+        for (slot, function) in free.into_iter().zip(functions) {
+            slots[slot] = Some(function.clone());
+        }
+        Ok(())
     }
 
     fn slot(&self, index: usize) -> Option<Slot> {

@@ -138,6 +138,19 @@ impl<'a> Buffers<'a> {
         Ok(count)
     }
 
+    /// Reads from a file descriptor straight into guest memory, and what does not fit there into `overflow`; consumes
+    /// nothing. Returns how many bytes came.
+    pub fn fill_beyond(&self, fd: impl AsFd, overflow: &mut [u8]) -> io::Result<usize> {
+        let guards: Vec<_> = self.slices.iter().map(Slice::ptr_guard_mut).collect();
+        let mut vectors: Vec<_> =
+            guards.iter().map(|g| libc::iovec { iov_base: g.as_ptr().cast(), iov_len: g.len() }).collect();
+        vectors.push(libc::iovec { iov_base: overflow.as_mut_ptr().cast(), iov_len: overflow.len() });
+        let fd = fd.as_fd().as_raw_fd();
+        // SAFETY: the vectors point to mapped guest memory that lives as long as `self`, and to `overflow`, which nobody else
+        // has; the kernel bounds the write by their lengths.
+        retried(|| unsafe { libc::readv(fd, vectors.as_ptr(), vectors.len() as libc::c_int) })
+    }
+
     /// Writes guest memory straight to a file descriptor (`writev`, or `pwritev` at an offset), consuming what went.
     pub fn drain_to(&mut self, fd: impl AsFd, offset: Option<u64>) -> io::Result<usize> {
         let fd = fd.as_fd().as_raw_fd();
@@ -156,15 +169,20 @@ impl<'a> Buffers<'a> {
         let guards: Vec<_> = self.slices.iter().take(libc::UIO_MAXIOV as usize).map(Slice::ptr_guard_mut).collect();
         let vectors: Vec<_> =
             guards.iter().map(|g| libc::iovec { iov_base: g.as_ptr().cast(), iov_len: g.len() }).collect();
-        loop {
-            let result = call(vectors.as_ptr(), vectors.len() as libc::c_int);
-            if result >= 0 {
-                return Ok(result as usize);
-            }
-            let error = io::Error::last_os_error();
-            if error.kind() != io::ErrorKind::Interrupted {
-                return Err(error);
-            }
+        retried(|| call(vectors.as_ptr(), vectors.len() as libc::c_int))
+    }
+}
+
+/// Makes a call until no signal comes in between.
+fn retried(call: impl Fn() -> libc::ssize_t) -> io::Result<usize> {
+    loop {
+        let result = call();
+        if result >= 0 {
+            return Ok(result as usize);
+        }
+        let error = io::Error::last_os_error();
+        if error.kind() != io::ErrorKind::Interrupted {
+            return Err(error);
         }
     }
 }

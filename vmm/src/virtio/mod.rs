@@ -10,6 +10,7 @@ pub mod buffers;
 pub mod entropy;
 pub mod fs;
 pub mod mem;
+pub mod net;
 pub mod pci;
 pub mod queue;
 #[cfg(test)]

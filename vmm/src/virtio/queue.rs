@@ -1,15 +1,25 @@
 //! A virtqueue that runs: the split ring of section 2.7, after the driver has set it up for good.
 
 use std::collections::VecDeque;
+use std::num::Wrapping;
 use std::os::fd::{AsRawFd, RawFd};
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{Ordering, fence};
 
 use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueState, QueueT};
-use vm_memory::{GuestAddress, GuestMemory as _};
+use vm_memory::{Bytes, GuestAddress, GuestMemory as _};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::{Buffers, Interrupt};
 use crate::memory::{GuestMemory, SharedMemory};
+
+/// Bytes before the elements of either ring, and of an element of each (2.7.6, 2.7.8).
+const AVAIL_HEADER: u64 = 4;
+const AVAIL_ELEMENT: u64 = 2;
+const USED_HEADER: u64 = 4;
+const USED_ELEMENT: u64 = 8;
+
+/// `VIRTQ_AVAIL_F_NO_INTERRUPT` (2.7.6).
+const AVAIL_NO_INTERRUPT: u16 = 1;
 
 /// The driver broke the rules of the ring; its device stops.
 #[derive(Debug, thiserror::Error)]
@@ -42,12 +52,15 @@ pub struct ActiveQueue {
     memory: SharedMemory,
     kick: EventFd,
     interrupt: Interrupt,
+    /// How far the driver was interrupted for what was completed.
+    notified: Wrapping<u16>,
 }
 
 impl ActiveQueue {
     /// Takes over a queue that [`QueueT::is_valid`] holds for. `kick` is signalled when the driver notifies.
     pub fn new(queue: Queue, memory: SharedMemory, kick: EventFd, interrupt: Interrupt) -> Self {
-        Self { queue, memory, kick, interrupt }
+        let notified = Wrapping(queue.state().next_used);
+        Self { queue, memory, kick, interrupt, notified }
     }
 
     /// Signalled when the driver has made chains available; non-blocking.
@@ -95,9 +108,42 @@ impl ActiveQueue {
         self.queue.add_used(&*self.memory, chain.head, written).map_err(Broken::Ring)
     }
 
-    /// Interrupts the driver if it wants to know of what was completed since the last call.
+    /// Gives chains back that belong together, so that the driver sees all of them or none: the index of the used ring moves
+    /// once, after the last (2.7.8).
+    pub fn complete_all(&mut self, chains: &[(Chain, u32)]) -> Result<(), Broken> {
+        let Some(((last, written), others)) = chains.split_last() else { return Ok(()) };
+        let QueueState { next_used, used_ring, size, .. } = self.queue.state();
+        for (index, (chain, written)) in others.iter().enumerate() {
+            let slot = next_used.wrapping_add(index as u16) % size;
+            let element = (u64::from(chain.head) | u64::from(*written) << 32).to_le();
+            let address = GuestAddress(used_ring + USED_HEADER + u64::from(slot) * USED_ELEMENT);
+            self.memory.write_obj(element, address).map_err(|e| Broken::Ring(virtio_queue::Error::GuestMemory(e)))?;
+        }
+        self.queue.set_next_used(next_used.wrapping_add(others.len() as u16));
+        self.complete(last, *written)
+    }
+
+    /// Interrupts the driver if it wants to know of what was completed since the last call (2.7.7, 2.7.10).
     pub fn notify(&mut self) -> Result<(), Broken> {
-        if self.queue.needs_notification(&*self.memory).map_err(Broken::Ring)? {
+        let used = Wrapping(self.queue.next_used());
+        let since = used - std::mem::replace(&mut self.notified, used);
+        if since.0 == 0 {
+            return Ok(());
+        }
+        // The index of the used ring is written before the driver's wish is read.
+        fence(Ordering::SeqCst);
+        let QueueState { avail_ring, size, event_idx_enabled, .. } = self.queue.state();
+        let read = |offset: u64| -> Result<u16, Broken> {
+            let value = self.memory.load(GuestAddress(avail_ring + offset), Ordering::Relaxed);
+            value.map(u16::from_le).map_err(|e| Broken::Ring(virtio_queue::Error::GuestMemory(e)))
+        };
+        let wanted = if event_idx_enabled {
+            let event = Wrapping(read(AVAIL_HEADER + AVAIL_ELEMENT * u64::from(size))?);
+            used - event - Wrapping(1) < since
+        } else {
+            read(0)? & AVAIL_NO_INTERRUPT == 0
+        };
+        if wanted {
             self.interrupt.trigger();
         }
         Ok(())

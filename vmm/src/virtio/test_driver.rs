@@ -184,6 +184,23 @@ impl Ring {
         Some((entry as u16, (entry >> 32) as u32))
     }
 
+    /// Asks to be interrupted when so many more chains have come back, and one beyond (`used_event`).
+    pub fn want_interrupt_after(&self, count: u16) {
+        let used_event = GuestAddress(self.available_ring() + 4 + u64::from(self.size) * 2);
+        let at = self.used.wrapping_add(count);
+        self.memory.store(at, used_event, std::sync::atomic::Ordering::SeqCst).unwrap();
+    }
+
+    /// Whether an interrupt came since the last one was seen.
+    pub fn interrupted(&self) -> bool {
+        self.irq.read().is_ok()
+    }
+
+    /// Waits for an interrupt.
+    pub fn wait_interrupt(&self) -> bool {
+        readable(&self.irq, Instant::now() + DEADLINE) && self.interrupted()
+    }
+
     /// Waits for the next chain to come back. With `VIRTIO_F_EVENT_IDX` it asks for the interrupt as a driver does.
     pub fn wait(&mut self) -> (u16, u32) {
         let until = Instant::now() + DEADLINE;
@@ -245,6 +262,11 @@ pub fn memory(bytes: u64) -> SharedMemory {
         GuestMemory::from_ranges(&[(GuestAddress(0), half as usize), (GuestAddress(half), (bytes - half) as usize)])
             .unwrap(),
     )
+}
+
+/// A queue without chains, whose driver does nothing.
+pub fn empty_queue(memory: SharedMemory, size: u16) -> ActiveQueue {
+    Ring::new(memory, 0, size, false).active()
 }
 
 /// An activated device on its thread, and its driver.
@@ -311,6 +333,14 @@ impl Driven {
     pub fn wait_config(&self) {
         assert!(readable(&self.config_irq, Instant::now() + DEADLINE), "no configuration change");
         let _ = self.config_irq.read();
+    }
+
+    /// Lets the device work for a moment, and stops it; its worker if it has not found a rule broken.
+    pub fn stop_after(&mut self, moment: Duration) -> Option<Box<dyn Worker>> {
+        let broken = self.broken.recv_timeout(moment);
+        let worker = self.stop();
+        // It may have taken longer, and have found it only now.
+        (broken.is_err() && self.broken.try_recv().is_err()).then_some(worker)
     }
 
     /// Stops the device's thread and takes its worker.

@@ -1,0 +1,124 @@
+//! A machine that another process holds, through its control socket.
+
+use std::os::fd::{BorrowedFd, OwnedFd};
+use std::time::Duration;
+
+use podhull_vmm::control::{ChannelError, Notice, Request, Resource};
+use tokio::io::unix::AsyncFd;
+
+use super::{MachineError, receive, send};
+
+/// Name of the socket in the pod's directory.
+pub const CONTROL_SOCKET: &str = "control.sock";
+
+/// How long a machine may take to answer: what it is asked for here takes milliseconds, on a host that is not very busy.
+const DEADLINE: Duration = Duration::from_secs(30);
+
+/// A connection to a machine's control socket. The machine does not end with it.
+pub struct Control {
+    socket: AsyncFd<OwnedFd>,
+    /// An answer did not come in time, and would be taken for that of the next request.
+    lost: bool,
+}
+
+impl Control {
+    /// Connects to the machine whose socket is in a pod's directory; needs an event loop.
+    pub fn dial(pod: BorrowedFd<'_>) -> Result<Self, MachineError> {
+        let socket = crate::stdio::connect_packets(pod, CONTROL_SOCKET, DEADLINE).map_err(MachineError::Dial)?;
+        rustix::io::ioctl_fionbio(&socket, true).map_err(|e| MachineError::Dial(e.into()))?;
+        // SAFETY: the descriptor is owned by the AsyncFd from here on, and never replaced.
+        let socket = unsafe { AsyncFd::register(socket) }.map_err(|e| MachineError::Watch(e.into()))?;
+        Ok(Self { socket, lost: false })
+    }
+
+    /// Puts what the descriptors are into the machine: all of it or nothing.
+    pub async fn add(&mut self, resources: Vec<Resource>, fds: &[OwnedFd]) -> Result<(), MachineError> {
+        self.request(&Request::Add { resources, devices: Vec::new() }, fds).await
+    }
+
+    /// Creates vCPUs.
+    pub async fn set_cpus(&mut self, cpus: u32) -> Result<(), MachineError> {
+        self.request(&Request::SetCpus(cpus), &[]).await
+    }
+
+    /// Sets how much memory the guest should have.
+    pub async fn set_memory(&mut self, bytes: u64) -> Result<(), MachineError> {
+        self.request(&Request::SetMemory(bytes), &[]).await
+    }
+
+    async fn request(&mut self, request: &Request, fds: &[OwnedFd]) -> Result<(), MachineError> {
+        if self.lost {
+            return Err(ChannelError::Closed.into());
+        }
+        let exchange = async {
+            send(&self.socket, request, fds).await?;
+            receive(&self.socket).await
+        };
+        self.lost = true;
+        let notice = tokio::time::timeout(DEADLINE, exchange).await.map_err(|_| MachineError::Silent(DEADLINE))??;
+        self.lost = false;
+        match notice {
+            Notice::Done => Ok(()),
+            Notice::Failed(message) => Err(MachineError::Failed(message)),
+            Notice::AgentReady { .. } | Notice::Ended(_) => {
+                Err(ChannelError::Malformed("a notice that is not for this socket".into()).into())
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use podhull_vmm::control;
+    use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
+    use std::os::fd::AsFd;
+
+    /// A directory with a control socket, and who serves it.
+    fn served(serve: impl FnOnce(OwnedFd) + Send + 'static) -> (tempfile::TempDir, std::thread::JoinHandle<()>) {
+        let directory = tempfile::tempdir().unwrap();
+        let flags = SocketFlags::CLOEXEC;
+        let listener = rustix::net::socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None).unwrap();
+        let path = directory.path().join(CONTROL_SOCKET);
+        rustix::net::bind(&listener, &SocketAddrUnix::new(path).unwrap()).unwrap();
+        rustix::net::listen(&listener, 1).unwrap();
+        (directory, std::thread::spawn(move || serve(rustix::net::accept(listener).unwrap())))
+    }
+
+    #[tokio::test]
+    async fn what_is_asked_arrives_with_its_descriptors_and_the_answer_is_heard() {
+        let (directory, server) = served(|client| {
+            let (request, fds): (Request, _) = control::receive(&client).unwrap();
+            let Request::Add { resources, devices } = request else { panic!("{request:?}") };
+            assert_eq!(resources, [Resource::Tap { mac: [2, 0, 0, 0, 0, 1], mtu: 1500 }]);
+            assert!(devices.is_empty() && fds.len() == 1);
+            control::send(&client, &Notice::Done, &[]).unwrap();
+            assert!(matches!(control::receive(&client).unwrap(), (Request::SetCpus(3), _)));
+            control::send(&client, &Notice::Failed("no".into()), &[]).unwrap();
+            assert!(matches!(control::receive(&client).unwrap(), (Request::SetMemory(7), _)));
+            drop(client);
+        });
+        let pod = std::fs::File::open(directory.path()).unwrap();
+        let mut control = Control::dial(pod.as_fd()).unwrap();
+        let fds = [pod.try_clone().unwrap().into()];
+        control.add(vec![Resource::Tap { mac: [2, 0, 0, 0, 0, 1], mtu: 1500 }], &fds).await.unwrap();
+        assert!(matches!(control.set_cpus(3).await, Err(MachineError::Failed(why)) if why == "no"));
+        // The machine went away; what comes now would be an answer to what was asked then.
+        assert!(matches!(control.set_memory(7).await, Err(MachineError::Channel(ChannelError::Closed))));
+        assert!(matches!(control.set_cpus(1).await, Err(MachineError::Channel(ChannelError::Closed))));
+        server.join().unwrap();
+    }
+
+    #[tokio::test]
+    async fn a_machine_that_is_gone_cannot_be_reached() {
+        let directory = tempfile::tempdir().unwrap();
+        let pod = std::fs::File::open(directory.path()).unwrap();
+        assert!(matches!(Control::dial(pod.as_fd()), Err(MachineError::Dial(_))));
+        let (directory, server) = served(drop);
+        let pod = std::fs::File::open(directory.path()).unwrap();
+        let mut control = Control::dial(pod.as_fd()).unwrap();
+        server.join().unwrap();
+        assert!(matches!(control.set_cpus(1).await, Err(MachineError::Channel(ChannelError::Closed))));
+        assert!(matches!(Control::dial(pod.as_fd()), Err(MachineError::Dial(_))));
+    }
+}
