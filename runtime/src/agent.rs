@@ -219,7 +219,6 @@ impl Agent {
     }
 
     /// Makes the pod's network what it says, whatever it was before.
-    #[allow(dead_code, reason = "for the network, and for updates of a running pod")]
     pub async fn configure_network(&self, request: &ConfigureNetworkRequest) -> Result<(), AgentError> {
         let answer = self.client.configure_network(with_duration(WORK), request).await;
         answer.map(drop).map_err(|e| AgentError::of("ConfigureNetwork", e))

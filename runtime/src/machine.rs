@@ -1,6 +1,5 @@
 //! The process of a machine, the channel to it, and its control socket ([`podhull_vmm::control`]).
 
-#[allow(dead_code, reason = "for the network, and for updates of a running pod")]
 mod dial;
 
 use std::cell::RefCell;
@@ -41,11 +40,9 @@ pub enum MachineError {
     #[error("cannot watch the virtual machine's process: {0}")]
     Watch(#[source] io::Error),
     /// Nobody answers at its control socket.
-    #[allow(dead_code, reason = "for the network, and for updates of a running pod")]
     #[error("cannot reach the virtual machine's process: {0}")]
     Dial(#[source] io::Error),
     /// It did not answer in time.
-    #[allow(dead_code, reason = "for the network, and for updates of a running pod")]
     #[error("the virtual machine's process did not answer within {} seconds", .0.as_secs())]
     Silent(Duration),
     /// The channel cannot be used.

@@ -14,6 +14,7 @@ pub mod cases;
 pub mod container;
 pub mod docker;
 pub mod leaks;
+pub mod netns;
 pub mod podman;
 pub mod processes;
 pub mod run;

@@ -111,6 +111,9 @@ pub enum Resource {
         /// Its MTU, which the guest cannot raise: at least [`MTU_MIN`].
         mtu: u16,
     },
+    /// Anything; held open until the machine ends, and not used. What is to go with the machine, however it ends, is
+    /// something that the kernel removes when this is closed.
+    Hold,
     /// A listening Unix socket of type `SOCK_SEQPACKET`: the machine's control socket. At the start only.
     Control,
     /// A directory; the entry `name` in it, with all below it, is removed when the machine ends because its channel was

@@ -76,6 +76,8 @@ struct Process {
     ready: EventFd,
     events: Arc<Events>,
     clients: Clients,
+    /// What ends with this process.
+    held: Vec<OwnedFd>,
 }
 
 /// What the process was given to remove.
@@ -164,6 +166,7 @@ struct Start {
     listener: Option<OwnedFd>,
     control: Option<OwnedFd>,
     taps: Vec<Named>,
+    held: Vec<OwnedFd>,
     later: Vec<(Resource, OwnedFd)>,
 }
 
@@ -182,6 +185,10 @@ impl Start {
                 Resource::Agent => start.agent.replace(fd).is_some(),
                 Resource::VsockListener => start.listener.replace(fd).is_some(),
                 Resource::Control => start.control.replace(fd).is_some(),
+                Resource::Hold => {
+                    start.held.push(fd);
+                    false
+                }
                 tap @ Resource::Tap { .. } => {
                     start.taps.push(devices::of_resource(tap, fd)?);
                     false
@@ -249,6 +256,7 @@ impl Process {
             ready,
             events,
             clients,
+            held: start.held,
         };
         // Before the first instruction of the guest.
         Kind::Main.confine().map_err(|e| format!("confinement: {e}"))?;
@@ -336,13 +344,19 @@ impl Process {
                     return Err(format!("{} resources with {} descriptors", resources.len(), fds.len()));
                 }
                 let mut batch = Batch::default();
+                let mut held = Vec::new();
                 for (resource, fd) in resources.into_iter().zip(fds) {
-                    batch.devices.push(devices::of_resource(resource, fd)?);
+                    match resource {
+                        Resource::Hold => held.push(fd),
+                        resource => batch.devices.push(devices::of_resource(resource, fd)?),
+                    }
                 }
                 for device in devices {
                     batch.device(device, &self.machine, self.memory.is_some())?;
                 }
-                self.add(batch)
+                self.add(batch)?;
+                self.held.append(&mut held);
+                Ok(())
             }
             Request::SetCpus(count) => self.machine.set_cpus(count).map_err(line),
             Request::SetMemory(bytes) => self.set_memory(bytes),

@@ -7,6 +7,7 @@ use podhull_protocol::CreatePodRequest;
 use podhull_vmm::control::Device;
 
 use super::link::Orders;
+use super::network::Wiring;
 use super::session::Session;
 use super::size::Size;
 use super::start::RunError;
@@ -48,8 +49,12 @@ impl Boot<'_> {
             log.debug(|| format!("{id}: agent ready after {exits} exits to user space"));
             Ok(())
         };
-        let ordered = async { Ok(orders.go_on().await?) };
-        tokio::try_join!(boot, ordered)?;
+        let ordered = async { Ok(orders.entered().await?) };
+        let ((), network) = tokio::try_join!(boot, ordered)?;
+        if let Some(Wiring { resources, fds, description }) = network {
+            self.channel.add(resources, &fds, Vec::new()).await?;
+            request.network = Some(description).into();
+        }
 
         // Not before: the guest sets its clock by it.
         request.realtime_ns = realtime();

@@ -5,6 +5,7 @@ use std::os::fd::AsFd;
 use std::path::Path;
 
 use super::hooks::{self, HookError, Point};
+use super::network::{self, WireError};
 use super::size::SizeError;
 use crate::agent::{Agent, AgentError};
 use crate::log::Log;
@@ -54,6 +55,9 @@ pub enum CommandError {
     /// One of its hooks.
     #[error(transparent)]
     Hook(#[from] HookError),
+    /// Its network.
+    #[error(transparent)]
+    Wire(#[from] WireError),
     /// No event loop.
     #[error("cannot set up event handling: {0}")]
     Events(#[source] std::io::Error),
@@ -68,6 +72,7 @@ pub fn start(root: &Path, id: &str, log: &Log) -> Result<(), CommandError> {
         Status::Stopped => return Err(CommandError::Ended(id.into())),
         Status::Creating | Status::Running => return Err(CommandError::Started(id.into())),
     }
+    network::renew(root, &known, log)?;
     ask(&known, async |agent| agent.start_container(id).await)?;
     log.debug(|| format!("{id}: container started"));
     known.state.status = Status::Running;

@@ -14,6 +14,7 @@ use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use super::hooks::{self, HookError, Point};
 use super::join::{self, JoinError, Joined};
 use super::link::{Begin, News};
+use super::network::{self, WireError, Wiring};
 use super::shadow::Shadow;
 use super::size::{Size, SizeError};
 use super::view::namespaces;
@@ -79,6 +80,9 @@ pub enum CreateError {
     /// One of its hooks.
     #[error(transparent)]
     Hook(#[from] HookError),
+    /// Its network.
+    #[error(transparent)]
+    Wire(#[from] WireError),
     /// The pid file cannot be written.
     #[error("cannot write the pid file {0}: {1}")]
     PidFile(PathBuf, #[source] io::Error),
@@ -91,6 +95,8 @@ struct Pod<'a> {
     machine: Option<Process>,
     /// The pod whose machine it is in, if that is another's.
     member_of: Option<Membership>,
+    /// Whether its network is another's.
+    shares_network: bool,
     shadow: Shadow,
     hooks: Hooked,
 }
@@ -219,6 +225,7 @@ impl<'a> Pod<'a> {
             None => (Some(Process::spawn()?), None),
             Some(pod) => (None, Some(pod.mounts()?.ok_or_else(|| CreateError::PodGone(pod.pod.clone()))?)),
         };
+        let shares_network = shared.iter().any(|shared| shared.kind == LinuxNamespaceType::Network);
         let (kinds, joined): (Vec<_>, Vec<_>) = joined.into_iter().unzip();
         let begin = Begin {
             machine: machine.as_ref().map(Process::pid),
@@ -241,16 +248,25 @@ impl<'a> Pod<'a> {
         let annotations = spec.annotations().clone();
         let state = State::new(create.id, shadow.pid(), &bundle.path, &bundle.root_path, annotations);
         let hooks = Hooked { hooks: spec.hooks().clone().unwrap_or_default(), state, begun: false };
-        Ok(Self { create, machine, member_of, shadow, hooks })
+        Ok(Self { create, machine, member_of, shares_network, shadow, hooks })
     }
 
     /// The shadow is in its namespaces: what takes a look from outside is done, and the container made.
     fn entered(&mut self) -> Result<(), CreateError> {
         self.hooks.begun = true;
-        let pid = Pid::from_raw(self.shadow.pid());
-        let pidfd = pid.map(|pid| pidfd_open(pid, PidfdFlags::empty())).transpose();
-        let pidfd = pidfd.map_err(|errno| CreateError::Wait(errno.into()))?;
-        self.hooks.run(Point::Made, pidfd.as_ref().map(AsFd::as_fd))?;
+        let pid = Pid::from_raw(self.shadow.pid()).ok_or(CreateError::Wait(io::ErrorKind::NotFound.into()))?;
+        let pidfd = pidfd_open(pid, PidfdFlags::empty()).map_err(|errno| CreateError::Wait(errno.into()))?;
+        self.hooks.run(Point::Made, Some(pidfd.as_fd()))?;
+        // After the hooks: some of them make the network.
+        match &self.member_of {
+            None => {
+                if let Some(wiring) = Wiring::of(&pidfd, crate::network::Joined::None, self.create.log)? {
+                    self.shadow.give(wiring)?;
+                }
+            }
+            Some(_) if self.shares_network => {}
+            Some(pod) => network::refuse_own(&pidfd, &pod.pod)?,
+        }
         self.shadow.go_on();
         Ok(())
     }
@@ -263,7 +279,7 @@ impl<'a> Pod<'a> {
 
     /// The container has ended, and its shadow is about to, with its status.
     fn wait(self, proxy: Option<Proxy>, kept: bool) -> Result<u8, CreateError> {
-        let Self { create, machine, member_of, shadow, hooks } = self;
+        let Self { create, machine, member_of, shadow, hooks, .. } = self;
         let pid = shadow.pid();
         let status = shadow.wait().map_err(CreateError::Wait)?;
         if let Some(mut proxy) = proxy {
@@ -309,7 +325,7 @@ impl<'a> Pod<'a> {
 
     /// The shadow ended without a word.
     fn died(self) -> CreateError {
-        let Self { create, machine, member_of, shadow, hooks } = self;
+        let Self { create, machine, member_of, shadow, hooks, .. } = self;
         let pid = shadow.pid();
         let status = shadow.wait();
         drop(machine);
@@ -326,7 +342,7 @@ impl<'a> Pod<'a> {
     }
 
     fn remove(self) {
-        let Self { create, machine, member_of, shadow, hooks } = self;
+        let Self { create, machine, member_of, shadow, hooks, .. } = self;
         let pid = shadow.pid();
         shadow.kill();
         drop(machine);

@@ -221,6 +221,7 @@ mod tests {
             { "type": kind, "path": path },
             { "type": "uts" },
             { "type": "pid" },
+            { "type": if kind == "network" { "time" } else { "network" } },
         ]);
         let config = crate::spec::read::read(&document.to_string()).unwrap();
         look_up(Path::new("/no/such/directory"), &config)

@@ -5,11 +5,12 @@ use std::io;
 use std::os::fd::{AsFd, FromRawFd, OwnedFd};
 
 use oci_spec::runtime::LinuxNamespaceType;
-use podhull_vmm::control::{self, ChannelError};
+use podhull_vmm::control::{self, ChannelError, Resource};
 use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 use tokio::io::unix::AsyncFd;
 
+use super::network::Wiring;
 use crate::state::Membership;
 
 /// Descriptor at which the shadow finds its end.
@@ -26,6 +27,9 @@ pub enum Order {
     /// process whose namespaces it is to join (a pidfd), the mount namespace of the machine of its pod, and the namespaces
     /// that it is to be in.
     Begin(Begin),
+    /// The pod's network, before the first [`Order::GoOn`] and only if there is one. Attached are what the agent is told of
+    /// it, in a file, and what the resources are.
+    Network(Vec<Resource>),
     /// What the shadow waits for was done.
     GoOn,
 }
@@ -163,15 +167,34 @@ pub struct Orders(AsyncFd<OwnedFd>);
 impl Orders {
     /// Waits for [`Order::GoOn`]; an error if the command is gone.
     pub async fn go_on(&self) -> Result<(), LinkError> {
+        match self.next().await? {
+            (Order::GoOn, _) => Ok(()),
+            (order, _) => Err(ChannelError::Malformed(format!("{order:?} in the middle")).into()),
+        }
+    }
+
+    /// Waits for the first [`Order::GoOn`], and takes the pod's network if it comes before it.
+    pub async fn entered(&self) -> Result<Option<Wiring>, LinkError> {
+        match self.next().await? {
+            (Order::GoOn, _) => Ok(None),
+            (Order::Network(resources), fds) => {
+                let wiring = Wiring::receive(resources, fds);
+                let wiring = wiring.ok_or_else(|| ChannelError::Malformed("no description of the network".into()))?;
+                self.go_on().await?;
+                Ok(Some(wiring))
+            }
+            (order, _) => Err(ChannelError::Malformed(format!("{order:?} in the middle")).into()),
+        }
+    }
+
+    async fn next(&self) -> Result<(Order, Vec<OwnedFd>), LinkError> {
         loop {
             match control::receive(self.0.get_ref().as_fd()) {
-                Ok((Order::GoOn, _)) => return Ok(()),
-                Ok((order, _)) => return Err(ChannelError::Malformed(format!("{order:?} in the middle")).into()),
                 Err(ChannelError::Io(Errno::WOULDBLOCK)) => match self.0.readable().await {
                     Ok(mut guard) => guard.clear_ready(),
                     Err(_) => return Err(ChannelError::Closed.into()),
                 },
-                Err(error) => return Err(error.into()),
+                received => return Ok(received?),
             }
         }
     }

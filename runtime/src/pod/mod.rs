@@ -9,6 +9,7 @@ mod join;
 mod link;
 mod member;
 mod mounts;
+mod network;
 mod resources;
 mod session;
 mod shadow;

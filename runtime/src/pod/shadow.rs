@@ -11,6 +11,7 @@ use podhull_vmm::control::{self, ChannelError};
 use rustix::net::{AddressFamily, SocketFlags, SocketType};
 
 use super::link::{Begin, LINK_FD, LinkError, News, Order};
+use super::network::{WireError, Wiring};
 use crate::machine::{PidNamespace, spawn_in};
 
 /// Name of its process.
@@ -69,6 +70,16 @@ impl Shadow {
     /// Lets it go on; it may have ended meanwhile, which the next news tell.
     pub fn go_on(&self) {
         let _ = control::send(&self.link, &Order::GoOn, &[]);
+    }
+
+    /// Gives it the pod's network, before it goes on.
+    pub fn give(&self, wiring: Wiring) -> Result<(), WireError> {
+        let file = wiring.file()?;
+        let fds: Vec<BorrowedFd<'_>> = [file.as_fd()].into_iter().chain(wiring.fds.iter().map(AsFd::as_fd)).collect();
+        match control::send(&self.link, &Order::Network(wiring.resources), &fds) {
+            Ok(()) | Err(ChannelError::Closed) => Ok(()),
+            Err(error) => Err(WireError::Hand(io::Error::other(error))),
+        }
     }
 
     /// Sends it a signal; it may have ended meanwhile.

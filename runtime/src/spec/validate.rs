@@ -163,6 +163,13 @@ fn linux(spec: &Spec, linux: &Linux) -> Result<(), ConfigError> {
         }
     }
     let has = |kind: LinuxNamespaceType| namespaces.contains(&(kind as u32));
+    if !has(LinuxNamespaceType::Network) {
+        return Err(wrong(
+            "linux.namespaces",
+            "has no network namespace, which asks for the host's network: that cannot be had in a virtual machine; give the \
+             container a network namespace (podman and docker: --network bridge or none)",
+        ));
+    }
     for (field, value) in [("hostname", spec.hostname()), ("domainname", spec.domainname())] {
         let value = value.as_deref().unwrap_or_default();
         text(field, value)?;
@@ -409,6 +416,12 @@ mod tests {
             ("linux.rootfsPropagation", json!("odd"), ": linux.rootfsPropagation: unknown propagation \"odd\""),
             ("linux.cgroupsPath", json!("/../up"), ": linux.cgroupsPath: \"/../up\" contains \"..\""),
             ("linux.namespaces.1.type", json!("pid"), ": linux.namespaces[1].type: is there twice"),
+            (
+                "linux.namespaces",
+                json!([{"type": "mount"}]),
+                ": linux.namespaces: has no network namespace, which asks for the host's network: that cannot be had in a \
+                 virtual machine; give the container a network namespace (podman and docker: --network bridge or none)",
+            ),
             (
                 "linux.resources.cpu",
                 json!({"cpus": "1-x"}),

@@ -43,7 +43,6 @@ pub fn dial(pod: BorrowedFd<'_>, port: u32) -> io::Result<UnixStream> {
     Ok(stream)
 }
 
-#[allow(dead_code, reason = "for the network, and for updates of a running pod")]
 /// Connects to a packet socket in a directory; at most so long if its backlog is full.
 pub fn connect_packets(directory: BorrowedFd<'_>, name: &str, deadline: Duration) -> io::Result<OwnedFd> {
     let flags = SocketFlags::CLOEXEC;

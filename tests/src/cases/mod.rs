@@ -13,6 +13,7 @@ mod isolation;
 mod lifecycle;
 mod load;
 mod namespaces;
+mod network;
 mod podman;
 mod pods;
 mod privileged;
@@ -43,6 +44,7 @@ pub const ALL: &[&[Case]] = &[
     resources::CASES,
     load::CASES,
     pods::CASES,
+    network::CASES,
     podman::CASES,
     docker::CASES,
     docs::CASES,

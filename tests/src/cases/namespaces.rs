@@ -43,10 +43,13 @@ fn each_in_the_spec_is_private(scene: &Scene) -> Outcome {
 }
 
 fn each_left_out_is_the_machine_s(scene: &Scene) -> Outcome {
-    // A host name without a namespace of its own for it would be the machine's, which runtimes refuse.
-    let bundle = scene.debian()?.privileged().namespaces(&["mount"]).remove("", "hostname");
+    // A host name without a namespace of its own for it would be the machine's, which runtimes refuse; and without one for the
+    // network it would be the host's.
+    let bundle = scene.debian()?.privileged().namespaces(&["mount", "network"]).remove("", "hostname");
     let found = scene.run(&bundle.python(COMPARE))?.output()?;
-    let expected = "pid shared\nnet shared\nipc shared\nuts shared\nmnt private\ncgroup shared\nuser shared\n";
+    let network = if scene.runtime.is_virtual() { "shared" } else { "private" };
+    let expected =
+        format!("pid shared\nnet {network}\nipc shared\nuts shared\nmnt private\ncgroup shared\nuser shared\n");
     ensure_eq!(found, expected, "namespaces");
     Ok(())
 }

@@ -1,4 +1,4 @@
-//! Podman calls the runtime as it calls any: by `--runtime`. Without a network of its own for now.
+//! Podman calls the runtime as it calls any: by `--runtime`. Without a network.
 
 use super::oci;
 use crate::bundle::{DEBIAN, make_busybox_root};

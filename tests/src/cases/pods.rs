@@ -259,8 +259,11 @@ fn what_cannot_be_joined_is_named(scene: &Scene) -> Outcome {
         (json!([{ "type": "network", "path": path(&one, "uts") }]), "is no network namespace"),
         (json!([{ "type": "network", "path": "/no/such" }]), "/no/such"),
         (json!([{ "type": "network", "path": "/proc/1/ns/net" }]), "host's network"),
-        (json!([{ "type": "ipc", "path": "/proc/1/ns/ipc" }]), "of no podhull container"),
-        (json!([{ "type": "cgroup", "path": path(&one, "cgroup") }]), "cgroup namespace cannot be joined"),
+        (json!([{ "type": "network" }, { "type": "ipc", "path": "/proc/1/ns/ipc" }]), "of no podhull container"),
+        (
+            json!([{ "type": "network" }, { "type": "cgroup", "path": path(&one, "cgroup") }]),
+            "cgroup namespace cannot be joined",
+        ),
     ] {
         let mut bundle = scene.debian()?.sh("echo never").set("/linux/namespaces", namespaces);
         for kind in ["mount", "pid"] {
