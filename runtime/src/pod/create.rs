@@ -14,10 +14,11 @@ use super::shadow::Shadow;
 use super::size::{Size, SizeError};
 use super::view::namespaces;
 use crate::bundle::{Bundle, BundleError};
+use crate::cgroup::{CgroupError, Manager, PATIENCE, Placement};
 use crate::log::Log;
 use crate::machine::{MachineError, PidNamespace, Process};
 use crate::signals::{self, Waiting};
-use crate::state::{self, Known, StateError};
+use crate::state::{self, Known, Process as Identity, StateError};
 use crate::stdio::{Proxy, StdioError};
 
 /// What to make, and for whom.
@@ -30,6 +31,8 @@ pub struct Create<'a> {
     pub pid_file: Option<&'a Path>,
     /// Whether somebody else is sent the terminal.
     pub console_socket: bool,
+    /// Who makes its control group.
+    pub cgroups: Manager,
     /// Root of all state.
     pub root: &'a Path,
     /// Where to say what happens.
@@ -51,6 +54,12 @@ pub enum CreateError {
     /// Its terminal.
     #[error(transparent)]
     Stdio(#[from] StdioError),
+    /// Its control group.
+    #[error(transparent)]
+    Cgroup(#[from] CgroupError),
+    /// The host's memory limit is below what its shadow needs.
+    #[error("container init was OOM-killed (memory limit too low?)")]
+    OutOfMemory,
     /// Its shadow said it.
     #[error("{0}")]
     Failed(String),
@@ -76,15 +85,38 @@ struct Pod<'a> {
     create: &'a Create<'a>,
     machine: Process,
     shadow: Shadow,
+    groups: Option<Groups>,
+}
+
+/// The control groups of the two processes.
+struct Groups {
+    placement: Placement,
+    shadow: Identity,
+    machine: Identity,
+}
+
+impl Groups {
+    /// Removes what there is of them; the processes have ended.
+    fn remove(&self, log: &Log) {
+        for group in [self.placement.container(self.shadow), self.placement.machine(self.machine)] {
+            if let Err(error) = group.remove(PATIENCE) {
+                log.warning(&error.to_string());
+            }
+        }
+    }
 }
 
 /// Makes a container, which waits for `start`; it is its shadow's from then on.
 pub fn create(create: &Create<'_>) -> Result<(), CreateError> {
-    let bundle = create.check()?;
-    let pod = Pod::begin(create, &bundle, Begin { kept: true, ..Begin::default() }, None)?;
+    let (bundle, placement) = create.check()?;
+    let pod = Pod::begin(create, &bundle, placement, Begin { kept: true, ..Begin::default() }, None)?;
     loop {
         match pod.shadow.news() {
-            Ok(News::Entered) => pod.shadow.go_on(),
+            Ok(News::Entered) => {
+                if let Err(error) = pod.entered() {
+                    return Err(pod.end(error));
+                }
+            }
             Ok(News::Made) => break,
             Ok(News::Started | News::Warning(_)) => {}
             Ok(News::Failed(error)) => return Err(pod.failed(error)),
@@ -92,7 +124,7 @@ pub fn create(create: &Create<'_>) -> Result<(), CreateError> {
             Err(_) => return Err(pod.died()),
         }
     }
-    if let Err(error) = pod.write_pid_file() {
+    if let Err(error) = pod.made() {
         return Err(pod.end(error));
     }
     pod.machine.release();
@@ -101,7 +133,7 @@ pub fn create(create: &Create<'_>) -> Result<(), CreateError> {
 
 /// Runs a container in the foreground; returns its exit status. Without `kept` nothing is left of it then.
 pub fn run(create: &Create<'_>, kept: bool) -> Result<u8, CreateError> {
-    let bundle = create.check()?;
+    let (bundle, placement) = create.check()?;
     // From here on nothing ends this process between making something and removing it.
     signals::block();
     let signals = Waiting::new().map_err(CreateError::Wait)?;
@@ -110,7 +142,7 @@ pub fn run(create: &Create<'_>, kept: bool) -> Result<u8, CreateError> {
         false => None,
     };
     let begin = Begin { kept, foreground: true, ..Begin::default() };
-    let pod = Pod::begin(create, &bundle, begin, proxy.as_mut().and_then(Proxy::take_peer))?;
+    let pod = Pod::begin(create, &bundle, placement, begin, proxy.as_mut().and_then(Proxy::take_peer))?;
     let mut running = false;
     loop {
         let (signal, news) = {
@@ -124,9 +156,13 @@ pub fn run(create: &Create<'_>, kept: bool) -> Result<u8, CreateError> {
         };
         if news {
             match pod.shadow.news() {
-                Ok(News::Entered) => pod.shadow.go_on(),
+                Ok(News::Entered) => {
+                    if let Err(error) = pod.entered() {
+                        return Err(pod.end(error));
+                    }
+                }
                 Ok(News::Made) => {
-                    if let Err(error) = pod.write_pid_file() {
+                    if let Err(error) = pod.made() {
                         return Err(pod.end(error));
                     }
                     if let Some(Err(error)) = proxy.as_mut().map(Proxy::start) {
@@ -162,7 +198,7 @@ pub fn run(create: &Create<'_>, kept: bool) -> Result<u8, CreateError> {
             }
         }
     }
-    pod.wait(proxy)
+    pod.wait(proxy, kept)
 }
 
 impl<'a> Pod<'a> {
@@ -170,6 +206,7 @@ impl<'a> Pod<'a> {
     fn begin(
         create: &'a Create<'a>,
         bundle: &Bundle,
+        placement: Option<Placement>,
         begin: Begin,
         terminal: Option<OwnedFd>,
     ) -> Result<Self, CreateError> {
@@ -178,7 +215,31 @@ impl<'a> Pod<'a> {
         let begin = Begin { machine: Some(machine.pid()), terminal: terminal.is_some(), ..begin };
         let fds = machine.take_channel().into_iter().chain(terminal).collect();
         let shadow = Shadow::spawn(namespace, begin, fds).map_err(CreateError::Spawn)?;
-        Ok(Self { create, machine, shadow })
+        let (own, its) = (Identity::of(shadow.pid()), Identity::of(machine.pid()));
+        let groups = placement.map(|placement| Groups { placement, shadow: own, machine: its });
+        let pod = Self { create, machine, shadow, groups };
+        // At once: what it uses before counts as ours. The shadow is as yet busy with itself.
+        match pod.groups.as_ref().map_or(Ok(()), |groups| groups.placement.make_machine(groups.machine)) {
+            Ok(()) => Ok(pod),
+            Err(error) => Err(pod.end(error.into())),
+        }
+    }
+
+    /// The shadow is in its namespaces: what takes a look from outside is done, and the container made.
+    fn entered(&self) -> Result<(), CreateError> {
+        if let Some(groups) = &self.groups {
+            groups.placement.make_container(groups.shadow, Some(groups.machine))?;
+        }
+        self.shadow.go_on();
+        Ok(())
+    }
+
+    /// The container is made: it is given its limits, and its pid away.
+    fn made(&self) -> Result<(), CreateError> {
+        if let Some(groups) = &self.groups {
+            groups.placement.limit_container(groups.shadow)?;
+        }
+        self.write_pid_file()
     }
 
     fn write_pid_file(&self) -> Result<(), CreateError> {
@@ -188,8 +249,8 @@ impl<'a> Pod<'a> {
     }
 
     /// The container has ended, and its shadow is about to, with its status.
-    fn wait(self, proxy: Option<Proxy>) -> Result<u8, CreateError> {
-        let Self { create, machine, shadow } = self;
+    fn wait(self, proxy: Option<Proxy>, kept: bool) -> Result<u8, CreateError> {
+        let Self { create, machine, shadow, groups } = self;
         let pid = shadow.pid();
         let status = shadow.wait().map_err(CreateError::Wait)?;
         if let Some(mut proxy) = proxy {
@@ -197,38 +258,48 @@ impl<'a> Pod<'a> {
         }
         drop(machine);
         match status.code() {
-            Some(code) => Ok(u8::try_from(code).unwrap_or(u8::MAX)),
-            // Killed: it could not tidy up.
-            None => {
-                create.sweep(pid);
-                Err(CreateError::Died(status))
+            Some(code) => {
+                if !kept {
+                    create.clear(pid, groups.as_ref());
+                }
+                Ok(u8::try_from(code).unwrap_or(u8::MAX))
             }
+            // Killed: it could not tidy up.
+            None => Err(create.killed(pid, groups.as_ref(), status)),
         }
     }
 
-    /// The shadow has said why, and removes what it made.
+    /// The shadow has said why.
     fn failed(self, error: String) -> CreateError {
-        let _ = self.shadow.wait();
-        self.create.remove_pid_file();
+        let Self { create, machine, shadow, groups } = self;
+        let pid = shadow.pid();
+        let _ = shadow.wait();
+        drop(machine);
+        create.remove_pid_file();
+        create.clear(pid, groups.as_ref());
         CreateError::Failed(error)
     }
 
     /// The shadow cannot know why; the process is a child of ours.
     fn machine_gone(mut self) -> CreateError {
         let error = self.machine.end();
+        let pid = self.shadow.pid();
         let _ = self.shadow.wait();
         self.create.remove_pid_file();
+        self.create.clear(pid, self.groups.as_ref());
         error.into()
     }
 
     /// The shadow ended without a word.
     fn died(self) -> CreateError {
-        let Self { create, machine, shadow } = self;
+        let Self { create, machine, shadow, groups } = self;
         let pid = shadow.pid();
         let status = shadow.wait();
         drop(machine);
-        create.sweep(pid);
-        status.map_or_else(CreateError::Wait, CreateError::Died)
+        match status {
+            Ok(status) => create.killed(pid, groups.as_ref(), status),
+            Err(error) => CreateError::Wait(error),
+        }
     }
 
     /// Ends it all for an error of ours.
@@ -238,31 +309,44 @@ impl<'a> Pod<'a> {
     }
 
     fn remove(self) {
-        let Self { create, machine, shadow } = self;
+        let Self { create, machine, shadow, groups } = self;
         let pid = shadow.pid();
         shadow.kill();
         drop(machine);
-        create.sweep(pid);
+        create.remove_pid_file();
+        create.clear(pid, groups.as_ref());
     }
 }
 
 impl Create<'_> {
     /// What can be said before anything is made, so that it is said first.
-    fn check(&self) -> Result<Bundle, CreateError> {
+    fn check(&self) -> Result<(Bundle, Option<Placement>), CreateError> {
         state::check_free(self.root, self.id)?;
         let bundle = Bundle::open(self.bundle)?;
         Size::for_container(bundle.config.spec())?;
-        Ok(bundle)
+        let placement = Placement::new(self.cgroups, &bundle.config, self.id)?;
+        Ok((bundle, placement))
     }
 
-    /// Removes what a shadow left that was killed. What it had not written down yet the next command sweeps.
-    fn sweep(&self, pid: i32) {
-        self.remove_pid_file();
+    /// Removes all of a container whose processes have ended, but its pid file. What neither we nor a shadow have written down
+    /// the next command sweeps.
+    fn clear(&self, pid: i32, groups: Option<&Groups>) {
+        if let Some(groups) = groups {
+            groups.remove(self.log);
+        }
         if let Ok(known) = Known::load(self.root, self.id)
             && known.state.process.pid == pid
         {
             let _ = known.destroy();
         }
+    }
+
+    /// Removes what a shadow left that was killed, and says so.
+    fn killed(&self, pid: i32, groups: Option<&Groups>, status: ExitStatus) -> CreateError {
+        let starved = groups.is_some_and(|groups| groups.placement.container(groups.shadow).out_of_memory() > 0);
+        self.remove_pid_file();
+        self.clear(pid, groups);
+        if starved { CreateError::OutOfMemory } else { CreateError::Died(status) }
     }
 
     /// A container that failed has no pid; a file that somebody else made meanwhile is not told apart.

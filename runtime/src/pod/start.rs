@@ -19,6 +19,7 @@ use super::size::{Size, SizeError, memory_limit};
 use super::view::{self, View, ViewError, namespaces};
 use crate::agent::{self, Agent, AgentError, Exit};
 use crate::bundle::{Bundle, BundleError};
+use crate::cgroup::{CgroupError, Manager, Placement};
 use crate::log::Log;
 use crate::machine::{Channel, MachineError};
 use crate::signals::{self, Signals};
@@ -38,6 +39,8 @@ pub struct Run<'a> {
     pub console_socket: Option<&'a Path>,
     /// Where to write what the guest kernel prints.
     pub guest_console: Option<&'a Path>,
+    /// Who makes its control group.
+    pub cgroups: Manager,
     /// Who asked for it.
     pub creator: &'a Creator,
     /// Root of all state.
@@ -58,6 +61,9 @@ pub enum RunError {
     /// Its id, or what is written under the state root.
     #[error(transparent)]
     State(#[from] StateError),
+    /// Its control group.
+    #[error(transparent)]
+    Cgroup(#[from] CgroupError),
     /// Its files.
     #[error(transparent)]
     Mount(#[from] MountError),
@@ -120,6 +126,7 @@ pub fn run(run: &Run<'_>) -> Result<u8, RunError> {
     }
     let limit = memory_limit(bundle.config.spec());
     let size = Size::for_container(bundle.config.spec())?;
+    let placement = Placement::new(run.cgroups, &bundle.config, run.id)?;
 
     // From here on there is something to remove.
     signals::block();
@@ -127,6 +134,12 @@ pub fn run(run: &Run<'_>) -> Result<u8, RunError> {
     let annotations = bundle.config.spec().annotations().clone();
     let mut state = State::new(run.id, begin.pid, &bundle.path, &bundle.root_path, annotations);
     state.machine = begin.machine.map(state::Machine::of);
+    if let Some(placement) = &placement {
+        state.cgroup = Some(placement.container(state.process));
+        state.machine_cgroup = state.machine.map(|machine| placement.machine(machine.0));
+        // It says where they are. Who makes them removes both; or who comes later, if that is killed.
+        directory.keep();
+    }
     directory.write(&state)?;
     let files = Files { kernel: library_file(KERNEL), image: library_file(IMAGE) };
     let (kvm, kernel, image) = (resources::kvm()?, resources::kernel()?, resources::image()?);
@@ -144,7 +157,7 @@ pub fn run(run: &Run<'_>) -> Result<u8, RunError> {
         (Resource::VsockListener, listener.into()),
         (Resource::Remove { name: run.id.to_owned() }, duplicate(directory.pods())?),
     ]);
-    if !begin.kept {
+    if !begin.kept && placement.is_none() {
         machine.push((Resource::Remove { name: run.id.to_owned() }, duplicate(directory.root())?));
     }
     if let Some(path) = run.guest_console {

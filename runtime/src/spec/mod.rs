@@ -11,6 +11,7 @@ pub mod words;
 use std::path::Path;
 
 use oci_spec::runtime::{Mount, Spec};
+use podhull_limits::Resources;
 use serde_json::Value;
 
 /// A specification that was read and checked.
@@ -22,6 +23,8 @@ pub struct Config {
     document: Value,
     /// Properties that no version of the runtime specification we know has; it asks to ignore them.
     unknown: Vec<String>,
+    /// `linux.resources` once more, as the limits they are.
+    limits: Resources,
 }
 
 impl Config {
@@ -33,6 +36,11 @@ impl Config {
     /// Paths of the properties that were ignored because no specification we know has them.
     pub fn unknown(&self) -> &[String] {
         &self.unknown
+    }
+
+    /// `linux.resources`.
+    pub fn limits(&self) -> &Resources {
+        &self.limits
     }
 
     /// `root.path` as written.

@@ -1,6 +1,8 @@
 //! From the text of `config.json` to a [`Config`], with an error that says where.
 
 use oci_spec::runtime::Spec;
+use podhull_limits::Resources;
+use serde::Deserialize;
 use serde_json::Value;
 
 use super::{Config, fields, position, validate};
@@ -78,7 +80,15 @@ pub fn read(text: &str) -> Result<Config, ConfigError> {
         return Err(ConfigError::Value { field, problem: "expected an object, found a list".into() });
     }
     validate::check(&spec)?;
-    Ok(Config { spec, document, unknown })
+    let limits = limits(document.pointer("/linux/resources").unwrap_or(&Value::Null))?;
+    Ok(Config { spec, document, unknown, limits })
+}
+
+/// `linux.resources` as limits, checked beyond their types as far as that goes without a control group.
+pub fn limits(resources: &Value) -> Result<Resources, ConfigError> {
+    let wrong = |problem: String| ConfigError::Value { field: "linux.resources".into(), problem };
+    let limits = Option::<Resources>::deserialize(resources).map_err(|e| wrong(problem(&e)))?;
+    Ok(limits.unwrap_or_default())
 }
 
 /// The parser's words without the position it appends, and without lists of all words it would have taken.

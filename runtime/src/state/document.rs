@@ -2,9 +2,11 @@
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use serde::{Deserialize, Serialize};
+
+use crate::cgroup::{Cgroup, CgroupError};
 
 /// Version of `state.json`. Raised when a reader of the version before could misread it.
 pub const VERSION: u32 = 1;
@@ -39,6 +41,11 @@ pub struct State {
     /// The process of its machine.
     #[serde(default)]
     pub machine: Option<Machine>,
+    /// Its control group, and that of its machine's process.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cgroup: Option<Cgroup>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub machine_cgroup: Option<Cgroup>,
 }
 
 /// A process that is not taken for another with its number.
@@ -59,6 +66,12 @@ impl Machine {
     /// The process with a number.
     pub fn of(pid: i32) -> Self {
         Self(Process::of(pid))
+    }
+}
+
+impl std::fmt::Display for Process {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(formatter, "{} {}", self.pid, self.start_time)
     }
 }
 
@@ -115,7 +128,14 @@ impl State {
             annotations,
             kept: false,
             machine: None,
+            cgroup: None,
+            machine_cgroup: None,
         }
+    }
+
+    /// Removes its control groups, as far as there are any; what is still in them is killed, and may take `patience` to end.
+    pub fn remove_cgroups(&self, patience: Duration) -> Result<(), CgroupError> {
+        self.cgroup.iter().chain(&self.machine_cgroup).try_for_each(|group| group.remove(patience))
     }
 }
 

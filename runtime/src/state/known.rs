@@ -4,6 +4,7 @@ use std::fs;
 use std::io::{self, Read};
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{FlockOperation, Mode, OFlags};
@@ -12,12 +13,16 @@ use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 
 use super::document::{Process, VERSION, start_time};
 use super::{DOCUMENT, PODS, State, StateError, Status, check_id};
+use crate::cgroup::PATIENCE;
 
 /// Longest `state.json`: annotations are the caller's.
 const MAX_DOCUMENT: u64 = 4 << 20;
 
 /// How long a process may take to end that was killed.
 const END: Timespec = Timespec { tv_sec: 10, tv_nsec: 0 };
+
+/// How long a process may take that was killed for nobody who waits for it.
+const SOON: Duration = Duration::from_secs(1);
 
 /// A container that exists.
 pub struct Known {
@@ -73,6 +78,7 @@ impl Known {
         if let Some(machine) = machine {
             end(machine);
         }
+        self.state.remove_cgroups(PATIENCE)?;
         remove(&self.root, &self.state.id)
     }
 }
@@ -105,6 +111,12 @@ pub fn list(root: &Path) -> Result<Vec<Known>, StateError> {
 /// Whether somebody holds the container of this directory.
 pub fn is_held(container: &Path) -> bool {
     open(container).is_some_and(|directory| is_locked(&directory))
+}
+
+/// Removes the control groups of a container whose processes have ended, or are about to; false if that would take long.
+pub fn remove_cgroups(root: &Path, id: &str) -> bool {
+    // Without a document there are none.
+    read(root, id).map_or(true, |state| state.remove_cgroups(SOON).is_ok())
 }
 
 /// Whether the container of this directory stays although nobody holds it.

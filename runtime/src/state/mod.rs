@@ -25,7 +25,8 @@ use rustix::fs::{AtFlags, FlockOperation, Mode, OFlags, RenameFlags};
 use rustix::io::Errno;
 use rustix::rand::GetRandomFlags;
 
-pub use document::{Machine, State, Status};
+use crate::cgroup::CgroupError;
+pub use document::{Machine, Process, State, Status};
 pub use known::{Known, list, remove};
 
 /// Directory of the pods; not a container's id.
@@ -54,6 +55,9 @@ pub enum StateError {
     /// A file or directory could not be made.
     #[error("cannot write {0}: {1}")]
     Write(PathBuf, #[source] io::Error),
+    /// Its control groups.
+    #[error(transparent)]
+    Cgroup(#[from] CgroupError),
 }
 
 /// An id that is a valid name.
@@ -237,7 +241,7 @@ fn sweep(root: &Path) {
             continue;
         }
         // Between opening and locking, its owner may have removed it and another taken the name.
-        if same_file(&directory, &path) && !known::is_kept(&path) {
+        if same_file(&directory, &path) && !known::is_kept(&path) && known::remove_cgroups(root, name) {
             let _ = fs::remove_dir_all(root.join(PODS).join(name));
             let _ = fs::remove_dir_all(&path);
         }

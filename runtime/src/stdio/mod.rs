@@ -210,7 +210,6 @@ impl Flow {
         let (pod, sender, progress) = (pod.clone(), self.sender.clone(), self.progress.clone());
         thread(name, move || match connect::connect(pod.as_fd(), token) {
             Ok(stream) => {
-                let _ = sender.send(Report::Connected);
                 if let Err(error) = direction.run(name, stream, &sender, &progress) {
                     let _ = sender.send(Report::Failed(name, error));
                 }
@@ -275,6 +274,7 @@ impl Direction {
     ) -> io::Result<()> {
         let output = match self {
             Self::Input(fd) => {
+                let _ = sender.send(Report::Connected);
                 pump::input(fd, &stream, pump::End::Close);
                 return Ok(());
             }
@@ -285,6 +285,8 @@ impl Direction {
                 output
             }
         };
+        // Only now: when all are connected no thread is started any more, which the container's group may forbid.
+        let _ = sender.send(Report::Connected);
         pump::output(&stream, output.as_fd(), progress);
         let _ = sender.send(Report::Drained);
         Ok(())
