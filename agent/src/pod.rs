@@ -1,6 +1,7 @@
 //! The pod: its containers, and the machine they share.
 
 use std::collections::HashMap;
+use std::os::fd::OwnedFd;
 use std::path::{Component, Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -8,6 +9,7 @@ use podhull_protocol::{
     ContainerStatsResponse, CreateContainerRequest, CreateContainerResponse, CreatePodRequest, CreatePodResponse,
     ExecProcessRequest, ExecProcessResponse, GrowRequest, GrowResponse, ListProcessesResponse, Stdio, VERSION,
 };
+use tokio::io::unix::AsyncFd;
 use tokio::sync::OnceCell;
 
 use crate::cgroup::{CgroupError, Hierarchy};
@@ -16,7 +18,7 @@ use crate::container::{self, Container, ContainerError};
 use crate::events::Events;
 use crate::machine::{Machine, MachineError, MemoryState};
 use crate::reaper::Reaper;
-use crate::stdio::{StdioError, Streams};
+use crate::stdio::{self, StdioError, Streams};
 
 /// Longest name of a container.
 const MAX_ID: usize = 1024;
@@ -42,6 +44,8 @@ pub enum PodError {
     NoContainer(String),
     #[error("root filesystem {0:?}: expected a relative path without \"..\"")]
     RootfsPath(String),
+    #[error("the lease of the container or process was not connected in time")]
+    NoLease,
     #[error("window size {rows}x{columns}: expected at most 65535")]
     WindowSize { rows: u32, columns: u32 },
     #[error("this agent is not in a virtual machine")]
@@ -81,10 +85,15 @@ impl PodError {
                 ErrorKind::PermissionDenied => ttrpc::Code::PERMISSION_DENIED,
                 ErrorKind::Internal => ttrpc::Code::INTERNAL,
             },
-            Self::CpuTask(_) | Self::Machine(_) | Self::Cgroup(_) | Self::Stdio(_) => ttrpc::Code::INTERNAL,
+            Self::NoLease | Self::CpuTask(_) | Self::Machine(_) | Self::Cgroup(_) | Self::Stdio(_) => {
+                ttrpc::Code::INTERNAL
+            }
         }
     }
 }
+
+/// A stream on which nothing is said.
+type Lease = Arc<AsyncFd<OwnedFd>>;
 
 /// A name that is taken, by a container that is there or one that is being made or removed.
 enum Entry {
@@ -126,7 +135,7 @@ impl Pod {
     }
 
     /// Sets the machine up, and makes the first container.
-    pub async fn create(&self, request: CreatePodRequest) -> Result<CreatePodResponse, PodError> {
+    pub async fn create(self: &Arc<Self>, request: CreatePodRequest) -> Result<CreatePodResponse, PodError> {
         if request.protocol_version != VERSION {
             return Err(PodError::Version(request.protocol_version));
         }
@@ -164,20 +173,62 @@ impl Pod {
         })
     }
 
-    pub async fn create_container(&self, request: CreateContainerRequest) -> Result<CreateContainerResponse, PodError> {
+    pub async fn create_container(
+        self: &Arc<Self>,
+        request: CreateContainerRequest,
+    ) -> Result<CreateContainerResponse, PodError> {
         self.made.get().ok_or(PodError::NoPod)?;
         if !is_valid_id(&request.id) {
             return Err(PodError::Id(request.id));
         }
         let rootfs = relative(&request.rootfs).ok_or_else(|| PodError::RootfsPath(request.rootfs.clone()))?;
-        let streams = self.streams_of(request.stdio.into_option().unwrap_or_default())?;
+        let stdio = request.stdio.into_option().unwrap_or_default();
+        let lease = self.lease(stdio.lease)?;
+        let streams = self.streams_of(stdio)?;
         let mut reservation = self.reserve(&request.id)?;
         let id = request.id.clone();
-        let asked = container::Request { id, spec: &request.spec, rootfs: self.share.join(rootfs), streams };
-        let container = Container::create(asked, self.surroundings()).await?;
+        let shared = request.shared.into_iter().map(|shared| {
+            let with = self.container(&shared.container_id)?;
+            Ok(container::Shared { kind: shared.type_, with })
+        });
+        let shared = shared.collect::<Result<Vec<_>, PodError>>()?;
+        let rootfs = self.share.join(rootfs);
+        let asked = container::Request { id, spec: &request.spec, rootfs, streams, shared: &shared };
+        let (container, lease) = tokio::join!(Container::create(asked, self.surroundings()), lease);
+        let container = Arc::new(container?);
         let pid = container.pid().as_raw_nonzero().get();
-        reservation.becomes = Some(Arc::new(container));
+        reservation.becomes = Some(container.clone());
+        drop(reservation);
+        if lease.is_err() {
+            self.abandoned(&container).await;
+        }
+        if let Some(lease) = lease? {
+            let pod = self.clone();
+            tokio::spawn(async move {
+                stdio::ended(&lease).await;
+                pod.abandoned(&container).await;
+            });
+        }
         Ok(CreateContainerResponse { pid, ..CreateContainerResponse::default() })
+    }
+
+    /// The stream that says by its end that whoever stood for a container or process is gone.
+    fn lease(&self, token: u64) -> Result<impl Future<Output = Result<Option<Lease>, PodError>> + use<>, PodError> {
+        let claim = if token == 0 { None } else { Some(self.streams.claim(token)?) };
+        Ok(async {
+            match claim {
+                Some(claim) => claim.stream().await.map(Some).ok_or(PodError::NoLease),
+                None => Ok(None),
+            }
+        })
+    }
+
+    /// Nobody stands for a container any more.
+    async fn abandoned(&self, container: &Arc<Container>) {
+        // Another may have its name by now.
+        if self.container(container.id()).is_ok_and(|there| Arc::ptr_eq(&there, container)) {
+            let _ = self.delete(container.id()).await;
+        }
     }
 
     fn streams_of(&self, stdio: Stdio) -> Result<container::Streams, PodError> {
@@ -206,20 +257,33 @@ impl Pod {
         Ok(self.container(id)?.resize(exec_id, rows, columns)?)
     }
 
-    pub async fn exec(&self, request: ExecProcessRequest) -> Result<ExecProcessResponse, PodError> {
+    pub async fn exec(self: &Arc<Self>, request: ExecProcessRequest) -> Result<ExecProcessResponse, PodError> {
         let container = self.container(&request.container_id)?;
         if !is_valid_id(&request.exec_id) {
             return Err(PodError::ExecId(request.exec_id));
         }
-        let streams = self.streams_of(request.stdio.into_option().unwrap_or_default())?;
+        let stdio = request.stdio.into_option().unwrap_or_default();
+        let lease = self.lease(stdio.lease)?;
+        let streams = self.streams_of(stdio)?;
         let asked = container::exec::Request {
-            id: request.exec_id,
+            id: request.exec_id.clone(),
             process: &request.process,
             streams,
             cgroup: &request.cgroup,
             ignore_paused: request.ignore_paused,
         };
-        let pid = container.exec(asked, self.surroundings()).await?;
+        let (pid, lease) = tokio::join!(container.exec(asked, self.surroundings()), lease);
+        let pid = pid?;
+        if lease.is_err() {
+            let _ = container.delete_process(&request.exec_id).await;
+        }
+        if let Some(lease) = lease? {
+            tokio::spawn(async move {
+                stdio::ended(&lease).await;
+                // Its name is a random number, and not another's by now. Mostly it was deleted before.
+                let _ = container.delete_process(&request.exec_id).await;
+            });
+        }
         Ok(ExecProcessResponse { pid, ..ExecProcessResponse::default() })
     }
 

@@ -146,7 +146,7 @@ pub struct Claim {
 
 impl Claim {
     /// Waits for the stream; none if it does not come in time.
-    async fn stream(mut self) -> Option<Arc<AsyncFd<OwnedFd>>> {
+    pub async fn stream(mut self) -> Option<Arc<AsyncFd<OwnedFd>>> {
         let stream = tokio::time::timeout(MEETING_DEADLINE, &mut self.receiver).await.ok()?.ok()?;
         readiness::watch(stream, Interest::READABLE | Interest::WRITABLE).ok().map(Arc::new)
     }
@@ -293,6 +293,20 @@ async fn closed(stream: &AsyncFd<OwnedFd>) {
         }
         // Whoever writes tries first and waits then, so that clearing takes nothing from them.
         ready.clear_ready();
+    }
+}
+
+/// Returns when nothing more comes on a stream on which nothing is said.
+pub async fn ended(stream: &AsyncFd<OwnedFd>) {
+    let mut said = [0; 64];
+    while let Ok(mut ready) = stream.readable().await {
+        match rustix::io::read(stream, &mut said[..]) {
+            Ok(0) => return,
+            Ok(_) => tokio::task::coop::consume_budget().await,
+            Err(Errno::AGAIN) => ready.clear_ready(),
+            Err(Errno::INTR) => {}
+            Err(_) => return,
+        }
     }
 }
 

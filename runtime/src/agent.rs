@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use podhull_protocol::{
     AgentClient, CreateContainerRequest, CreatePodRequest, DeleteContainerRequest, DeleteProcessRequest, Event,
-    EventsRequest, ExecProcessRequest, GrowRequest, ResizeTerminalRequest, SignalContainerRequest,
+    EventsRequest, ExecProcessRequest, GrowRequest, ResizeTerminalRequest, SharedNamespace, SignalContainerRequest,
     SignalProcessRequest, StartContainerRequest, event,
 };
 use ttrpc::r#async::ClientStreamReceiver;
@@ -103,6 +103,15 @@ impl Agent {
             return Err(AgentError::Nonsense("the process id of the container"));
         }
         Ok(answer.kernel_release.chars().filter(|c| c.is_ascii_graphic()).take(64).collect())
+    }
+
+    /// Makes a further container in the pod.
+    pub async fn create_container(&self, request: &CreateContainerRequest) -> Result<(), AgentError> {
+        let answer = self.client.create_container(with_duration(WORK), request).await;
+        match answer.map_err(|e| AgentError::of("CreateContainer", e))?.pid {
+            ..=1 => Err(AgentError::Nonsense("the process id of the container")),
+            _ => Ok(()),
+        }
     }
 
     /// Executes the container's program.
@@ -218,8 +227,14 @@ fn exit_status(code: u32, signal: u32, out_of_memory: bool) -> Result<Exit, Agen
 }
 
 /// The request for a container.
-pub fn container(id: &str, spec: Vec<u8>, rootfs: String, stdio: podhull_protocol::Stdio) -> CreateContainerRequest {
-    CreateContainerRequest { id: id.into(), spec, rootfs, stdio: Some(stdio).into(), ..Default::default() }
+pub fn container(
+    id: &str,
+    spec: Vec<u8>,
+    rootfs: String,
+    stdio: podhull_protocol::Stdio,
+    shared: Vec<SharedNamespace>,
+) -> CreateContainerRequest {
+    CreateContainerRequest { id: id.into(), spec, rootfs, stdio: Some(stdio).into(), shared, ..Default::default() }
 }
 
 #[cfg(test)]

@@ -14,7 +14,7 @@ use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketFlags, SocketType};
 use rustix::pipe::PipeFlags;
 use rustix::process::{Pid, PidfdFlags};
-use rustix::thread::{ThreadNameSpaceType, UnshareFlags};
+use rustix::thread::{LinkNameSpaceType, ThreadNameSpaceType, UnshareFlags};
 use tokio::io::unix::AsyncFd;
 use tokio::sync::oneshot;
 
@@ -169,6 +169,8 @@ pub enum PidNamespace<'a> {
     New,
     /// That of another process (a pidfd).
     Of(BorrowedFd<'a>),
+    /// This one.
+    Is(BorrowedFd<'a>),
 }
 
 /// Calls `spawn` so that the child it makes is in a pid namespace. Until this returns the thread can start no other.
@@ -180,6 +182,9 @@ pub fn spawn_in(namespace: PidNamespace<'_>, spawn: impl FnOnce() -> io::Result<
         PidNamespace::New => unsafe { rustix::thread::unshare_unsafe(UnshareFlags::NEWPID) }?,
         PidNamespace::Of(process) => {
             rustix::thread::move_into_thread_name_spaces(process, ThreadNameSpaceType::PROCESS_ID)?;
+        }
+        PidNamespace::Is(namespace) => {
+            rustix::thread::move_into_link_name_space(namespace, Some(LinkNameSpaceType::ProcessID))?;
         }
     }
     let child = spawn();

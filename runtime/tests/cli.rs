@@ -168,7 +168,11 @@ fn each_unknown_word_and_each_refused_field_is_named() {
         ("process.capabilities.bounding.1", json!("CAP_FLY"), &["process.capabilities.bounding[1]: ", "CAP_FLY"]),
         ("process.rlimits.0.type", json!("RLIMIT_LUCK"), &["process.rlimits[0].type: unknown variant `RLIMIT_LUCK`"]),
         ("linux.namespaces.0.type", json!("astral"), &["linux.namespaces[0].type: unknown variant `astral`"]),
-        ("linux.namespaces.0.path", json!("/proc/1/ns/pid"), &["linux.namespaces[0].path: not supported"]),
+        (
+            "linux.namespaces.0.path",
+            json!("/dev/zero"),
+            &["linux.namespaces[0].path: \"/dev/zero\" is no pid namespace"],
+        ),
         ("mounts.1.options.0", json!("nosuidd"), &["mounts[1].options[0]: unknown mount option \"nosuidd\""]),
         ("mounts.1.type", json!("ext4"), &["mounts[1].type: ", "ext4"]),
         (
@@ -188,7 +192,11 @@ fn each_unknown_word_and_each_refused_field_is_named() {
             &["linux.resources.memory.limit: 1152921504606846976 bytes"],
         ),
         ("linux.intelRdt", json!({"closID": "a"}), &["linux.intelRdt: not supported"]),
-        ("hooks.prestart", json!([{"path": "/bin/true"}]), &["hooks.prestart: not supported"]),
+        (
+            "hooks.prestart",
+            json!([{"path": "bin/true"}]),
+            &["hooks.prestart[0].path: \"bin/true\" is not an absolute path"],
+        ),
     ] {
         let place = Place::new(&format!("word-{pointer}"));
         place.set(pointer, value);

@@ -1,7 +1,7 @@
 //! Black-box tests of podhull: each starts the built binary on a host with KVM and looks at what comes out and what stays.
 //!
 //! [`runtime`] knows the program under test, [`bundle`] makes what it is given, [`run`] starts it and waits with a deadline,
-//! [`terminal`] gives it a terminal, [`leaks`] finds what it left behind, [`seccomp`] reads the host's default profile,
+//! [`terminal`] gives it a terminal, [`container`] keeps it in the background, [`leaks`] finds what it left behind, [`seccomp`] reads the host's default profile,
 //! [`suite`] drives [`cases`], one module for each topic. [`bench`] measures with the same tools.
 //!
 //! The tests speak OCI, so that most of them can be tried on runc: `PODHULL_RUNTIME=runc podhull-e2e`. Only what is about
@@ -10,6 +10,7 @@
 pub mod bench;
 pub mod bundle;
 pub mod cases;
+pub mod container;
 pub mod leaks;
 pub mod processes;
 pub mod run;

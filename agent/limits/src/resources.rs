@@ -44,6 +44,19 @@ pub struct Resources {
     pub unified: BTreeMap<String, String>,
 }
 
+impl Resources {
+    /// What of them is about shares and parts of the host, and therefore also binds the machine that a container has for
+    /// itself: of the others the guest takes care.
+    pub fn of_host(&self) -> Self {
+        let Cpu { shares, idle, cpus, mems, .. } = self.cpu.clone();
+        Self {
+            cpu: Cpu { shares, idle, cpus, mems, ..Default::default() },
+            block_io: self.block_io.clone(),
+            ..Default::default()
+        }
+    }
+}
+
 /// A rule about devices; where several speak of one, the last counts.
 #[derive(Debug, Clone, Deserialize)]
 #[serde(deny_unknown_fields)]

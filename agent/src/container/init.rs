@@ -51,6 +51,8 @@ pub struct Config<'a> {
     /// The process to execute in the container that is there; none: the container is to be made.
     #[serde(borrow)]
     pub process: Option<&'a RawValue>,
+    /// Namespaces of the specification that are another container's, as flags of `clone`.
+    pub shared_flags: u64,
     pub rows: u16,
     pub columns: u16,
 }
@@ -202,7 +204,7 @@ fn run(socket: &OwnedFd) -> Result<std::convert::Infallible, InitError> {
         let process: Process = serde_json::from_str(process.get()).map_err(InitError::ParseProcess)?;
         return join::run(socket, &config, &spec, &process.within(&spec.process));
     }
-    let namespaces = Namespaces::of(&spec)?;
+    let namespaces = Namespaces { shared_flags: config.shared_flags, ..Namespaces::of(&spec)? };
     let capabilities = Capabilities::of(spec.process.capabilities.as_ref())?;
     let filter = spec.linux.seccomp.as_ref().map(Filter::compile).transpose()?;
 
@@ -258,7 +260,7 @@ fn join_namespaces(spec: &Spec, namespaces: Namespaces) -> Result<(), InitError>
             std::fs::write("/proc/self/timens_offsets", offsets).map_err(InitError::TimeOffsets)?;
         }
     }
-    if spec.has_namespace("network") {
+    if namespaces.has_own_network() {
         namespaces::loopback_up().map_err(InitError::Loopback)?;
     }
     Ok(())

@@ -10,7 +10,7 @@ use rustix::io::Errno;
 use rustix::net::{
     AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendFlags, SocketFlags, SocketType, socketpair,
 };
-use rustix::process::Pid;
+use rustix::process::{Pid, PidfdFlags, getpid, pidfd_open};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tokio::sync::oneshot;
@@ -41,14 +41,14 @@ pub enum LaunchError {
     Release(Errno),
     #[error("open a namespace of the container: {0}")]
     Namespace(Errno),
-    #[error("make a process in the container's pid namespace: {0}")]
-    PidNamespace(Errno),
+    #[error("enter the namespaces of another container: {0}")]
+    Enter(Errno),
 }
 
 /// Where the process is to be.
 pub enum Place<'a> {
-    /// In new namespaces, as a container's init.
-    New { spec: &'a Spec, namespaces: Namespaces },
+    /// In new namespaces, as a container's init, but for those that are shared: of whom (a pidfd), and which, as flags.
+    New { spec: &'a Spec, namespaces: Namespaces, shared: Vec<(&'a OwnedFd, u64)> },
     /// With the init of a container that is there: what of it is to be joined when.
     With { init: &'a OwnedFd, pid_namespace: bool, time_namespace: Option<OwnedFd> },
 }
@@ -99,14 +99,16 @@ pub fn launch(
         waits_for_mappings: matches!(place, Place::New { namespaces, .. } if namespaces.user),
     };
     let (pid, pidfd) = match place {
-        Place::New { namespaces, .. } => {
-            clone(namespaces.clone_flags, cgroup, &handover).map_err(LaunchError::Clone)?
+        Place::New { namespaces, shared, .. } => {
+            clone_within(shared, namespaces.clone_flags & !namespaces.shared_flags, cgroup, &handover)?
         }
-        Place::With { init, pid_namespace: true, .. } => clone_in_pid_namespace(init, cgroup, &handover)?,
-        Place::With { .. } => clone(0, cgroup, &handover).map_err(LaunchError::Clone)?,
+        Place::With { init, pid_namespace: true, .. } => {
+            clone_within(&[(*init, u64::from(libc::CLONE_NEWPID.unsigned_abs()))], 0, cgroup, &handover)?
+        }
+        Place::With { .. } => clone_within(&[], 0, cgroup, &handover)?,
     };
     let exit = reaper.exit_of(pid);
-    if let Place::New { spec, namespaces } = place
+    if let Place::New { spec, namespaces, .. } = place
         && namespaces.user
     {
         namespaces::write_mappings(pid, spec)?;
@@ -124,21 +126,27 @@ fn config_file(config: &Config<'_>) -> io::Result<OwnedFd> {
     Ok(file.into())
 }
 
-/// A clone is in the pid namespace that its parent has for its children. The agent changes its own for this one call, so that
+/// A clone is in the namespaces that its parent has for its children. The agent changes its own for this one call, so that
 /// the process is a child of the agent and not of a helper in between.
-fn clone_in_pid_namespace(
-    init: &OwnedFd,
+fn clone_within(
+    shared: &[(&OwnedFd, u64)],
+    flags: u64,
     cgroup: &OwnedFd,
     handover: &Handover,
 ) -> Result<(Pid, OwnedFd), LaunchError> {
-    let own = open_namespace("self", "pid")?;
-    setns(init, libc::CLONE_NEWPID).map_err(LaunchError::PidNamespace)?;
-    let made = clone(0, cgroup, handover);
-    if setns(&own, libc::CLONE_NEWPID).is_err() {
-        // Every later child would be in this container: there is no going on.
+    if shared.is_empty() {
+        return clone(flags, cgroup, handover).map_err(LaunchError::Clone);
+    }
+    let own = pidfd_open(getpid(), PidfdFlags::empty()).map_err(LaunchError::Namespace)?;
+    let all = shared.iter().fold(0, |all, (_, flags)| all | flags);
+    let entered = shared.iter().try_for_each(|(init, flags)| setns(init, *flags as libc::c_int));
+    let made =
+        entered.map_err(LaunchError::Enter).and_then(|()| clone(flags, cgroup, handover).map_err(LaunchError::Clone));
+    if setns(&own, all as libc::c_int).is_err() {
+        // Every later child would be in another container: there is no going on.
         std::process::abort();
     }
-    made.map_err(LaunchError::Clone)
+    made
 }
 
 /// A namespace of a process, by the agent's own `/proc`.

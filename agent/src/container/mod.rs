@@ -116,6 +116,8 @@ pub enum ContainerError {
     ProcessNotRunning,
     #[error("the container has too many executed processes that were not deleted")]
     TooManyProcesses,
+    #[error("cannot join a namespace of container {0:?}: container not running")]
+    SharedEnded(String),
     #[error("container has no terminal")]
     NoTerminalToResize,
     #[error("set the window size: {0}")]
@@ -139,6 +141,7 @@ impl ContainerError {
                 | Self::NotRunning
                 | Self::NotPaused
                 | Self::NoTerminalToResize
+                | Self::SharedEnded(_)
                 | Self::ExecPaused
                 | Self::ExecStopped
                 | Self::ProcessNotRunning
@@ -205,6 +208,14 @@ pub struct Request<'a> {
     pub spec: &'a [u8],
     pub rootfs: PathBuf,
     pub streams: Streams,
+    pub shared: &'a [Shared],
+}
+
+/// A namespace that is another container's.
+pub struct Shared {
+    /// Type in the words of the specification.
+    pub kind: String,
+    pub with: Arc<Container>,
 }
 
 /// A container that was made.
@@ -224,6 +235,16 @@ pub struct Container {
     listing: Arc<tokio::sync::Mutex<()>>,
 }
 
+impl Shared {
+    /// Its init, as long as that lives, and the flag of the type. Nothing may be waited for between this and the use.
+    fn flag(&self) -> Result<(&OwnedFd, u64), ContainerError> {
+        if !self.with.init.is_alive() {
+            return Err(ContainerError::SharedEnded(self.with.id.clone()));
+        }
+        Ok((&self.with.init.pidfd, namespaces::shared_flag(&self.kind)?))
+    }
+}
+
 /// What containers share.
 pub struct Surroundings<'a> {
     pub cgroups: &'a Hierarchy,
@@ -235,7 +256,10 @@ impl Container {
     /// Makes a container up to the point where only its program is missing. What was made is removed if it fails.
     pub async fn create(request: Request<'_>, around: Surroundings<'_>) -> Result<Self, ContainerError> {
         let spec: Spec = serde_json::from_slice(request.spec).map_err(ContainerError::Spec)?;
-        let namespaces = Namespaces::of(&spec)?;
+        let mut namespaces = Namespaces::of(&spec)?;
+        for shared in request.shared {
+            namespaces.share(&shared.kind)?;
+        }
         process::check(&spec.process)?;
         if let Some(affinity) = &spec.process.exec_cpu_affinity {
             affinity::check(affinity)?;
@@ -287,6 +311,7 @@ impl Container {
             rootfs: request.rootfs,
             spec: serde_json::from_slice(request.spec).map_err(ContainerError::Spec)?,
             process: None,
+            shared_flags: namespaces.shared_flags,
             rows,
             columns,
         };
@@ -294,8 +319,9 @@ impl Container {
         if delegated {
             cgroup.delegate(spec.linux.guest_uid(0))?;
         }
-        let launched =
-            launch::launch(&config, &Place::New { spec, namespaces }, &cgroup.open()?, &ends, around.reaper)?;
+        let shared = request.shared.iter().map(Shared::flag).collect::<Result<_, _>>()?;
+        let place = Place::New { spec, namespaces, shared };
+        let launched = launch::launch(&config, &place, &cgroup.open()?, &ends, around.reaper)?;
         // Ours: the streams end when the process's own are closed.
         drop(ends);
         let ready = Ready::await_from(launched, limits, terminal, pumps).await?;
@@ -306,6 +332,11 @@ impl Container {
                 Err(error.into())
             }
         }
+    }
+
+    /// Its name.
+    pub fn id(&self) -> &str {
+        &self.id
     }
 
     /// Process id of the init in the guest.

@@ -20,6 +20,10 @@ pub enum NamespaceError {
     Missing { field: &'static str, kind: &'static str },
     #[error("linux.namespaces: user needs uidMappings and gidMappings")]
     NoMappings,
+    #[error("shared namespace: expected network, ipc, uts or pid, not {0:?}")]
+    NotShared(String),
+    #[error("shared namespace: {0} is not in linux.namespaces, or there twice")]
+    SharedMissing(String),
     #[error("linux.timeOffsets: expected monotonic or boottime, not {0:?}")]
     UnknownClock(String),
     #[error("linux.{field}: write the mappings: {source}")]
@@ -31,6 +35,8 @@ pub enum NamespaceError {
 pub struct Namespaces {
     /// Flags for `clone3`.
     pub clone_flags: u64,
+    /// Those of them that are another container's.
+    pub shared_flags: u64,
     pub user: bool,
     /// Made by the container's init for itself: its root is the cgroup it is in, and a clone is moved there only after its
     /// namespaces are made.
@@ -43,7 +49,7 @@ impl Namespaces {
     /// Checks the namespaces and everything that needs one of them.
     pub fn of(spec: &Spec) -> Result<Self, NamespaceError> {
         let linux = &spec.linux;
-        let mut namespaces = Self { clone_flags: 0, user: false, cgroup: false, time: false };
+        let mut namespaces = Self { clone_flags: 0, shared_flags: 0, user: false, cgroup: false, time: false };
         let mut seen: Vec<&str> = Vec::new();
         for namespace in &linux.namespaces {
             let kind = namespace.kind.as_str();
@@ -94,6 +100,33 @@ impl Namespaces {
         }
         Ok(namespaces)
     }
+
+    /// One of them is another container's.
+    pub fn share(&mut self, kind: &str) -> Result<(), NamespaceError> {
+        let flag = shared_flag(kind)?;
+        if self.clone_flags & flag == 0 || self.shared_flags & flag != 0 {
+            return Err(NamespaceError::SharedMissing(kind.into()));
+        }
+        self.shared_flags |= flag;
+        Ok(())
+    }
+
+    /// Whether its network is its own.
+    pub fn has_own_network(&self) -> bool {
+        self.clone_flags & !self.shared_flags & u64::from(libc::CLONE_NEWNET.unsigned_abs()) != 0
+    }
+}
+
+/// The flag of a type that containers of a pod may share.
+pub fn shared_flag(kind: &str) -> Result<u64, NamespaceError> {
+    let flag = match kind {
+        "network" => libc::CLONE_NEWNET,
+        "ipc" => libc::CLONE_NEWIPC,
+        "uts" => libc::CLONE_NEWUTS,
+        "pid" => libc::CLONE_NEWPID,
+        _ => return Err(NamespaceError::NotShared(kind.into())),
+    };
+    Ok(u64::from(flag.unsigned_abs()))
 }
 
 /// Maps the users and groups of a new user namespace, from outside.
@@ -141,6 +174,17 @@ mod tests {
             of(r#"{"namespaces":[{"type":"pid"},{"type":"cgroup"},{"type":"time"},{"type":"mount"}]}"#, "").unwrap();
         assert_eq!(namespaces.clone_flags, (libc::CLONE_NEWPID | libc::CLONE_NEWNS) as u64);
         assert!(namespaces.cgroup && namespaces.time && !namespaces.user);
+    }
+
+    #[test]
+    fn a_shared_namespace_is_one_that_the_specification_names() {
+        let mut namespaces = of(r#"{"namespaces":[{"type":"network"},{"type":"mount"}]}"#, "").unwrap();
+        assert!(namespaces.has_own_network());
+        namespaces.share("network").unwrap();
+        assert!(!namespaces.has_own_network());
+        assert!(matches!(namespaces.share("network"), Err(NamespaceError::SharedMissing(_))));
+        assert!(matches!(namespaces.share("ipc"), Err(NamespaceError::SharedMissing(_))));
+        assert!(matches!(namespaces.share("mount"), Err(NamespaceError::NotShared(_))));
     }
 
     #[test]

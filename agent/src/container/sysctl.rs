@@ -109,6 +109,7 @@ mod tests {
     use super::*;
 
     const ALL: Namespaces = Namespaces {
+        shared_flags: 0,
         clone_flags: (libc::CLONE_NEWIPC | libc::CLONE_NEWNET | libc::CLONE_NEWUTS) as u64,
         user: false,
         cgroup: false,

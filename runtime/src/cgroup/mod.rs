@@ -4,9 +4,11 @@
 //! it, and its limits are written there, where callers read them (`docker stats`, cAdvisor). What is limited by them is in the
 //! guest; a limit on the host that stops the shadow, such as one process at most, stops nothing else.
 //!
-//! The process of the pod's machine is in a group of its own beside the container's, `podhull_vm-<pid>`, without limits: what
-//! bounds a machine are its memory and its vCPUs, and the limits of their common parent (a Kubernetes pod's, a slice). Its
-//! name has no container's id in it, so that nobody who looks for containers by their ids takes it for one.
+//! The process of the pod's machine is in a group of its own beside the container's, `podhull_vm-<pid>`. Of the limits of the
+//! container that it was made for, those about shares and parts of the host bind it too: weights, sets of CPUs and of memory
+//! nodes, block devices, which the guest has not. The others do not: what bounds a machine are its memory and its vCPUs, and
+//! the limits of their common parent (a Kubernetes pod's, a slice). Its name has no container's id in it, so that nobody who
+//! looks for containers by their ids takes it for one.
 //!
 //! Devices are no matter of the host's groups: a shadow opens none.
 

@@ -118,8 +118,12 @@ impl Placement {
         group.start(unit, systemd::Scope { slice: self.slice.clone(), description, further })
     }
 
-    /// Sets the container's limits. Not before its shadow has all its threads: a container may be allowed a single process.
-    pub fn limit_container(&self, shadow: Process) -> Result<(), CgroupError> {
+    /// Sets the limits of the container, and those that bind the machine it has for itself. Not before its shadow has all
+    /// its threads: a container may be allowed a single process.
+    pub fn limit(&self, shadow: Process, machine: Option<Process>) -> Result<(), CgroupError> {
+        if let Some(machine) = machine {
+            self.machine(machine).set(&self.limits.of_host())?;
+        }
         self.container(shadow).set(&self.limits)
     }
 }

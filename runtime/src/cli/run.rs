@@ -33,7 +33,7 @@ impl Arguments {
         let id = &self.container.id;
         if let Err(error) = pod::start_created(&context.root, id, &context.log) {
             // What this command made it removes; the error that counts is the first.
-            let _ = pod::delete(&context.root, id, true);
+            let _ = pod::delete(&context.root, id, true, &context.log);
             return Err(error.into());
         }
         Ok(0)

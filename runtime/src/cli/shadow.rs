@@ -6,6 +6,9 @@ use super::{Command, Context, Failure};
 use crate::machine::MachineError;
 use crate::pod::{self, Creator, News, RunError};
 
+/// What callers see of a container that was ended by SIGKILL.
+const KILLED: u8 = 137;
+
 /// Lives as long as the container, or the program executed in one; returns its exit status.
 pub fn stand(command: Option<Command>, context: Context) -> ExitCode {
     // It was started as /proc/self/exe, which `ps` would show as "exe". A name too many is no reason to fail.
@@ -29,9 +32,11 @@ pub fn stand(command: Option<Command>, context: Context) -> ExitCode {
                 Failure::Run(RunError::Machine(MachineError::Gone)) => creator.tell(&News::MachineGone),
                 failure => creator.tell_text(News::Failed, &failure.to_string()),
             };
-            // Who made it waits for that no more: then the log is all there is to tell.
+            // Who made it waits for that no more: then the log is all there is to tell, and the container has ended as if it
+            // had been killed, which its machine was.
             if told.is_err() {
                 context.log.error(&failure.to_string());
+                return ExitCode::from(KILLED);
             }
             ExitCode::from(failure.status())
         }

@@ -4,6 +4,7 @@
 use std::os::fd::AsFd;
 use std::path::Path;
 
+use super::hooks::{self, HookError, Point};
 use crate::agent::{Agent, AgentError};
 use crate::log::Log;
 use crate::state::{self, Known, StateError, Status};
@@ -34,6 +35,9 @@ pub enum CommandError {
         /// What it is instead.
         status: Status,
     },
+    /// One of its hooks.
+    #[error(transparent)]
+    Hook(#[from] HookError),
     /// No event loop.
     #[error("cannot set up event handling: {0}")]
     Events(#[source] std::io::Error),
@@ -49,7 +53,13 @@ pub fn start(root: &Path, id: &str, log: &Log) -> Result<(), CommandError> {
     }
     ask(&known, async |agent| agent.start_container(id).await)?;
     log.debug(|| format!("{id}: container started"));
-    Ok(known.note(Status::Running)?)
+    known.note(Status::Running)?;
+    let Some(hooks) = &known.state.hooks else { return Ok(()) };
+    hooks::run(hooks, Point::Started, &known.state, None).map_err(|error| {
+        // As runc does. It may have ended meanwhile.
+        let _ = ask(&known, async |agent| agent.signal(id, libc::SIGKILL, false).await);
+        error.into()
+    })
 }
 
 /// Sends a signal to the container's first process, or to all of them.
@@ -67,7 +77,7 @@ pub fn kill(root: &Path, id: &str, signal: i32, all: bool) -> Result<(), Command
 }
 
 /// Removes a container; with `force`, whatever it does, and if it is not there that is no error.
-pub fn delete(root: &Path, id: &str, force: bool) -> Result<(), CommandError> {
+pub fn delete(root: &Path, id: &str, force: bool, log: &Log) -> Result<(), CommandError> {
     let known = match Known::load(root, id) {
         Ok(known) => known,
         Err(StateError::Missing(_)) if force => return Ok(()),
@@ -80,7 +90,14 @@ pub fn delete(root: &Path, id: &str, force: bool) -> Result<(), CommandError> {
         _ if force => {}
         status => return Err(CommandError::NotStopped { id: id.into(), status }),
     }
-    Ok(known.destroy()?)
+    let state = known.state.clone();
+    known.destroy()?;
+    if let Some(hooks) = &state.hooks
+        && let Err(error) = hooks::run(hooks, Point::Deleted, &state, None)
+    {
+        log.warning(&error.to_string());
+    }
+    Ok(())
 }
 
 /// Asks the agent of a container's pod one thing.

@@ -2,13 +2,17 @@
 //! takes a look from outside (its hooks, its control group), and in the foreground stays until the end.
 
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::process::ExitStatus;
 
+use oci_spec::runtime::{Hooks, LinuxNamespaceType};
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
+use rustix::process::{Pid, PidfdFlags, pidfd_open};
 
+use super::hooks::{self, HookError, Point};
+use super::join::{self, JoinError, Joined};
 use super::link::{Begin, News};
 use super::shadow::Shadow;
 use super::size::{Size, SizeError};
@@ -18,7 +22,7 @@ use crate::cgroup::{CgroupError, Manager, PATIENCE, Placement};
 use crate::log::Log;
 use crate::machine::{MachineError, PidNamespace, Process};
 use crate::signals::{self, Waiting};
-use crate::state::{self, Known, Process as Identity, StateError};
+use crate::state::{self, Known, Machine, State, StateError};
 use crate::stdio::{Proxy, StdioError};
 
 /// What to make, and for whom.
@@ -57,7 +61,7 @@ pub enum CreateError {
     /// Its control group.
     #[error(transparent)]
     Cgroup(#[from] CgroupError),
-    /// The host's memory limit is below what its shadow needs.
+    /// The limit of its control group is below what its shadow needs. These are runc's words.
     #[error("container init was OOM-killed (memory limit too low?)")]
     OutOfMemory,
     /// Its shadow said it.
@@ -72,9 +76,18 @@ pub enum CreateError {
     /// The shadow ended without a word.
     #[error("the container's process ended before its time: {0}")]
     Died(ExitStatus),
+    /// The machine it is to be in.
+    #[error("pod {0:?}: its virtual machine is gone")]
+    PodGone(String),
     /// Its end cannot be waited for.
     #[error("cannot wait for the container's process: {0}")]
     Wait(#[source] io::Error),
+    /// A namespace that it is to be in.
+    #[error(transparent)]
+    Join(#[from] JoinError),
+    /// One of its hooks.
+    #[error(transparent)]
+    Hook(#[from] HookError),
     /// The pid file cannot be written.
     #[error("cannot write the pid file {0}: {1}")]
     PidFile(PathBuf, #[source] io::Error),
@@ -82,34 +95,27 @@ pub enum CreateError {
 
 /// A container in the making, or one in the foreground.
 struct Pod<'a> {
-    create: &'a Create<'a>,
-    machine: Process,
+    /// Its own.
+    machine: Option<Process>,
     shadow: Shadow,
-    groups: Option<Groups>,
+    made: Made<'a>,
 }
 
-/// The control groups of the two processes.
-struct Groups {
-    placement: Placement,
-    shadow: Identity,
-    machine: Identity,
-}
-
-impl Groups {
-    /// Removes what there is of them; the processes have ended.
-    fn remove(&self, log: &Log) {
-        for group in [self.placement.container(self.shadow), self.placement.machine(self.machine)] {
-            if let Err(error) = group.remove(PATIENCE) {
-                log.warning(&error.to_string());
-            }
-        }
-    }
+/// What is made for a container on the host, and is left of it when its processes have ended.
+struct Made<'a> {
+    create: &'a Create<'a>,
+    state: State,
+    /// Where its control groups are to be.
+    placement: Option<Placement>,
+    hooks: Hooks,
+    /// Whether there was anything that a hook could have seen.
+    begun: bool,
 }
 
 /// Makes a container, which waits for `start`; it is its shadow's from then on.
 pub fn create(create: &Create<'_>) -> Result<(), CreateError> {
-    let (bundle, placement) = create.check()?;
-    let pod = Pod::begin(create, &bundle, placement, Begin { kept: true, ..Begin::default() }, None)?;
+    let (bundle, wanted) = create.check()?;
+    let mut pod = Pod::begin(create, &bundle, wanted, Begin { kept: true, ..Begin::default() }, None)?;
     loop {
         match pod.shadow.news() {
             Ok(News::Entered) => {
@@ -124,16 +130,18 @@ pub fn create(create: &Create<'_>) -> Result<(), CreateError> {
             Err(_) => return Err(pod.died()),
         }
     }
-    if let Err(error) = pod.made() {
+    if let Err(error) = pod.made.settle() {
         return Err(pod.end(error));
     }
-    pod.machine.release();
+    if let Some(machine) = pod.machine {
+        machine.release();
+    }
     Ok(())
 }
 
 /// Runs a container in the foreground; returns its exit status. Without `kept` nothing is left of it then.
 pub fn run(create: &Create<'_>, kept: bool) -> Result<u8, CreateError> {
-    let (bundle, placement) = create.check()?;
+    let (bundle, wanted) = create.check()?;
     // From here on nothing ends this process between making something and removing it.
     signals::block();
     let signals = Waiting::new().map_err(CreateError::Wait)?;
@@ -142,7 +150,7 @@ pub fn run(create: &Create<'_>, kept: bool) -> Result<u8, CreateError> {
         false => None,
     };
     let begin = Begin { kept, foreground: true, ..Begin::default() };
-    let pod = Pod::begin(create, &bundle, placement, begin, proxy.as_mut().and_then(Proxy::take_peer))?;
+    let mut pod = Pod::begin(create, &bundle, wanted, begin, proxy.as_mut().and_then(Proxy::take_peer))?;
     let mut running = false;
     loop {
         let (signal, news) = {
@@ -162,7 +170,7 @@ pub fn run(create: &Create<'_>, kept: bool) -> Result<u8, CreateError> {
                     }
                 }
                 Ok(News::Made) => {
-                    if let Err(error) = pod.made() {
+                    if let Err(error) = pod.made.settle() {
                         return Err(pod.end(error));
                     }
                     if let Some(Err(error)) = proxy.as_mut().map(Proxy::start) {
@@ -171,7 +179,12 @@ pub fn run(create: &Create<'_>, kept: bool) -> Result<u8, CreateError> {
                     running = true;
                     pod.shadow.go_on();
                 }
-                Ok(News::Started) => create.log.debug(|| format!("{}: container runs", create.id)),
+                Ok(News::Started) => {
+                    create.log.debug(|| format!("{}: container runs", create.id));
+                    if let Err(error) = pod.made.run_hooks(Point::Started, None) {
+                        return Err(pod.end(error.into()));
+                    }
+                }
                 Ok(News::Warning(text)) => create.log.warning(&text),
                 Ok(News::Failed(error)) => return Err(pod.failed(error)),
                 Ok(News::MachineGone) => return Err(pod.machine_gone()),
@@ -201,57 +214,74 @@ pub fn run(create: &Create<'_>, kept: bool) -> Result<u8, CreateError> {
     pod.wait(proxy, kept)
 }
 
+/// Where a container is to be.
+struct Wanted {
+    joined: Joined,
+    placement: Option<Placement>,
+}
+
 impl<'a> Pod<'a> {
     /// Starts both processes. `terminal` is one that the container is to have.
     fn begin(
         create: &'a Create<'a>,
         bundle: &Bundle,
-        placement: Option<Placement>,
+        wanted: Wanted,
         begin: Begin,
         terminal: Option<OwnedFd>,
     ) -> Result<Self, CreateError> {
-        let mut machine = Process::spawn()?;
-        let namespace = if namespaces(&bundle.config).pid { PidNamespace::New } else { PidNamespace::Same };
-        let begin = Begin { machine: Some(machine.pid()), terminal: terminal.is_some(), ..begin };
-        let fds = machine.take_channel().into_iter().chain(terminal).collect();
-        let shadow = Shadow::spawn(namespace, begin, fds).map_err(CreateError::Spawn)?;
-        let (own, its) = (Identity::of(shadow.pid()), Identity::of(machine.pid()));
-        let groups = placement.map(|placement| Groups { placement, shadow: own, machine: its });
-        let pod = Self { create, machine, shadow, groups };
-        // At once: what it uses before counts as ours. The shadow is as yet busy with itself.
-        match pod.groups.as_ref().map_or(Ok(()), |groups| groups.placement.make_machine(groups.machine)) {
+        let Wanted { joined: Joined { pod: member_of, shared, namespaces: joined }, placement } = wanted;
+        let (mut machine, mounts) = match &member_of {
+            None => (Some(Process::spawn()?), None),
+            Some(pod) => (None, Some(pod.mounts()?.ok_or_else(|| CreateError::PodGone(pod.pod.clone()))?)),
+        };
+        let (kinds, joined): (Vec<_>, Vec<_>) = joined.into_iter().unzip();
+        let begin = Begin {
+            machine: machine.as_ref().map(Process::pid),
+            terminal: terminal.is_some(),
+            pod: member_of.clone(),
+            shared,
+            namespaces: kinds.clone(),
+            ..begin
+        };
+        let channel = machine.as_mut().and_then(Process::take_channel);
+        let fds: Vec<_> = channel.into_iter().chain(terminal).chain(mounts).chain(joined).collect();
+        let joined = &fds[fds.len() - kinds.len()..];
+        let namespace = match kinds.iter().position(|kind| *kind == LinuxNamespaceType::Pid) {
+            Some(index) => PidNamespace::Is(joined[index].as_fd()),
+            None if namespaces(&bundle.config).pid => PidNamespace::New,
+            None => PidNamespace::Same,
+        };
+        let shadow = Shadow::spawn(namespace, begin, &fds).map_err(CreateError::Spawn)?;
+        let spec = bundle.config.spec();
+        let annotations = spec.annotations().clone();
+        let mut state = State::new(create.id, shadow.pid(), &bundle.path, &bundle.root_path, annotations);
+        state.machine = machine.as_ref().map(|machine| Machine::of(machine.pid()));
+        state.member_of = member_of;
+        state.place(placement.as_ref());
+        let hooks = spec.hooks().clone().unwrap_or_default();
+        let pod = Self { machine, shadow, made: Made { create, state, placement, hooks, begun: false } };
+        // At once: what the machine uses before counts as ours. The shadow is as yet busy with itself.
+        match pod.made.move_machine() {
             Ok(()) => Ok(pod),
-            Err(error) => Err(pod.end(error.into())),
+            Err(error) => Err(pod.end(error)),
         }
     }
 
     /// The shadow is in its namespaces: what takes a look from outside is done, and the container made.
-    fn entered(&self) -> Result<(), CreateError> {
-        if let Some(groups) = &self.groups {
-            groups.placement.make_container(groups.shadow, Some(groups.machine))?;
-        }
+    fn entered(&mut self) -> Result<(), CreateError> {
+        self.made.move_shadow()?;
+        self.made.begun = true;
+        let pid = Pid::from_raw(self.shadow.pid());
+        let pidfd = pid.map(|pid| pidfd_open(pid, PidfdFlags::empty())).transpose();
+        let pidfd = pidfd.map_err(|errno| CreateError::Wait(errno.into()))?;
+        self.made.run_hooks(Point::Made, pidfd.as_ref().map(AsFd::as_fd))?;
         self.shadow.go_on();
         Ok(())
     }
 
-    /// The container is made: it is given its limits, and its pid away.
-    fn made(&self) -> Result<(), CreateError> {
-        if let Some(groups) = &self.groups {
-            groups.placement.limit_container(groups.shadow)?;
-        }
-        self.write_pid_file()
-    }
-
-    fn write_pid_file(&self) -> Result<(), CreateError> {
-        let Some(path) = self.create.pid_file else { return Ok(()) };
-        state::replace(path, self.shadow.pid().to_string().as_bytes())
-            .map_err(|e| CreateError::PidFile(path.to_owned(), e))
-    }
-
     /// The container has ended, and its shadow is about to, with its status.
     fn wait(self, proxy: Option<Proxy>, kept: bool) -> Result<u8, CreateError> {
-        let Self { create, machine, shadow, groups } = self;
-        let pid = shadow.pid();
+        let Self { machine, shadow, made } = self;
         let status = shadow.wait().map_err(CreateError::Wait)?;
         if let Some(mut proxy) = proxy {
             proxy.drain();
@@ -260,45 +290,42 @@ impl<'a> Pod<'a> {
         match status.code() {
             Some(code) => {
                 if !kept {
-                    create.clear(pid, groups.as_ref());
+                    made.remove();
                 }
                 Ok(u8::try_from(code).unwrap_or(u8::MAX))
             }
-            // Killed: it could not tidy up.
-            None => Err(create.killed(pid, groups.as_ref(), status)),
+            None => Err(made.killed(status)),
         }
     }
 
     /// The shadow has said why.
     fn failed(self, error: String) -> CreateError {
-        let Self { create, machine, shadow, groups } = self;
-        let pid = shadow.pid();
+        let Self { machine, shadow, made } = self;
         let _ = shadow.wait();
         drop(machine);
-        create.remove_pid_file();
-        create.clear(pid, groups.as_ref());
+        made.remove_failed();
         CreateError::Failed(error)
     }
 
     /// The shadow cannot know why; the process is a child of ours.
     fn machine_gone(mut self) -> CreateError {
-        let error = self.machine.end();
-        let pid = self.shadow.pid();
+        let error = self.machine.as_mut().map_or(MachineError::Gone, Process::end);
         let _ = self.shadow.wait();
-        self.create.remove_pid_file();
-        self.create.clear(pid, self.groups.as_ref());
+        self.made.remove_failed();
         error.into()
     }
 
     /// The shadow ended without a word.
     fn died(self) -> CreateError {
-        let Self { create, machine, shadow, groups } = self;
-        let pid = shadow.pid();
+        let Self { machine, shadow, made } = self;
         let status = shadow.wait();
         drop(machine);
         match status {
-            Ok(status) => create.killed(pid, groups.as_ref(), status),
-            Err(error) => CreateError::Wait(error),
+            Ok(status) => made.killed(status),
+            Err(error) => {
+                made.remove_failed();
+                CreateError::Wait(error)
+            }
         }
     }
 
@@ -309,50 +336,90 @@ impl<'a> Pod<'a> {
     }
 
     fn remove(self) {
-        let Self { create, machine, shadow, groups } = self;
-        let pid = shadow.pid();
+        let Self { machine, shadow, made } = self;
         shadow.kill();
         drop(machine);
-        create.remove_pid_file();
-        create.clear(pid, groups.as_ref());
+        made.remove_failed();
+    }
+}
+
+impl Made<'_> {
+    /// Moves the machine's process to its control group.
+    fn move_machine(&self) -> Result<(), CreateError> {
+        match (&self.placement, self.state.machine) {
+            (Some(placement), Some(machine)) => Ok(placement.make_machine(machine.0)?),
+            _ => Ok(()),
+        }
+    }
+
+    /// Moves the shadow to the container's control group, which has no limits yet.
+    fn move_shadow(&self) -> Result<(), CreateError> {
+        let Some(placement) = &self.placement else { return Ok(()) };
+        Ok(placement.make_container(self.state.process, self.state.machine.map(|machine| machine.0))?)
+    }
+
+    /// The container is made: it gets its limits, and who asked for it a pid.
+    fn settle(&self) -> Result<(), CreateError> {
+        if let Some(placement) = &self.placement {
+            placement.limit(self.state.process, self.state.machine.map(|machine| machine.0))?;
+        }
+        let Some(path) = self.create.pid_file else { return Ok(()) };
+        state::replace(path, self.state.process.pid.to_string().as_bytes())
+            .map_err(|e| CreateError::PidFile(path.to_owned(), e))
+    }
+
+    fn run_hooks(&self, point: Point, shadow: Option<BorrowedFd<'_>>) -> Result<(), HookError> {
+        hooks::run(&self.hooks, point, &self.state, shadow)
+    }
+
+    /// A shadow that was killed could not tidy up.
+    fn killed(&self, status: ExitStatus) -> CreateError {
+        let starved = self.state.cgroup.as_ref().is_some_and(|group| group.out_of_memory() > 0);
+        self.remove_failed();
+        if starved { CreateError::OutOfMemory } else { CreateError::Died(status) }
+    }
+
+    /// Removes all there is of a container that failed: it has no pid. A file that somebody else made meanwhile is not told
+    /// apart.
+    fn remove_failed(&self) {
+        if let Some(path) = self.create.pid_file {
+            let _ = std::fs::remove_file(path);
+        }
+        self.remove();
+    }
+
+    /// Removes what there is of a container whose processes have ended. What cannot be removed now the next command sweeps.
+    fn remove(&self) {
+        let (log, id) = (self.create.log, self.create.id);
+        if let Err(error) = self.state.remove_cgroups(PATIENCE) {
+            log.warning(&error.to_string());
+        }
+        if let Ok(known) = Known::load(self.create.root, id)
+            && known.state.process == self.state.process
+        {
+            let _ = known.destroy();
+        }
+        // What of its files cannot be taken out of the machine of its pod goes with that.
+        if let Some(Err(error)) = self.state.member_of.as_ref().map(|pod| pod.leave(id)) {
+            log.debug(|| format!("{id}: {error}"));
+        }
+        // Nothing is left of it. That a hook fails then changes nothing.
+        if self.begun
+            && let Err(error) = self.run_hooks(Point::Deleted, None)
+        {
+            log.warning(&error.to_string());
+        }
     }
 }
 
 impl Create<'_> {
     /// What can be said before anything is made, so that it is said first.
-    fn check(&self) -> Result<(Bundle, Option<Placement>), CreateError> {
+    fn check(&self) -> Result<(Bundle, Wanted), CreateError> {
         state::check_free(self.root, self.id)?;
         let bundle = Bundle::open(self.bundle)?;
         Size::for_container(bundle.config.spec())?;
+        let joined = join::look_up(self.root, &bundle.config)?;
         let placement = Placement::new(self.cgroups, &bundle.config, self.id)?;
-        Ok((bundle, placement))
-    }
-
-    /// Removes all of a container whose processes have ended, but its pid file. What neither we nor a shadow have written down
-    /// the next command sweeps.
-    fn clear(&self, pid: i32, groups: Option<&Groups>) {
-        if let Some(groups) = groups {
-            groups.remove(self.log);
-        }
-        if let Ok(known) = Known::load(self.root, self.id)
-            && known.state.process.pid == pid
-        {
-            let _ = known.destroy();
-        }
-    }
-
-    /// Removes what a shadow left that was killed, and says so.
-    fn killed(&self, pid: i32, groups: Option<&Groups>, status: ExitStatus) -> CreateError {
-        let starved = groups.is_some_and(|groups| groups.placement.container(groups.shadow).out_of_memory() > 0);
-        self.remove_pid_file();
-        self.clear(pid, groups);
-        if starved { CreateError::OutOfMemory } else { CreateError::Died(status) }
-    }
-
-    /// A container that failed has no pid; a file that somebody else made meanwhile is not told apart.
-    fn remove_pid_file(&self) {
-        if let Some(path) = self.pid_file {
-            let _ = std::fs::remove_file(path);
-        }
+        Ok((bundle, Wanted { joined, placement }))
     }
 }

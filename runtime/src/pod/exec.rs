@@ -111,7 +111,7 @@ pub fn exec_in_background(root: &Path, id: &str, pid_file: Option<&Path>) -> Res
     let container = known.process().ok_or_else(|| ExecError::NotRunning(id.into()))?;
     let begin = Begin { kept: true, container: true, ..Begin::default() };
     let copy = container.try_clone().map_err(ExecError::Spawn)?;
-    let shadow = Shadow::spawn(PidNamespace::Of(container.as_fd()), begin, vec![copy]).map_err(ExecError::Spawn)?;
+    let shadow = Shadow::spawn(PidNamespace::Of(container.as_fd()), begin, &[copy]).map_err(ExecError::Spawn)?;
     loop {
         match shadow.news() {
             Ok(News::Made) => break,
@@ -148,6 +148,7 @@ pub fn exec(exec: Exec<'_>) -> Result<u8, ExecError> {
     let id = known.state.id.as_str();
     let pod = known.pod()?;
     let stdio = Stdio::new(config.terminal(), exec.console_socket, config.console_size(), None, creator.is_some())?;
+    let stdio = stdio.leased()?;
     let name = name()?;
     let request = ExecProcessRequest {
         container_id: id.into(),

@@ -4,10 +4,13 @@
 use std::io;
 use std::os::fd::{AsFd, FromRawFd, OwnedFd};
 
+use oci_spec::runtime::LinuxNamespaceType;
 use podhull_vmm::control::{self, ChannelError};
 use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 use tokio::io::unix::AsyncFd;
+
+use crate::state::Membership;
 
 /// Descriptor at which the shadow finds its end.
 pub const LINK_FD: i32 = 3;
@@ -19,15 +22,16 @@ const MAX_TEXT: usize = 32 * 1024;
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Order {
-    /// The first. Attached are, in this order and as far as there is one, the channel to its machine, the terminal, and the
-    /// process whose namespaces it is to join (a pidfd).
+    /// The first. Attached are, in this order and as far as there is one, the channel to its machine, the terminal, the
+    /// process whose namespaces it is to join (a pidfd), the mount namespace of the machine of its pod, and the namespaces
+    /// that it is to be in.
     Begin(Begin),
     /// What the shadow waits for was done.
     GoOn,
 }
 
 /// What a shadow has to know and cannot find out.
-#[derive(Debug, Default, Clone, Copy, Serialize, Deserialize)]
+#[derive(Debug, Default, Clone, Serialize, Deserialize)]
 pub struct Begin {
     /// Its process id as the command, and the host, count.
     pub pid: i32,
@@ -41,6 +45,21 @@ pub struct Begin {
     pub foreground: bool,
     /// Whether the container stays when it has ended, until `delete`.
     pub kept: bool,
+    /// The pod it joins, if the container is to have no machine of its own.
+    pub pod: Option<Membership>,
+    /// Namespaces that are other containers' of that pod.
+    pub shared: Vec<Shared>,
+    /// Types of the namespaces that are attached.
+    pub namespaces: Vec<LinuxNamespaceType>,
+}
+
+/// A namespace that a container has from another one of its pod.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Shared {
+    /// Its type.
+    pub kind: LinuxNamespaceType,
+    /// Id of the other.
+    pub container: String,
 }
 
 /// How far a shadow is.
@@ -77,6 +96,10 @@ pub struct Given {
     pub terminal: Option<OwnedFd>,
     /// The process that stands for its container. Its number would mean another here, in its pid namespace.
     pub container: Option<OwnedFd>,
+    /// The mount namespace of its pod's machine, if that is another's.
+    pub mounts: Option<OwnedFd>,
+    /// Namespaces to be in.
+    pub namespaces: Vec<(LinuxNamespaceType, OwnedFd)>,
 }
 
 /// The shadow's end.
@@ -105,7 +128,10 @@ impl Creator {
                 let mut next = |given: bool| if given { fds.next() } else { None };
                 let channel = next(begin.machine.is_some());
                 let terminal = next(begin.terminal);
-                Ok(Given { begin, channel, terminal, container: next(begin.container) })
+                let container = next(begin.container);
+                let mounts = next(begin.pod.is_some());
+                let namespaces = begin.namespaces.iter().copied().zip(fds).collect();
+                Ok(Given { begin, channel, terminal, container, mounts, namespaces })
             }
             (order, _) => Err(ChannelError::Malformed(format!("{order:?} is not how one begins")).into()),
         }

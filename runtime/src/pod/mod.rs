@@ -1,9 +1,13 @@
 //! A pod on the host: what is opened for it, how large it is, and its life from start to end.
 
+mod boot;
 mod command;
 mod create;
 mod exec;
+mod hooks;
+mod join;
 mod link;
+mod member;
 mod mounts;
 mod resources;
 mod session;

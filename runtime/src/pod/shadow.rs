@@ -25,7 +25,7 @@ pub struct Shadow {
 impl Shadow {
     /// Starts it, with the command line of this process and [`FLAG`]. `begin` is completed with its pid, and says what the
     /// descriptors are.
-    pub fn spawn(namespace: PidNamespace<'_>, mut begin: Begin, fds: Vec<OwnedFd>) -> io::Result<Self> {
+    pub fn spawn(namespace: PidNamespace<'_>, mut begin: Begin, fds: &[OwnedFd]) -> io::Result<Self> {
         let (link, theirs) =
             rustix::net::socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)?;
         let fd = theirs.as_raw_fd();

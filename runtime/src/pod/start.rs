@@ -1,5 +1,6 @@
 //! A container's shadow: from a bundle to an exit status, and nothing left behind on any way out.
 
+use std::cell::Cell;
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
@@ -11,12 +12,15 @@ use podhull_vmm::control::{Device, MachineConfig, Resource, SHARE_TAG};
 use rustix::io::Errno;
 use rustix::rand::GetRandomFlags;
 
-use super::link::{Creator, Given, LinkError, News};
+use super::boot::{BOOT, Boot};
+use super::hooks;
+use super::link::{Begin, Creator, Given, LinkError, News};
+use super::member;
 use super::mounts::{self, MountError};
 use super::resources::{self, IMAGE, KERNEL, ResourceError, library_file};
-use super::session::{BOOT, Outcome, Session, Step};
+use super::session::{Outcome, Session, Step};
 use super::size::{Size, SizeError, memory_limit};
-use super::view::{self, View, ViewError, namespaces};
+use super::view::{self, Entered, View, ViewError, namespaces};
 use crate::agent::{self, Agent, AgentError, Exit};
 use crate::bundle::{Bundle, BundleError};
 use crate::cgroup::{CgroupError, Manager, Placement};
@@ -97,6 +101,14 @@ pub enum RunError {
     /// Who asked for the container is gone.
     #[error(transparent)]
     Link(#[from] LinkError),
+    /// The pod's machine could not be given the container's files.
+    #[error("pod {0:?}: {1}")]
+    Share(String, #[source] podhull_vmm::jail::JailError),
+    /// There is a machine already.
+    #[error(
+        "--guest-console: the virtual machine of pod {0:?} runs already; give the flag to the pod's first container"
+    )]
+    ConsoleOfAnother(String),
     /// It was started by hand.
     #[error("a shadow without a machine")]
     NoMachine,
@@ -117,30 +129,20 @@ pub enum RunError {
 /// Runs a container; returns the status to exit with.
 pub fn run(run: &Run<'_>) -> Result<u8, RunError> {
     run.log.debug(|| format!("{}: run", run.id));
-    let Given { begin, channel, terminal, .. } = run.creator.begin()?;
-    let channel = channel.ok_or(RunError::NoMachine)?;
-    state::check_id(run.id)?;
-    let mut bundle = Bundle::open(run.bundle)?;
-    for property in bundle.config.unknown() {
-        run.log.debug(|| format!("config.json: {property} is no property of the specification: ignored"));
+    let given = run.creator.begin()?;
+    if given.begin.pod.is_some() {
+        return member::run(run, given);
     }
+    let Given { begin, channel, terminal, namespaces: joined, .. } = given;
+    let channel = channel.ok_or(RunError::NoMachine)?;
+    let mut bundle = run.open_bundle()?;
     let limit = memory_limit(bundle.config.spec());
     let size = Size::for_container(bundle.config.spec())?;
-    let placement = Placement::new(run.cgroups, &bundle.config, run.id)?;
 
     // From here on there is something to remove.
     signals::block();
-    let mut directory = Directory::create(run.root, run.id)?;
-    let annotations = bundle.config.spec().annotations().clone();
-    let mut state = State::new(run.id, begin.pid, &bundle.path, &bundle.root_path, annotations);
-    state.machine = begin.machine.map(state::Machine::of);
-    if let Some(placement) = &placement {
-        state.cgroup = Some(placement.container(state.process));
-        state.machine_cgroup = state.machine.map(|machine| placement.machine(machine.0));
-        // It says where they are. Who makes them removes both; or who comes later, if that is killed.
-        directory.keep();
-    }
-    directory.write(&state)?;
+    let mut made = run.make(&begin, &bundle)?;
+    let directory = &made.directory;
     let files = Files { kernel: library_file(KERNEL), image: library_file(IMAGE) };
     let (kvm, kernel, image) = (resources::kvm()?, resources::kernel()?, resources::image()?);
     let console_size = bundle.config.console_size();
@@ -148,7 +150,7 @@ pub fn run(run: &Run<'_>) -> Result<u8, RunError> {
 
     let pod = directory.open_pod()?;
     let (agent, their_agent) = UnixStream::pair().map_err(|e| RunError::Socket(directory.pod(), e))?;
-    let listener = listen(&directory)?;
+    let listener = listen(directory)?;
     let mut machine = Vec::from([
         (Resource::Kvm, kvm.into()),
         (Resource::Kernel, kernel.into()),
@@ -157,7 +159,7 @@ pub fn run(run: &Run<'_>) -> Result<u8, RunError> {
         (Resource::VsockListener, listener.into()),
         (Resource::Remove { name: run.id.to_owned() }, duplicate(directory.pods())?),
     ]);
-    if !begin.kept && placement.is_none() {
+    if !begin.kept && made.state.cgroup.is_none() {
         machine.push((Resource::Remove { name: run.id.to_owned() }, duplicate(directory.root())?));
     }
     if let Some(path) = run.guest_console {
@@ -167,16 +169,18 @@ pub fn run(run: &Run<'_>) -> Result<u8, RunError> {
     let mounts = mounts::prepare(run.id, &mut bundle)?;
     machine.extend(mounts.resources);
     let (config, fds) = machine_config(size, machine);
+    bundle.config.clear_namespace_paths();
     let request = pod_request(run.id, &bundle, &stdio)?;
     let view = View {
         root: mounts.root,
         places: mounts.places,
         namespaces: namespaces(&bundle.config).others,
+        joined,
         hostname: bundle.config.spec().hostname().clone(),
     };
     drop(bundle);
     // No path of the host from here on.
-    let mut entered = view.enter()?;
+    made.entered = Some(view.enter()?);
     run.creator.tell(&News::Entered)?;
 
     run.log.debug(|| format!("{}: starting its machine", run.id));
@@ -186,41 +190,96 @@ pub fn run(run: &Run<'_>) -> Result<u8, RunError> {
         let signals = Signals::new().map_err(RunError::Signals)?;
         let orders = run.creator.orders().map_err(RunError::Signals)?;
         let channel = Channel::new(channel)?;
-        let session = Session::new(run.id, Agent::new(agent)?, &channel, &stdio, size, pod.as_fd(), run.log);
+        let session = Session::new(run.id, Agent::new(agent)?, &stdio, pod.as_fd(), run.log);
+        let boot = Boot { channel: &channel, size, booted: Cell::new(false) };
         let start = async {
             let sent = channel.start(config, &fds).await;
             drop(fds);
             sent
         };
-        let reached = |step| match step {
+        let make = boot.make(&session, start, request, &orders);
+        let reached = |step| made.reached(step, run.creator, &begin);
+        let live = session.live(make, boot.add_helpers(&session), &orders, begin.foreground, reached);
+        supervise(&session, &boot, &signals, &files, live).await
+    });
+    // Threads that still wait for input must not hold up the end; they end with the process.
+    runtime.shutdown_background();
+    Ok(run.status(outcome?, limit))
+}
+
+impl Run<'_> {
+    /// Reads the bundle.
+    pub fn open_bundle(&self) -> Result<Bundle, RunError> {
+        state::check_id(self.id)?;
+        let bundle = Bundle::open(self.bundle)?;
+        for property in bundle.config.unknown() {
+            self.log.debug(|| format!("config.json: {property} is no property of the specification: ignored"));
+        }
+        Ok(bundle)
+    }
+
+    /// Takes the container's id, and writes down what there is to say of it as it begins.
+    pub fn make(&self, begin: &Begin, bundle: &Bundle) -> Result<Made, RunError> {
+        let placement = Placement::new(self.cgroups, &bundle.config, self.id)?;
+        let spec = bundle.config.spec();
+        let annotations = spec.annotations().clone();
+        let mut state = State::new(self.id, begin.pid, &bundle.path, &bundle.root_path, annotations);
+        state.machine = begin.machine.map(state::Machine::of);
+        state.member_of = begin.pod.clone();
+        state.hooks = spec.hooks().as_ref().and_then(hooks::later);
+        state.place(placement.as_ref());
+        let mut directory = Directory::create(self.root, self.id)?;
+        directory.write(&state)?;
+        if state.cgroup.is_some() {
+            // It says where the groups are: it goes after them, by who asked for the container or comes later.
+            directory.keep();
+        }
+        Ok(Made { directory, state, entered: None })
+    }
+
+    /// The status to exit with.
+    pub fn status(&self, outcome: Outcome, limit: Option<u64>) -> u8 {
+        match outcome {
+            Outcome::Exited(exit) => {
+                report_out_of_memory(self, exit, limit);
+                exit.status
+            }
+            Outcome::Interrupted(signal) => u8::try_from(128 + signal).unwrap_or(u8::MAX),
+        }
+    }
+}
+
+/// What a container is on the host.
+pub struct Made {
+    pub directory: Directory,
+    pub state: State,
+    /// Its namespaces, once this process is in them.
+    pub entered: Option<Entered>,
+}
+
+impl Made {
+    /// Writes down how far the container is, and tells who asked for it.
+    pub fn reached(&mut self, step: Step, creator: &Creator, begin: &Begin) -> Result<(), RunError> {
+        match step {
             Step::Created => {
-                entered.furnish();
+                if let Some(entered) = &mut self.entered {
+                    entered.furnish();
+                }
                 view::drop_privileges().map_err(RunError::Privileges)?;
-                (state.status, state.kept) = (Status::Created, begin.kept);
-                directory.write(&state)?;
-                run.creator.tell(&News::Made)?;
+                (self.state.status, self.state.kept) = (Status::Created, begin.kept);
+                self.directory.write(&self.state)?;
+                creator.tell(&News::Made)?;
                 if begin.kept {
-                    directory.keep();
+                    self.directory.keep();
                 }
                 Ok(())
             }
             Step::Started => {
-                state.status = Status::Running;
-                directory.write(&state)?;
-                Ok(run.creator.tell(&News::Started)?)
+                self.state.status = Status::Running;
+                self.directory.write(&self.state)?;
+                Ok(creator.tell(&News::Started)?)
             }
-        };
-        let live = session.live(start, request, &orders, begin.foreground, reached);
-        supervise(&session, &signals, &channel, &files, live).await
-    });
-    // Threads that still wait for input must not hold up the end; they end with the process.
-    runtime.shutdown_background();
-    match outcome? {
-        Outcome::Exited(exit) => {
-            report_out_of_memory(run, exit, limit);
-            Ok(exit.status)
         }
-        Outcome::Interrupted(signal) => Ok(u8::try_from(128 + signal).unwrap_or(u8::MAX)),
     }
 }
 
@@ -233,17 +292,17 @@ struct Files {
 /// Lives through the session, unless a signal or the end of the machine is first; finds out why the machine ended.
 async fn supervise(
     session: &Session<'_>,
+    boot: &Boot<'_>,
     signals: &Signals,
-    channel: &Channel,
     files: &Files,
     live: impl Future<Output = Result<Outcome, RunError>>,
 ) -> Result<Outcome, RunError> {
-    let mut drive = std::pin::pin!(channel.drive());
+    let mut drive = std::pin::pin!(boot.channel.drive());
     let ended = tokio::select! {
         biased;
         lived = live => match lived {
             // The machine knows its files by what they are, not by their names.
-            Err(RunError::Machine(MachineError::Failed(line))) if !session.booted() => {
+            Err(RunError::Machine(MachineError::Failed(line))) if !boot.booted.get() => {
                 return Err(MachineError::Failed(with_paths(line, files)).into());
             }
             // The connection to the agent breaks when the machine does; the machine knows why.
@@ -259,7 +318,7 @@ async fn supervise(
         ended = &mut drive => ended,
     };
     match ended.unwrap_or(MachineError::Gone) {
-        error @ (MachineError::Reset | MachineError::Crash(_)) if !session.booted() => {
+        error @ (MachineError::Reset | MachineError::Crash(_)) if !boot.booted.get() => {
             Err(RunError::Boot(error, files.kernel.clone(), files.image.clone()))
         }
         error => Err(error.into()),
@@ -296,7 +355,8 @@ fn pod_request(id: &str, bundle: &Bundle, stdio: &Stdio) -> Result<CreatePodRequ
     let mut entropy = vec![0; ENTROPY];
     // Up to 256 bytes are never cut short (random(4)).
     rustix::rand::getrandom(&mut entropy, GetRandomFlags::empty()).map_err(RunError::Random)?;
-    let container = agent::container(id, bundle.config.document(), mounts::root_in_share(id), stdio.announcement());
+    let container =
+        agent::container(id, bundle.config.document(), mounts::root_in_share(id), stdio.announcement(), Vec::new());
     Ok(CreatePodRequest {
         protocol_version: podhull_protocol::VERSION,
         entropy,

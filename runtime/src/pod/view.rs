@@ -17,7 +17,10 @@ use rustix::mount::{
     fsconfig_set_string, fsmount, fsopen, mount_change, move_mount, unmount,
 };
 use rustix::process::{chdir, fchdir, pivot_root};
-use rustix::thread::{CapabilitySet, CapabilitySets, ThreadNameSpaceType, UnshareFlags, unshare_unsafe};
+use rustix::thread::{
+    CapabilitySet, CapabilitySets, LinkNameSpaceType, ThreadNameSpaceType, UnshareFlags, move_into_link_name_space,
+    unshare_unsafe,
+};
 
 use crate::spec::Config;
 
@@ -33,10 +36,11 @@ pub struct Namespaces {
     pub others: UnshareFlags,
 }
 
-/// What the specification asks for.
+/// What the specification asks for. Those that have a path are not new.
 pub fn namespaces(config: &Config) -> Namespaces {
     let asked = config.spec().linux().as_ref().and_then(|linux| linux.namespaces().as_ref());
-    let has = |kind| asked.is_some_and(|namespaces| namespaces.iter().any(|namespace| namespace.typ() == kind));
+    let is_new = |path: &Option<PathBuf>| path.as_ref().is_none_or(|path| path.as_os_str().is_empty());
+    let has = |kind| asked.is_some_and(|all| all.iter().any(|one| one.typ() == kind && is_new(one.path())));
     let mut others = UnshareFlags::empty();
     for (kind, flag) in [
         (LinuxNamespaceType::Network, UnshareFlags::NEWNET),
@@ -81,6 +85,8 @@ pub struct View {
     pub places: Vec<(PathBuf, Place)>,
     /// Namespaces that are its own; the mount namespace always is.
     pub namespaces: UnshareFlags,
+    /// Those that are there already. Which pid namespace a process is in was decided before.
+    pub joined: Vec<(LinuxNamespaceType, OwnedFd)>,
     /// Host name in its UTS namespace.
     pub hostname: Option<String>,
 }
@@ -89,6 +95,9 @@ impl View {
     /// Moves this process into new namespaces with the container's root. It must have one thread, and have opened what it
     /// needs of the host: no path of it can be named afterwards.
     pub fn enter(mut self) -> Result<Entered, ViewError> {
+        for (kind, namespace) in self.joined.iter().filter(|(kind, _)| *kind != LinuxNamespaceType::Pid) {
+            step("setns", move_into_link_name_space(namespace.as_fd(), link_type(*kind)))?;
+        }
         // SAFETY: the process has one thread; no descriptor table is unshared.
         step("unshare", unsafe { unshare_unsafe(self.namespaces | UnshareFlags::NEWNS) })?;
         // What the host unmounts is not held up here, and nothing of ours gets there.
@@ -140,6 +149,16 @@ impl Entered {
             // A file where a directory should be: the guest is the one to decide that, and has.
             let _ = move_mount(&mount, "", &target, "", flags);
         }
+    }
+}
+
+fn link_type(kind: LinuxNamespaceType) -> Option<LinkNameSpaceType> {
+    match kind {
+        LinuxNamespaceType::Network => Some(LinkNameSpaceType::Network),
+        LinuxNamespaceType::Ipc => Some(LinkNameSpaceType::InterProcessCommunication),
+        LinuxNamespaceType::Uts => Some(LinkNameSpaceType::HostNameAndNISDomainName),
+        // Of any type: no others are joined.
+        _ => None,
     }
 }
 

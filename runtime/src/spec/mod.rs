@@ -77,6 +77,14 @@ impl Config {
         }
     }
 
+    /// Takes the paths of namespaces out of the document: they are of the host.
+    pub fn clear_namespace_paths(&mut self) {
+        let namespaces = self.document.pointer_mut("/linux/namespaces").and_then(Value::as_array_mut);
+        for namespace in namespaces.into_iter().flatten().filter_map(Value::as_object_mut) {
+            namespace.remove("path");
+        }
+    }
+
     /// The document's `process`, as JSON.
     pub fn process(&self) -> Vec<u8> {
         self.document["process"].to_string().into_bytes()

@@ -56,6 +56,24 @@ pub enum ConfigError {
     },
 }
 
+/// Limits of single block devices. Those of the host are no devices of the guest.
+const OF_BLOCK_DEVICES: [&str; 5] = [
+    "weightDevice",
+    "throttleReadBpsDevice",
+    "throttleWriteBpsDevice",
+    "throttleReadIOPSDevice",
+    "throttleWriteIOPSDevice",
+];
+
+/// Takes out of `linux.resources` what the host alone enforces.
+pub fn leave_to_host(resources: &mut Value) {
+    if let Some(block_io) = resources.get_mut("blockIO").and_then(Value::as_object_mut) {
+        for name in OF_BLOCK_DEVICES {
+            block_io.remove(name);
+        }
+    }
+}
+
 /// Parses and checks a specification.
 pub fn read(text: &str) -> Result<Config, ConfigError> {
     // First as JSON and then by type, so that a broken file is never taken for a wrong field.
@@ -81,6 +99,9 @@ pub fn read(text: &str) -> Result<Config, ConfigError> {
     }
     validate::check(&spec)?;
     let limits = limits(document.pointer("/linux/resources").unwrap_or(&Value::Null))?;
+    if let Some(resources) = document.pointer_mut("/linux/resources") {
+        leave_to_host(resources);
+    }
     Ok(Config { spec, document, unknown, limits })
 }
 
@@ -112,6 +133,17 @@ mod tests {
         assert_eq!(config.mounts().len(), 7);
         assert!(config.unknown().is_empty());
         assert_eq!(config.document, serde_json::from_str::<Value>(crate::spec::document::TEXT).unwrap());
+    }
+
+    #[test]
+    fn limits_of_the_host_s_devices_are_not_for_the_guest() {
+        let mut document: Value = serde_json::from_str(crate::spec::document::TEXT).unwrap();
+        let device = serde_json::json!([{ "major": 8, "minor": 0, "rate": 1 }]);
+        document["linux"]["resources"]["blockIO"] =
+            serde_json::json!({ "weight": 10, "throttleReadBpsDevice": device, "throttleWriteIOPSDevice": device });
+        let config = read(&document.to_string()).unwrap();
+        assert_eq!(config.document["linux"]["resources"]["blockIO"], serde_json::json!({ "weight": 10 }));
+        assert_eq!(config.limits().block_io.throttle_read_bps_device.len(), 1);
     }
 
     #[test]

@@ -6,7 +6,7 @@ use std::collections::HashSet;
 use std::path::{Component, Path};
 
 use oci_spec::runtime::{
-    Arch, Capability, Linux, LinuxDevice, LinuxDeviceType, LinuxNamespaceType, LinuxResources, LinuxSeccomp,
+    Arch, Capability, Hooks, Linux, LinuxDevice, LinuxDeviceType, LinuxNamespaceType, LinuxResources, LinuxSeccomp,
     LinuxSeccompAction, Mount, Process, Spec,
 };
 
@@ -27,11 +27,32 @@ pub fn check(spec: &Spec) -> Result<(), ConfigError> {
     for (index, mount) in spec.mounts().iter().flatten().enumerate() {
         check_mount(&format!("mounts[{index}]"), mount)?;
     }
-    for (index, hook) in spec.hooks().iter().filter_map(|h| h.start_container().as_ref()).flatten().enumerate() {
-        absolute(&format!("hooks.startContainer[{index}].path"), hook.path())?;
+    if let Some(given) = spec.hooks() {
+        hooks(given)?;
     }
     let absent = Linux::default_absent();
     linux(spec, spec.linux().as_ref().unwrap_or(&absent))
+}
+
+#[allow(deprecated)]
+fn hooks(hooks: &Hooks) -> Result<(), ConfigError> {
+    for (kind, list) in [
+        ("prestart", hooks.prestart()),
+        ("createRuntime", hooks.create_runtime()),
+        ("createContainer", hooks.create_container()),
+        ("startContainer", hooks.start_container()),
+        ("poststart", hooks.poststart()),
+        ("poststop", hooks.poststop()),
+    ] {
+        for (index, hook) in list.iter().flatten().enumerate() {
+            let field = |name: &str| format!("hooks.{kind}[{index}].{name}");
+            absolute(&field("path"), hook.path())?;
+            if hook.timeout().is_some_and(|timeout| timeout <= 0) {
+                return Err(wrong(field("timeout"), "must be greater than 0 seconds"));
+            }
+        }
+    }
+    Ok(())
 }
 
 /// Names of capabilities as they were written: the typed view takes `kill` for `CAP_KILL`, the specification does not.

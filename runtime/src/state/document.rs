@@ -4,9 +4,10 @@ use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
+use oci_spec::runtime::Hooks;
 use serde::{Deserialize, Serialize};
 
-use crate::cgroup::{Cgroup, CgroupError};
+use crate::cgroup::{Cgroup, CgroupError, Placement};
 
 /// Version of `state.json`. Raised when a reader of the version before could misread it.
 pub const VERSION: u32 = 1;
@@ -41,6 +42,12 @@ pub struct State {
     /// The process of its machine.
     #[serde(default)]
     pub machine: Option<Machine>,
+    /// The pod it is in, if the machine is another's.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub member_of: Option<Membership>,
+    /// Hooks of the specification that come after the container was made.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub hooks: Option<Hooks>,
     /// Its control group, and that of its machine's process.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub cgroup: Option<Cgroup>,
@@ -56,6 +63,15 @@ pub struct Process {
     pub pid: i32,
     /// When it started, in clock ticks since boot (`/proc/<pid>/stat`, field 22); 0 if it is not known.
     pub start_time: u64,
+}
+
+/// Whose machine a container is in that has none of its own.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Membership {
+    /// Name of the pod: the container that the machine was made for.
+    pub pod: String,
+    /// The process of its machine.
+    pub machine: Machine,
 }
 
 /// A machine's process.
@@ -128,14 +144,29 @@ impl State {
             annotations,
             kept: false,
             machine: None,
+            member_of: None,
+            hooks: None,
             cgroup: None,
             machine_cgroup: None,
         }
     }
 
+    /// Notes where its control groups are to be.
+    pub fn place(&mut self, placement: Option<&Placement>) {
+        self.cgroup = placement.map(|placement| placement.container(self.process));
+        let machine = self.machine.map(|machine| machine.0);
+        self.machine_cgroup = placement.zip(machine).map(|(placement, machine)| placement.machine(machine));
+    }
+
     /// Removes its control groups, as far as there are any; what is still in them is killed, and may take `patience` to end.
     pub fn remove_cgroups(&self, patience: Duration) -> Result<(), CgroupError> {
         self.cgroup.iter().chain(&self.machine_cgroup).try_for_each(|group| group.remove(patience))
+    }
+
+    /// The pod the container is in; none while it is not known.
+    pub fn pod(&self) -> Option<Membership> {
+        let own = || self.machine.map(|machine| Membership { pod: self.id.clone(), machine });
+        self.member_of.clone().or_else(own)
     }
 }
 

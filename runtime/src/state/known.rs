@@ -6,13 +6,14 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use podhull_vmm::jail::Jail;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{FlockOperation, Mode, OFlags};
 use rustix::io::Errno;
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 
 use super::document::{Process, VERSION, start_time};
-use super::{DOCUMENT, PODS, State, StateError, Status, check_id};
+use super::{DOCUMENT, Membership, PODS, State, StateError, Status, check_id};
 use crate::cgroup::PATIENCE;
 
 /// Longest `state.json`: annotations are the caller's.
@@ -53,7 +54,8 @@ impl Known {
 
     /// The pod's directory, with its sockets.
     pub fn pod(&self) -> Result<OwnedFd, StateError> {
-        super::open(&self.root.join(PODS).join(&self.state.id))
+        let pod = self.state.member_of.as_ref().map_or(&self.state.id, |member| &member.pod);
+        open_pod(&self.root, pod)
     }
 
     /// The process that stands for the container; `None` if it is gone.
@@ -78,9 +80,41 @@ impl Known {
         if let Some(machine) = machine {
             end(machine);
         }
+        if let Some(member) = &self.state.member_of {
+            member.leave(&self.state.id)?;
+        }
         self.state.remove_cgroups(PATIENCE)?;
         remove(&self.root, &self.state.id)
     }
+}
+
+impl Membership {
+    /// The mount namespace of the pod's machine, which has the files of its containers; none if the machine is gone.
+    pub fn mounts(&self) -> Result<Option<OwnedFd>, StateError> {
+        let Some(_process) = find(self.machine.0) else { return Ok(None) };
+        let path = format!("/proc/{}/ns/mnt", self.machine.0.pid);
+        match rustix::fs::open(&path, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty()) {
+            Ok(namespace) => Ok(Some(namespace)),
+            // It has just ended.
+            Err(Errno::NOENT | Errno::SRCH) => Ok(None),
+            Err(errno) => Err(StateError::Mounts(self.pod.clone(), errno.to_string())),
+        }
+    }
+
+    /// Takes the files of a container out of its pod's machine.
+    pub fn leave(&self, id: &str) -> Result<(), StateError> {
+        match self.mounts()? {
+            Some(mounts) => Jail::of_running(mounts.as_fd(), |share| share.detach(id))
+                .map_err(|error| StateError::Mounts(self.pod.clone(), error.to_string())),
+            None => Ok(()),
+        }
+    }
+}
+
+/// The directory of a pod, with its sockets.
+pub fn open_pod(root: &Path, pod: &str) -> Result<OwnedFd, StateError> {
+    check_id(pod)?;
+    super::open(&root.join(PODS).join(pod))
 }
 
 /// Removes a container whose state cannot be read.

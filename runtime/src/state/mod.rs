@@ -26,8 +26,8 @@ use rustix::io::Errno;
 use rustix::rand::GetRandomFlags;
 
 use crate::cgroup::CgroupError;
-pub use document::{Machine, Process, State, Status};
-pub use known::{Known, list, remove};
+pub use document::{Machine, Membership, Process, State, Status};
+pub use known::{Known, list, open_pod, remove};
 
 /// Directory of the pods; not a container's id.
 const PODS: &str = "pods";
@@ -52,6 +52,9 @@ pub enum StateError {
     /// Its `state.json` cannot be used.
     #[error("{0}: {1}; podhull delete --force removes the container")]
     Unreadable(PathBuf, String),
+    /// A machine's mounts could not be changed.
+    #[error("pod {0:?}: cannot change the files of its virtual machine: {1}")]
+    Mounts(String, String),
     /// A file or directory could not be made.
     #[error("cannot write {0}: {1}")]
     Write(PathBuf, #[source] io::Error),
@@ -224,8 +227,8 @@ fn make(path: &Path, mode: u32) -> Result<(), StateError> {
     fs::DirBuilder::new().recursive(true).mode(mode).create(path).map_err(|e| StateError::Write(path.to_owned(), e))
 }
 
-/// Removes what is not locked. What cannot be removed is left for the next time: it is in nobody's way but its own id's.
-fn sweep(root: &Path) {
+/// Removes what is not locked, and its control groups. What cannot be removed is left for the next time: it is in nobody's way but its own id's.
+pub fn sweep(root: &Path) {
     let Ok(entries) = fs::read_dir(root) else { return };
     for entry in entries.flatten() {
         let name = entry.file_name();

@@ -69,6 +69,8 @@ pub enum StdioError {
 /// What threads report.
 enum Report {
     Connected,
+    /// The lease is.
+    Leased(UnixStream),
     Failed(&'static str, io::Error),
     /// An output has ended and all of it was written.
     Drained,
@@ -89,6 +91,8 @@ pub struct Stdio {
     ends: Ends,
     /// Random numbers that name the streams: stdin, stdout, stderr.
     tokens: [u64; 3],
+    /// The same for the lease; 0: there is none.
+    lease: u64,
 }
 
 impl Stdio {
@@ -110,13 +114,19 @@ impl Stdio {
             (false, None, _) => Ends::Streams(STANDARD.map(|fd| !is_null(fd()))),
         };
         pump::prepare().map_err(StdioError::Duplicate)?;
-        Ok(Self { ends, tokens: [token()?, token()?, token()?] })
+        Ok(Self { ends, tokens: [token()?, token()?, token()?], lease: 0 })
+    }
+
+    /// With a lease: what uses these streams ends in the guest when this process does, in whatever way.
+    pub fn leased(self) -> Result<Self, StdioError> {
+        Ok(Self { lease: token()?, ..self })
     }
 
     /// What the agent is told.
     pub fn announcement(&self) -> podhull_protocol::Stdio {
         let mut stdio = podhull_protocol::Stdio::new();
         let [stdin, stdout, stderr] = self.tokens;
+        stdio.lease = self.lease;
         match &self.ends {
             Ends::Streams(given) => {
                 let tokens = [&mut stdio.stdin, &mut stdio.stdout, &mut stdio.stderr];
@@ -155,9 +165,12 @@ impl Stdio {
     /// Starts a thread for each direction of each stream; they connect to the socket in the pod's directory and move bytes.
     pub fn connect(&self, pod: BorrowedFd<'_>) -> Result<Flow, StdioError> {
         let (sender, receiver) = mpsc::unbounded_channel();
-        let mut flow = Flow { sender, receiver, progress: Arc::default(), connecting: 0, outputs: 0 };
+        let mut flow = Flow { sender, receiver, progress: Arc::default(), connecting: 0, outputs: 0, lease: None };
         let [stdin, stdout, stderr] = self.tokens;
         let pod = Arc::new(duplicate(pod).map_err(StdioError::Duplicate)?);
+        if self.lease != 0 {
+            flow.hold(&pod, self.lease)?;
+        }
         match &self.ends {
             Ends::Streams(given) => {
                 let copy = |index: usize| duplicate(STANDARD[index]()).map_err(StdioError::Duplicate);
@@ -193,9 +206,24 @@ pub struct Flow {
     connecting: usize,
     /// Outputs that have not ended yet.
     outputs: usize,
+    /// Closed when this is dropped.
+    lease: Option<UnixStream>,
 }
 
 impl Flow {
+    fn hold(&mut self, pod: &Arc<OwnedFd>, token: u64) -> Result<(), StdioError> {
+        self.connecting += 1;
+        let (pod, sender) = (pod.clone(), self.sender.clone());
+        thread("lease", move || {
+            let report = match connect::connect(pod.as_fd(), token) {
+                Ok(stream) => Report::Leased(stream),
+                Err(error) => Report::Failed("lease", error),
+            };
+            let _ = sender.send(report);
+        })
+        .map_err(StdioError::Thread)
+    }
+
     fn start(
         &mut self,
         name: &'static str,
@@ -247,6 +275,10 @@ impl Flow {
     async fn report(&mut self) -> Result<(), StdioError> {
         match self.receiver.recv().await {
             Some(Report::Connected) => self.connecting -= 1,
+            Some(Report::Leased(stream)) => {
+                self.lease = Some(stream);
+                self.connecting -= 1;
+            }
             Some(Report::Drained) => self.outputs -= 1,
             Some(Report::Failed(name, error)) => return Err(StdioError::Connect(name, error)),
             // Not while we hold a sender.

@@ -1,18 +1,15 @@
 //! A container made by one command, started by another, and removed by a third.
 
-use std::fs::{self, File};
-use std::os::unix::process::CommandExt;
-use std::path::PathBuf;
+use std::fs;
 use std::process::{Command, Stdio};
-use std::time::Duration;
 
-use rustix::process::{Pid, PidfdFlags, Signal, WaitOptions, kill_process, pidfd_open, waitpid};
+use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 
 use super::{oci, podhull};
-use crate::bundle::Bundle;
+use crate::container::Container;
 use crate::leaks::Leaks;
-use crate::run::{DEADLINE, Ended, Running};
+use crate::run::Running;
 use crate::suite::{Case, Scene};
 use crate::{Outcome, ensure, ensure_eq};
 
@@ -27,91 +24,6 @@ pub const CASES: &[Case] = &[
     podhull("lifecycle::a_killed_shadow_takes_the_machine_along", a_killed_shadow_takes_the_machine_along),
     podhull("lifecycle::two_starts_race", two_starts_race),
 ];
-
-/// A container in the background, its output in a file.
-struct Container<'a> {
-    scene: &'a Scene,
-    id: String,
-    output: PathBuf,
-    pid: Pid,
-}
-
-impl<'a> Container<'a> {
-    /// `words` are `create`, or `run` and `--detach`.
-    fn make(scene: &'a Scene, bundle: &Bundle, words: &[&str]) -> Outcome<Self> {
-        bundle.write()?;
-        let id = scene.id();
-        let (output, pid_file) = (scene.directory.join(format!("{id}.out")), scene.directory.join(format!("{id}.pid")));
-        let file = File::create(&output)?;
-        let mut command = Command::new(scene.runtime.program());
-        command.args(words).arg("-b").arg(&bundle.directory).arg("--pid-file").arg(&pid_file).arg(&id);
-        command.stdin(Stdio::null()).stdout(file.try_clone()?).stderr(file).process_group(0);
-        let status = command.status()?;
-        ensure!(status.success(), "{words:?}: {status}: {}", fs::read_to_string(&output)?);
-        let pid = fs::read_to_string(&pid_file)?
-            .trim()
-            .parse()
-            .ok()
-            .and_then(Pid::from_raw)
-            .ok_or("no pid in the pid file")?;
-        Ok(Self { scene, id, output, pid })
-    }
-
-    fn create(scene: &'a Scene, bundle: &Bundle) -> Outcome<Self> {
-        Self::make(scene, bundle, &["create"])
-    }
-
-    fn call(&self, words: &[&str]) -> Outcome<Ended> {
-        self.scene.call(words)
-    }
-
-    fn start(&self) -> Outcome {
-        self.call(&["start", &self.id])?.output().map(drop)
-    }
-
-    fn state(&self) -> Outcome<Value> {
-        Ok(serde_json::from_str(&self.call(&["state", &self.id])?.output()?)?)
-    }
-
-    fn status(&self) -> Outcome<String> {
-        Ok(self.state()?["status"].as_str().unwrap_or_default().to_owned())
-    }
-
-    /// The status the process that stands for the container exits with, or 128 and the signal that ended it, which callers
-    /// take for the same: it is ours since its parent has gone.
-    fn wait(&self) -> Outcome<i32> {
-        let pidfd = pidfd_open(self.pid, PidfdFlags::empty())?;
-        let deadline = rustix::event::Timespec::try_from(DEADLINE)?;
-        let ready = rustix::event::poll(
-            &mut [rustix::event::PollFd::new(&pidfd, rustix::event::PollFlags::IN)],
-            Some(&deadline),
-        )?;
-        ensure!(ready == 1, "process {} did not end; output {:?}", self.pid.as_raw_nonzero(), self.output()?);
-        let status = waitpid(Some(self.pid), WaitOptions::empty())?.ok_or("no status")?.1;
-        Ok(status.exit_status().or(status.terminating_signal().map(|signal| 128 + signal)).unwrap_or(-1))
-    }
-
-    fn output(&self) -> Outcome<String> {
-        Ok(fs::read_to_string(&self.output)?)
-    }
-
-    /// Waits until the container has written this.
-    fn expect_output(&self, expected: &str) -> Outcome {
-        let began = std::time::Instant::now();
-        while !self.output()?.contains(expected) {
-            ensure!(began.elapsed() < DEADLINE, "no {expected:?} in {:?}", self.output()?);
-            std::thread::sleep(Duration::from_millis(20));
-        }
-        Ok(())
-    }
-
-    fn delete(&self) -> Outcome {
-        self.call(&["delete", &self.id])?.output()?;
-        let gone = self.call(&["state", &self.id])?.expect_status(1)?;
-        ensure!(gone.stderr.contains("does not exist"), "after delete: {:?}", gone.stderr);
-        Ok(())
-    }
-}
 
 fn created_started_ended_deleted(scene: &Scene) -> Outcome {
     let before = Leaks::watch();
@@ -311,7 +223,7 @@ fn exec(scene: &Scene) -> Outcome {
     ensure!(status.success(), "exec -d: {status}");
     let pid =
         fs::read_to_string(&pid_file)?.trim().parse().ok().and_then(Pid::from_raw).ok_or("no pid in the pid file")?;
-    let executed = Container { scene, id: id.into(), output: container.output.clone(), pid };
+    let executed = Container { scene, runtime: &scene.runtime, id: id.into(), output: container.output.clone(), pid };
     ensure_eq!(executed.wait()?, 9, "exit status of what was executed in the background");
 
     container.call(&["kill", id, "KILL"])?.output()?;

@@ -1,19 +1,23 @@
 //! All tests, one module for each topic; the quick ones first.
 
 mod bad_input;
+mod cgroups;
 mod command_line;
 mod crashes;
 mod exit_codes;
 mod files;
+mod hooks;
 mod isolation;
 mod lifecycle;
 mod load;
 mod namespaces;
 mod podman;
+mod pods;
 mod privileged;
 mod process;
 mod resources;
 mod stdio;
+mod systemd;
 mod terminal;
 
 use crate::Outcome;
@@ -25,6 +29,8 @@ pub const ALL: &[&[Case]] = &[
     exit_codes::CASES,
     isolation::CASES,
     lifecycle::CASES,
+    cgroups::CASES,
+    hooks::CASES,
     namespaces::CASES,
     process::CASES,
     privileged::CASES,
@@ -35,7 +41,9 @@ pub const ALL: &[&[Case]] = &[
     crashes::CASES,
     resources::CASES,
     load::CASES,
+    pods::CASES,
     podman::CASES,
+    systemd::CASES,
 ];
 
 /// A test that holds for any OCI runtime.

@@ -3,7 +3,7 @@
 
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::{Component, Path};
 
 use rustix::fs::{AtFlags, FileType, Mode, OFlags, ResolveFlags, fstat, mkdirat, openat2};
@@ -14,7 +14,7 @@ use rustix::mount::{
     open_tree, unmount,
 };
 use rustix::process::{chdir, pivot_root};
-use rustix::thread::{UnshareFlags, unshare_unsafe};
+use rustix::thread::{LinkNameSpaceType, UnshareFlags, move_into_link_name_space, unshare_unsafe};
 
 use super::{JailError, step};
 
@@ -98,6 +98,73 @@ impl Jail {
         attach(mount, rustix::fs::CWD, &format!("/{path}"))
     }
 
+    /// Calls `change` with the share of a machine that runs, given its mount namespace. Its own process has nothing left to
+    /// mount with; this takes `CAP_SYS_ADMIN` and is for whoever started it.
+    pub fn of_running<T: Send>(
+        mount_namespace: BorrowedFd<'_>,
+        change: impl FnOnce(&Self) -> Result<T, JailError> + Send,
+    ) -> Result<T, JailError> {
+        let enter = || {
+            // A mount namespace cannot be entered with a root and a working directory that are somebody else's too.
+            // SAFETY: they become those of this thread alone; no descriptor table is unshared.
+            step("unshare", unsafe { unshare_unsafe(UnshareFlags::FS) })?;
+            let path = "/proc/self/fd";
+            let proc_self_fd =
+                step(path, rustix::fs::open(path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty()))?.into();
+            let mount = Some(LinkNameSpaceType::Mount);
+            step("mount namespace of the machine", move_into_link_name_space(mount_namespace, mount))?;
+            let clone = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
+            let root = step("open_tree", open_tree(rustix::fs::CWD, "/", clone))?;
+            step("writable root", make_writable(&root))?;
+            change(&Self { root, proc_self_fd })
+        };
+        std::thread::scope(|scope| match scope.spawn(enter).join() {
+            Ok(changed) => changed,
+            Err(panic) => std::panic::resume_unwind(panic),
+        })
+    }
+
+    /// Detaches all mounts below a directory of the share, and removes it; if it is not there, that is fine.
+    pub fn detach(&self, name: &str) -> Result<(), JailError> {
+        let what = format!("mounts below {name:?}");
+        let directory = match open_directory(self.root.as_fd(), Path::new(name)) {
+            Err(Errno::NOENT) => return Ok(()),
+            directory => step(&what, directory)?,
+        };
+        step(&what, self.detach_in(directory, &format!("/{name}")))?;
+        step(&what, rustix::fs::unlinkat(&self.root, name, AtFlags::REMOVEDIR))
+    }
+
+    /// The directories are walked in the file system of the root alone, without what is mounted on them.
+    fn detach_in(&self, directory: OwnedFd, path: &str) -> Result<(), Errno> {
+        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let entries = rustix::fs::openat(&directory, ".", flags, Mode::empty())?;
+        for entry in rustix::fs::Dir::read_from(&entries)? {
+            let entry = entry?;
+            let Ok(name) = entry.file_name().to_str() else { continue };
+            if matches!(name, "." | "..") {
+                continue;
+            }
+            let path = format!("{path}/{name}");
+            // More than one may be on top of another.
+            loop {
+                match unmount(&path, UnmountFlags::DETACH | UnmountFlags::NOFOLLOW) {
+                    Ok(()) => {}
+                    // Not a mount point.
+                    Err(Errno::INVAL) => break,
+                    Err(errno) => return Err(errno),
+                }
+            }
+            if entry.file_type() == FileType::Directory {
+                self.detach_in(open_directory(directory.as_fd(), Path::new(name))?, &path)?;
+                rustix::fs::unlinkat(&directory, name, AtFlags::REMOVEDIR)?;
+            } else {
+                rustix::fs::unlinkat(&directory, name, AtFlags::empty())?;
+            }
+        }
+        Ok(())
+    }
+
     /// `/proc/self/fd`, by which the file server reopens what it knows.
     pub fn proc_self_fd(&self) -> io::Result<File> {
         self.proc_self_fd.try_clone()
@@ -110,9 +177,34 @@ fn make_directory(parent: BorrowedFd<'_>, name: &Path, path: &str) -> Result<Own
         Ok(()) | Err(Errno::EXIST) => {}
         Err(errno) => return step(&what, Err(errno)),
     }
+    step(&what, open_directory(parent, name))
+}
+
+fn open_directory(parent: BorrowedFd<'_>, name: &Path) -> Result<OwnedFd, Errno> {
     let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
     let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_XDEV;
-    step(&what, openat2(parent, name, flags, Mode::empty(), resolve))
+    openat2(parent, name, flags, Mode::empty(), resolve)
+}
+
+/// `mount_setattr(2)` on a detached mount.
+fn make_writable(mount: &OwnedFd) -> Result<(), Errno> {
+    let attributes = libc::mount_attr { attr_set: 0, attr_clr: libc::MOUNT_ATTR_RDONLY, propagation: 0, userns_fd: 0 };
+    // SAFETY: the path is an empty C string, the structure outlives the call and its size is given; the kernel only reads
+    // both.
+    let result = unsafe {
+        libc::syscall(
+            libc::SYS_mount_setattr,
+            mount.as_raw_fd(),
+            c"".as_ptr(),
+            libc::AT_EMPTY_PATH,
+            &attributes,
+            size_of::<libc::mount_attr>(),
+        )
+    };
+    match result {
+        0 => Ok(()),
+        _ => Err(Errno::from_io_error(&io::Error::last_os_error()).unwrap_or(Errno::IO)),
+    }
 }
 
 fn attach(mount: &OwnedFd, directory: impl AsFd, path: &str) -> Result<(), JailError> {

@@ -1,0 +1,97 @@
+//! A machine of a container's own: from its first instruction to the container in it, and what it grows by meanwhile.
+
+use std::cell::Cell;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use podhull_protocol::CreatePodRequest;
+use podhull_vmm::control::Device;
+
+use super::link::Orders;
+use super::session::Session;
+use super::size::Size;
+use super::start::RunError;
+use crate::agent::Growth;
+use crate::machine::{Channel, MachineError};
+use crate::stdio::Flow;
+
+/// How long a guest may take to boot, on a host that boots many at once.
+pub const BOOT: Duration = Duration::from_secs(60);
+
+/// A machine on its way up.
+pub struct Boot<'a> {
+    pub channel: &'a Channel,
+    pub size: Size,
+    pub booted: Cell<bool>,
+}
+
+impl Boot<'_> {
+    /// From the start of the machine to the container in it, which `request` makes together with the pod, as soon as it is
+    /// ordered.
+    pub async fn make(
+        &self,
+        session: &Session<'_>,
+        start: impl Future<Output = Result<(), MachineError>>,
+        mut request: CreatePodRequest,
+        orders: &Orders,
+    ) -> Result<Flow, RunError> {
+        let Session { id, log, .. } = session;
+        let ready = self.channel.agent_ready();
+        start.await?;
+        log.debug(|| format!("{id}: machine runs"));
+        let boot = async {
+            let exits = match tokio::time::timeout(BOOT, ready).await {
+                Ok(Ok(exits)) => exits,
+                Ok(Err(_)) => return Err(MachineError::Gone.into()),
+                Err(_) => return Err(RunError::NoBoot),
+            };
+            self.booted.set(true);
+            log.debug(|| format!("{id}: agent ready after {exits} exits to user space"));
+            Ok(())
+        };
+        let ordered = async { Ok(orders.go_on().await?) };
+        tokio::try_join!(boot, ordered)?;
+
+        // Not before: the guest sets its clock by it.
+        request.realtime_ns = realtime();
+        let pod = async { Ok(session.agent.create_pod(&request).await?) };
+        let (flow, release, ()) = tokio::try_join!(session.streams(), pod, self.add_cpus_and_memory())?;
+        log.debug(|| format!("{id}: container created on Linux {release}"));
+        if self.size.cpus > 1 || self.grows() {
+            // Programs look once, when they start, at how many CPUs and how much memory there are, and size thread pools
+            // and heaps by it.
+            let memory_bytes = if self.grows() { self.size.memory } else { 0 };
+            session.agent.grow(Growth { cpus: self.size.cpus, memory_bytes, rescan: false }).await?;
+        }
+        Ok(flow)
+    }
+
+    /// Whether the machine is to have more memory than it boots with.
+    fn grows(&self) -> bool {
+        self.size.memory > self.size.memory_base
+    }
+
+    /// Brings the machine from what boots soonest to what the container was promised, while that is made.
+    async fn add_cpus_and_memory(&self) -> Result<(), RunError> {
+        if self.size.cpus > 1 {
+            self.channel.set_cpus(self.size.cpus).await?;
+        }
+        if self.grows() {
+            self.channel.set_memory(self.size.memory).await?;
+        }
+        Ok(())
+    }
+
+    /// Adds what no program waits for.
+    pub async fn add_helpers(&self, session: &Session<'_>) -> Result<(), RunError> {
+        self.channel.add(vec![Device::Entropy, Device::Balloon]).await?;
+        session.agent.grow(Growth { cpus: self.size.cpus, memory_bytes: 0, rescan: true }).await?;
+        let Size { cpus, memory, .. } = self.size;
+        session.log.debug(|| format!("{}: {cpus} CPUs, {memory} bytes of memory", session.id));
+        Ok(())
+    }
+}
+
+/// The wall clock in nanoseconds.
+fn realtime() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| u64::try_from(d.as_nanos()).unwrap_or(u64::MAX))
+}

@@ -1,0 +1,96 @@
+//! A container's shadow in a pod that is there already: its machine is another's, and so is everything about that.
+
+use std::os::fd::AsFd;
+
+use podhull_protocol::SharedNamespace;
+use podhull_vmm::control::Resource;
+use podhull_vmm::jail::Jail;
+
+use super::link::{Given, News};
+use super::mounts;
+use super::session::{Outcome, Session};
+use super::size::memory_limit;
+use super::start::{Run, RunError};
+use super::view::{View, namespaces};
+use crate::agent::{self, Agent, AgentError};
+use crate::signals::{self, Signals};
+use crate::state;
+use crate::stdio::Stdio;
+
+/// Runs a container; returns the status to exit with. Its files stay in the pod's machine: this process has no rights left by
+/// then, so it is up to whoever asked for it, or deletes it, to take them out.
+pub fn run(run: &Run<'_>, given: Given) -> Result<u8, RunError> {
+    let Given { begin, terminal, mounts: machine, namespaces: joined, .. } = given;
+    let (Some(pod), Some(machine)) = (&begin.pod, machine) else { return Err(RunError::NoMachine) };
+    if run.guest_console.is_some() {
+        return Err(RunError::ConsoleOfAnother(pod.pod.clone()));
+    }
+    let mut bundle = run.open_bundle()?;
+    let limit = memory_limit(bundle.config.spec());
+
+    // From here on there is something to remove.
+    signals::block();
+    let mut made = run.make(&begin, &bundle)?;
+    let console_size = bundle.config.console_size();
+    let stdio = Stdio::new(bundle.config.terminal(), run.console_socket, console_size, terminal, true)?.leased()?;
+    let sockets = state::open_pod(run.root, &pod.pod)?;
+    let agent = crate::stdio::dial(sockets.as_fd(), podhull_protocol::AGENT_PORT).map_err(AgentError::Connect)?;
+
+    let mounts = mounts::prepare(run.id, &mut bundle)?;
+    let files = mounts.resources;
+    let attached = Jail::of_running(machine.as_fd(), |share| {
+        // Of one with the same name whose creator was killed.
+        share.detach(run.id)?;
+        files.iter().try_for_each(|(resource, mount)| match resource {
+            Resource::Mount { path } => share.attach(path, mount),
+            _ => Ok(()),
+        })
+    });
+    attached.map_err(|error| RunError::Share(pod.pod.clone(), error))?;
+    drop((files, machine));
+    bundle.config.clear_namespace_paths();
+    let shared = begin.shared.iter().map(|shared| SharedNamespace {
+        type_: super::join::word(shared.kind),
+        container_id: shared.container.clone(),
+        ..Default::default()
+    });
+    let spec = bundle.config.document();
+    let rootfs = mounts::root_in_share(run.id);
+    let request = agent::container(run.id, spec, rootfs, stdio.announcement(), shared.collect());
+    let view = View {
+        root: mounts.root,
+        places: mounts.places,
+        namespaces: namespaces(&bundle.config).others,
+        joined,
+        hostname: bundle.config.spec().hostname().clone(),
+    };
+    drop(bundle);
+    // No path of the host from here on.
+    made.entered = Some(view.enter()?);
+    run.creator.tell(&News::Entered)?;
+
+    let runtime =
+        tokio::runtime::Builder::new_current_thread().enable_io().enable_time().build().map_err(RunError::Signals)?;
+    let outcome: Result<Outcome, RunError> = runtime.block_on(async {
+        let signals = Signals::new().map_err(RunError::Signals)?;
+        let orders = run.creator.orders().map_err(RunError::Signals)?;
+        let session = Session::new(run.id, Agent::new(agent)?, &stdio, sockets.as_fd(), run.log);
+        let make = async {
+            orders.go_on().await?;
+            let made = async { Ok(session.agent.create_container(&request).await?) };
+            let (flow, ()) = tokio::try_join!(session.streams(), made)?;
+            run.log.debug(|| format!("{}: container created in pod {}", run.id, pod.pod));
+            Ok(flow)
+        };
+        let reached = |step| made.reached(step, run.creator, &begin);
+        let live = session.live(make, async { Ok(()) }, &orders, begin.foreground, reached);
+        tokio::select! {
+            biased;
+            lived = live => lived,
+            signalled = session.signals(&signals) => signalled,
+        }
+    });
+    // Threads that still wait for input must not hold up the end; they end with the process.
+    runtime.shutdown_background();
+    Ok(run.status(outcome?, limit))
+}
