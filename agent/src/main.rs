@@ -11,6 +11,7 @@ mod cgroup;
 mod container;
 mod events;
 mod machine;
+mod memory;
 mod native;
 mod pod;
 mod readiness;

@@ -48,5 +48,8 @@ fn serve_in(dir: &std::path::Path, mount_point: &std::path::Path, name: &str) ->
     };
     let cgroups = cgroup::Hierarchy::new(mount_point, name).map_err(|error| error.to_string())?;
     let (agent, stdio) = (bind("agent.sock")?, bind("stdio.sock")?);
-    Ok(serve::serve(serve::Listeners::Unix { agent, stdio, share: dir.join("share") }, cgroups))
+    Ok(serve::serve(
+        serve::Listeners::Unix { agent, stdio, share: dir.join("share"), memory: dir.join("memory") },
+        cgroups,
+    ))
 }

@@ -9,6 +9,7 @@ use podhull_protocol::{
     ContainerStatsResponse, CreateContainerRequest, CreateContainerResponse, CreatePodRequest, CreatePodResponse,
     ExecProcessRequest, ExecProcessResponse, GrowRequest, GrowResponse, ListProcessesResponse, Stdio, VERSION,
 };
+use rustix::io::Errno;
 use tokio::io::unix::AsyncFd;
 use tokio::sync::OnceCell;
 
@@ -17,6 +18,7 @@ use crate::container::report::ErrorKind;
 use crate::container::{self, Container, ContainerError};
 use crate::events::Events;
 use crate::machine::{Machine, MachineError, MemoryState};
+use crate::memory::Memory;
 use crate::reaper::Reaper;
 use crate::stdio::{self, StdioError, Streams};
 
@@ -44,6 +46,8 @@ pub enum PodError {
     NoContainer(String),
     #[error("root filesystem {0:?}: expected a relative path without \"..\"")]
     RootfsPath(String),
+    #[error("shared memory {name:?}: {source}")]
+    Memory { name: String, source: Errno },
     #[error("the lease of the container or process was not connected in time")]
     NoLease,
     #[error("window size {rows}x{columns}: expected at most 65535")]
@@ -85,9 +89,12 @@ impl PodError {
                 ErrorKind::PermissionDenied => ttrpc::Code::PERMISSION_DENIED,
                 ErrorKind::Internal => ttrpc::Code::INTERNAL,
             },
-            Self::NoLease | Self::CpuTask(_) | Self::Machine(_) | Self::Cgroup(_) | Self::Stdio(_) => {
-                ttrpc::Code::INTERNAL
-            }
+            Self::NoLease
+            | Self::Memory { .. }
+            | Self::CpuTask(_)
+            | Self::Machine(_)
+            | Self::Cgroup(_)
+            | Self::Stdio(_) => ttrpc::Code::INTERNAL,
         }
     }
 }
@@ -104,6 +111,7 @@ enum Entry {
 /// The one pod of a machine.
 pub struct Pod {
     share: PathBuf,
+    memory: Memory,
     cgroups: Hierarchy,
     machine: Option<Machine>,
     reaper: Reaper,
@@ -117,6 +125,7 @@ pub struct Pod {
 impl Pod {
     pub fn new(
         share: PathBuf,
+        memory: PathBuf,
         cgroups: Hierarchy,
         machine: Option<Machine>,
         reaper: Reaper,
@@ -124,6 +133,7 @@ impl Pod {
     ) -> Self {
         Self {
             share,
+            memory: Memory::new(memory),
             cgroups,
             machine,
             reaper,
@@ -183,6 +193,12 @@ impl Pod {
         }
         let rootfs = relative(&request.rootfs).ok_or_else(|| PodError::RootfsPath(request.rootfs.clone()))?;
         let stdio = request.stdio.into_option().unwrap_or_default();
+        for memory in &request.memory {
+            if !is_valid_id(&memory.name) {
+                return Err(PodError::Id(memory.name.clone()));
+            }
+            self.memory.make(&memory.name, memory.bytes, memory.mode)?;
+        }
         let lease = self.lease(stdio.lease)?;
         let streams = self.streams_of(stdio)?;
         let mut reservation = self.reserve(&request.id)?;

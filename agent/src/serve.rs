@@ -32,8 +32,8 @@ pub enum ServeError {
 pub enum Listeners {
     /// In a virtual machine.
     Vsock { agent: OwnedFd, stdio: OwnedFd },
-    /// On an ordinary machine, for tests; paths below `share` stand for the pod's share.
-    Unix { agent: OwnedFd, stdio: OwnedFd, share: PathBuf },
+    /// On an ordinary machine, for tests; paths below `share` stand for the pod's share, and shared memory is in `memory`.
+    Unix { agent: OwnedFd, stdio: OwnedFd, share: PathBuf, memory: PathBuf },
 }
 
 /// Serves until something breaks that nothing can be served without.
@@ -54,21 +54,23 @@ async fn serve_forever(
 ) -> Result<std::convert::Infallible, ServeError> {
     let reaper = reaper::Reaper::start().map_err(ServeError::Reaper)?;
     let server = ttrpc::r#async::Server::new();
-    let (server, stdio, machine, share) = match listeners {
+    let (server, stdio, machine, share, memory) = match listeners {
         Listeners::Vsock { agent, stdio } => {
             // SAFETY: the descriptor is an open vsock listener and is given away here.
             let server = unsafe { server.add_vsock_listener(agent.into_raw_fd()) };
-            (server, stdio, Some(Machine), PathBuf::from(podhull_protocol::SHARE_DIR))
+            let directories = [podhull_protocol::SHARE_DIR, podhull_protocol::MEMORY_DIR];
+            let [share, memory] = directories.map(PathBuf::from);
+            (server, stdio, Some(Machine), share, memory)
         }
-        Listeners::Unix { agent, stdio, share } => {
+        Listeners::Unix { agent, stdio, share, memory } => {
             // SAFETY: the descriptor is an open Unix listener and is given away here.
             let server = unsafe { server.add_unix_listener(agent.into_raw_fd()) };
-            (server, stdio, None, share)
+            (server, stdio, None, share, memory)
         }
     };
     let in_machine = machine.is_some();
     let streams = Arc::new(stdio::Streams::default());
-    let pod = Arc::new(pod::Pod::new(share, cgroups, machine, reaper, streams.clone()));
+    let pod = Arc::new(pod::Pod::new(share, memory, cgroups, machine, reaper, streams.clone()));
     let mut server = server
         .map_err(ServeError::Ttrpc)?
         .register_service(podhull_protocol::create_agent(Arc::new(Service::new(pod))));

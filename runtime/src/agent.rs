@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use podhull_protocol::{
     AgentClient, CreateContainerRequest, CreatePodRequest, DeleteContainerRequest, DeleteProcessRequest, Event,
-    EventsRequest, ExecProcessRequest, GrowRequest, ResizeTerminalRequest, SharedNamespace, SignalContainerRequest,
+    EventsRequest, ExecProcessRequest, GrowRequest, ResizeTerminalRequest, SharedMemory, SignalContainerRequest,
     SignalProcessRequest, StartContainerRequest, event,
 };
 use ttrpc::r#async::ClientStreamReceiver;
@@ -232,9 +232,9 @@ pub fn container(
     spec: Vec<u8>,
     rootfs: String,
     stdio: podhull_protocol::Stdio,
-    shared: Vec<SharedNamespace>,
+    memory: Vec<SharedMemory>,
 ) -> CreateContainerRequest {
-    CreateContainerRequest { id: id.into(), spec, rootfs, stdio: Some(stdio).into(), shared, ..Default::default() }
+    CreateContainerRequest { id: id.into(), spec, rootfs, stdio: Some(stdio).into(), memory, ..Default::default() }
 }
 
 #[cfg(test)]

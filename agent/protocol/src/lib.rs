@@ -26,3 +26,6 @@ pub const READY_PORT: u32 = 1024;
 
 /// Where the agent mounts the pod's share.
 pub const SHARE_DIR: &str = "/share";
+
+/// Where the memory that containers of a pod share is in the guest.
+pub const MEMORY_DIR: &str = "/run/memory";

@@ -56,7 +56,8 @@ pub fn run(run: &Run<'_>, given: Given) -> Result<u8, RunError> {
     });
     let spec = bundle.config.document();
     let rootfs = mounts::root_in_share(run.id);
-    let request = agent::container(run.id, spec, rootfs, stdio.announcement(), shared.collect());
+    let mut request = agent::container(run.id, spec, rootfs, stdio.announcement(), mounts.memory);
+    request.shared = shared.collect();
     let view = View {
         root: mounts.root,
         places: mounts.places,

@@ -5,8 +5,9 @@ use std::ffi::CString;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::{Component, Path, PathBuf};
 
+use podhull_protocol::SharedMemory;
 use podhull_vmm::control::Resource;
-use rustix::fs::{FileType, Mode, OFlags, ResolveFlags};
+use rustix::fs::{FileType, Mode, OFlags, ResolveFlags, Stat};
 use rustix::io::Errno;
 use rustix::mount::{OpenTreeFlags, open_tree};
 
@@ -72,6 +73,8 @@ pub struct Prepared {
     pub root: OwnedFd,
     /// Mount points of the container, in order, and what is seen there from the host.
     pub places: Vec<(PathBuf, Place)>,
+    /// Memory of the guest in place of a tmpfs of the host.
+    pub memory: Vec<SharedMemory>,
 }
 
 /// Clones the mounts of the root filesystem and of each bind mount, and writes into the specification where the guest
@@ -85,6 +88,7 @@ pub fn prepare(id: &str, bundle: &mut Bundle) -> Result<Prepared, MountError> {
     let mut resources = Vec::with_capacity(binds.len() + 1);
     let mut sources = Vec::with_capacity(binds.len());
     let mut files = Vec::new();
+    let mut memory = Vec::new();
     for (index, mount) in binds {
         let path = mount.source().clone().unwrap_or_default();
         let fail = |errno| MountError::Source { index, path: path.clone(), errno };
@@ -93,6 +97,11 @@ pub fn prepare(id: &str, bundle: &mut Bundle) -> Result<Prepared, MountError> {
         let stat = rustix::fs::fstat(&source).map_err(fail)?;
         if FileType::from_raw_mode(stat.st_mode) != FileType::Directory {
             files.push(index);
+        }
+        if let Some(shared) = shared_memory(mount.destination(), &source, &stat).map_err(fail)? {
+            sources.push((index, format!("{}/{}", podhull_protocol::MEMORY_DIR, shared.name)));
+            memory.push(shared);
+            continue;
         }
         let options = mount.options().as_deref().unwrap_or_default();
         let last = |words: [&str; 2]| options.iter().rev().find(|o| words.contains(&o.as_str())).map(String::as_str);
@@ -120,7 +129,35 @@ pub fn prepare(id: &str, bundle: &mut Bundle) -> Result<Prepared, MountError> {
     for (index, source) in sources {
         bundle.config.set_mount_source(index, &source);
     }
-    Ok(Prepared { resources, root, places })
+    Ok(Prepared { resources, root, places, memory })
+}
+
+/// POSIX shared memory that Podman and others make on the host, an empty tmpfs for each pod, and bind to the same place in all
+/// of its containers. In the guest it is memory of the guest's: nobody reads it from the host, and two binds of virtio-fs have
+/// no pages in common. The host's own is not meant by that.
+fn shared_memory(destination: &Path, source: &OwnedFd, stat: &Stat) -> Result<Option<SharedMemory>, Errno> {
+    /// `linux/magic.h`.
+    const TMPFS_MAGIC: i64 = 0x0102_1994;
+    if destination != Path::new("/dev/shm") {
+        return Ok(None);
+    }
+    let system = rustix::fs::fstatfs(source)?;
+    if system.f_type != TMPFS_MAGIC || rustix::fs::stat("/dev/shm").is_ok_and(|own| own.st_dev == stat.st_dev) {
+        return Ok(None);
+    }
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    let directory = rustix::fs::openat(source, ".", flags, Mode::empty())?;
+    let mut entries = rustix::fs::Dir::read_from(&directory)?;
+    if entries.any(|entry| entry.is_ok_and(|entry| !matches!(entry.file_name().to_bytes(), b"." | b".."))) {
+        return Ok(None);
+    }
+    let (major, minor) = (rustix::fs::major(stat.st_dev), rustix::fs::minor(stat.st_dev));
+    Ok(Some(SharedMemory {
+        name: format!("{major}-{minor}-{}", stat.st_ino),
+        bytes: system.f_blocks.saturating_mul(system.f_bsize.unsigned_abs()),
+        mode: stat.st_mode,
+        ..Default::default()
+    }))
 }
 
 /// What is seen from the host where a mount is that is not one of the host's files.

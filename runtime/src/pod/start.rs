@@ -7,7 +7,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 
-use podhull_protocol::CreatePodRequest;
+use podhull_protocol::{CreatePodRequest, SharedMemory};
 use podhull_vmm::control::{Device, MachineConfig, Resource, SHARE_TAG};
 use rustix::io::Errno;
 use rustix::rand::GetRandomFlags;
@@ -170,7 +170,7 @@ pub fn run(run: &Run<'_>) -> Result<u8, RunError> {
     machine.extend(mounts.resources);
     let (config, fds) = machine_config(size, machine);
     bundle.config.clear_namespace_paths();
-    let request = pod_request(run.id, &bundle, &stdio)?;
+    let request = pod_request(run.id, &bundle, &stdio, mounts.memory)?;
     let view = View {
         root: mounts.root,
         places: mounts.places,
@@ -351,12 +351,17 @@ fn machine_config(size: Size, machine: Vec<(Resource, OwnedFd)>) -> (MachineConf
     (config, fds)
 }
 
-fn pod_request(id: &str, bundle: &Bundle, stdio: &Stdio) -> Result<CreatePodRequest, RunError> {
+fn pod_request(
+    id: &str,
+    bundle: &Bundle,
+    stdio: &Stdio,
+    memory: Vec<SharedMemory>,
+) -> Result<CreatePodRequest, RunError> {
     let mut entropy = vec![0; ENTROPY];
     // Up to 256 bytes are never cut short (random(4)).
     rustix::rand::getrandom(&mut entropy, GetRandomFlags::empty()).map_err(RunError::Random)?;
     let container =
-        agent::container(id, bundle.config.document(), mounts::root_in_share(id), stdio.announcement(), Vec::new());
+        agent::container(id, bundle.config.document(), mounts::root_in_share(id), stdio.announcement(), memory);
     Ok(CreatePodRequest {
         protocol_version: podhull_protocol::VERSION,
         entropy,

@@ -97,7 +97,8 @@ pub struct Stdio {
 
 impl Stdio {
     /// Decides where the streams go; nothing is connected yet. `size` is what the specification says about the terminal.
-    /// `given` is a terminal of the caller's making ([`Proxy`]); with `detached` its own cannot be used.
+    /// `given` is a terminal of the caller's making ([`Proxy`]); with `detached` its own cannot be used, and with another
+    /// terminal nothing of the caller's stays open.
     pub fn new(
         terminal: bool,
         console_socket: Option<&Path>,
@@ -113,6 +114,14 @@ impl Stdio {
             (true, None, None) => Ends::Terminal(Terminal::open()?),
             (false, None, _) => Ends::Streams(STANDARD.map(|fd| !is_null(fd()))),
         };
+        if let Ends::Console(console) = &ends
+            && detached
+        {
+            // As a container's own process would have it. Callers read their ends of what we were started with to its end,
+            // containerd's shim before it uses the terminal.
+            let replace = [rustix::stdio::dup2_stdin, rustix::stdio::dup2_stdout, rustix::stdio::dup2_stderr];
+            replace.into_iter().try_for_each(|replace| replace(console.peer())).map_err(StdioError::Duplicate)?;
+        }
         pump::prepare().map_err(StdioError::Duplicate)?;
         Ok(Self { ends, tokens: [token()?, token()?, token()?], lease: 0 })
     }

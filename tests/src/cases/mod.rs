@@ -4,6 +4,7 @@ mod bad_input;
 mod cgroups;
 mod command_line;
 mod crashes;
+mod docker;
 mod exit_codes;
 mod files;
 mod hooks;
@@ -43,6 +44,7 @@ pub const ALL: &[&[Case]] = &[
     load::CASES,
     pods::CASES,
     podman::CASES,
+    docker::CASES,
     systemd::CASES,
 ];
 

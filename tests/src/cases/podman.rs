@@ -1,65 +1,24 @@
 //! Podman calls the runtime as it calls any: by `--runtime`. Without a network of its own for now.
 
-use std::ffi::OsString;
-use std::path::PathBuf;
-
 use super::oci;
-use crate::bundle::DEBIAN;
+use crate::bundle::{DEBIAN, make_busybox_root};
 use crate::leaks::Leaks;
-use crate::run::{Ended, Running};
+use crate::podman::{Podman, check};
+use crate::run::{DEADLINE, Running};
 use crate::suite::{Case, Scene};
-use crate::{Outcome, ensure, ensure_eq};
+use crate::terminal::{Tmux, shell_line};
+use crate::{Outcome, ensure, ensure_eq, processes};
 
 pub const CASES: &[Case] = &[
     oci("podman::run_in_the_foreground", run_in_the_foreground),
     oci("podman::run_in_the_background", run_in_the_background),
     oci("podman::what_a_container_may", what_a_container_may),
     oci("podman::removed_as_often_as_it_runs", removed_as_often_as_it_runs),
+    oci("podman::looked_at_and_copied_to_and_from", looked_at_and_copied_to_and_from),
+    oci("podman::exec_in_a_terminal_and_attach", exec_in_a_terminal_and_attach),
+    oci("podman::volumes_secrets_and_an_init", volumes_secrets_and_an_init),
+    oci("podman::pods_share_localhost_and_ipc", pods_share_localhost_and_ipc),
 ];
-
-/// Nothing is left but what Podman makes once for itself; if that is not empty it stays, and is an error.
-fn check(before: &Leaks) -> Outcome {
-    for own in ["podman_probe", "libpod_parent/conmon", "libpod_parent"] {
-        let _ = std::fs::remove_dir(std::path::Path::new("/sys/fs/cgroup").join(own));
-    }
-    before.check()
-}
-
-/// Podman with a storage of its own.
-struct Podman<'a> {
-    scene: &'a Scene,
-    storage: PathBuf,
-}
-
-impl<'a> Podman<'a> {
-    fn new(scene: &'a Scene) -> Outcome<Self> {
-        let podman = Self { scene, storage: scene.make_directory("podman")? };
-        // What it makes once for itself.
-        podman.call(&["info"])?.output()?;
-        Ok(podman)
-    }
-
-    fn words(&self, words: &[&str]) -> Vec<OsString> {
-        let mut all: Vec<OsString> = vec!["podman".into()];
-        for (option, value) in [("--root", "root"), ("--runroot", "run"), ("--tmpdir", "tmp")] {
-            all.extend([option.into(), self.storage.join(value).into()]);
-        }
-        all.extend(["--storage-driver", "vfs", "--cgroup-manager", "cgroupfs", "--runtime"].map(Into::into));
-        all.push(self.scene.runtime.program().into());
-        all.extend(words.iter().map(Into::into));
-        all
-    }
-
-    fn call(&self, words: &[&str]) -> Outcome<Ended> {
-        Running::start(&self.words(words), &[])?.wait()
-    }
-
-    /// `podman run` of the Debian.
-    fn run(&self, options: &[&str], command: &[&str]) -> Outcome<Ended> {
-        let words = [&["run", "--network", "none"], options, &["--rootfs", DEBIAN], command].concat();
-        self.call(&words)
-    }
-}
 
 fn run_in_the_foreground(scene: &Scene) -> Outcome {
     let podman = Podman::new(scene)?;
@@ -149,5 +108,138 @@ fn removed_as_often_as_it_runs(scene: &Scene) -> Outcome {
         let found = podman.run(&["--rm"], &["echo", &number])?.output()?;
         ensure_eq!(found, format!("{number}\n"), "output");
     }
+    check(&before)
+}
+
+fn looked_at_and_copied_to_and_from(scene: &Scene) -> Outcome {
+    let podman = Podman::new(scene)?;
+    let before = Leaks::watch();
+    let script = "echo from the container > /tmp/there; sleep 1000 & echo ready; wait";
+    // On a root of its own, to be written to.
+    let root = scene.directory.join("root");
+    make_busybox_root(&root)?;
+    let root = root.to_string_lossy();
+    podman.call(&["run", "-d", "--name", "c", "--network", "none", "--rootfs", &root, "sh", "-c", script])?.output()?;
+    let until = std::time::Instant::now() + DEADLINE;
+    while podman.call(&["logs", "c"])?.output()? != "ready\n" {
+        ensure!(std::time::Instant::now() < until, "not ready");
+    }
+    let file = scene.directory.join("file");
+    std::fs::write(&file, "from the host\n")?;
+    podman.call(&["cp", &file.to_string_lossy(), "c:/tmp/here"])?.output()?;
+    ensure_eq!(podman.call(&["exec", "c", "cat", "/tmp/here"])?.output()?, "from the host\n", "copied in");
+    let back = scene.directory.join("back");
+    podman.call(&["cp", "c:/tmp/there", &back.to_string_lossy()])?.output()?;
+    ensure_eq!(std::fs::read_to_string(&back)?, "from the container\n", "copied out");
+    podman.call(&["cp", "c:/etc", &scene.directory.join("etc").to_string_lossy()])?.output()?;
+
+    let top = podman.call(&["top", "c", "pid", "comm"])?.output()?;
+    ensure!(top.lines().count() >= 2, "top {top:?}");
+    let stats = podman.call(&["stats", "--no-stream", "--format", "{{.Name}} {{.PIDs}}", "c"])?.output()?;
+    ensure!(stats.starts_with("c "), "stats {stats:?}");
+    let events = podman.call(&["events", "--stream=false", "--filter", "container=c", "--format", "{{.Status}}"])?;
+    for status in ["create", "init", "start"] {
+        ensure!(events.stdout.lines().any(|line| line == status), "no {status} in {:?}", events.stdout);
+    }
+    podman.call(&["restart", "-t", "0", "c"])?.output()?;
+    ensure_eq!(podman.call(&["inspect", "-f", "{{.State.Running}}", "c"])?.output()?, "true\n", "after restart");
+    podman.call(&["rm", "-f", "-t", "0", "c"])?.output()?;
+    check(&before)
+}
+
+fn exec_in_a_terminal_and_attach(scene: &Scene) -> Outcome {
+    let podman = Podman::new(scene)?;
+    let before = Leaks::watch();
+    podman.run(&["-d", "--name", "c"], &["sleep", "1000"])?.output()?;
+    {
+        let tmux = Tmux::start(&scene.directory, 100, 30)?;
+        let exec = podman.words(&["exec", "-it", "--env", "PS1=inside> ", "c", "bash", "--norc", "-i"]);
+        tmux.type_line(&format!("clear; {}; echo status $?", shell_line(&exec)))?;
+        tmux.expect("inside> ")?;
+        tmux.type_line("stty size; tty")?;
+        tmux.expect("\n30 100\n")?;
+        tmux.resize(120, 40)?;
+        tmux.type_line("until test \"$(stty size)\" = '40 120'; do sleep 0.1; done; echo re''sized")?;
+        tmux.expect("\nresized\n")?;
+        tmux.type_line("exit 5")?;
+        tmux.expect("\nstatus 5\n")?;
+    }
+    podman.call(&["rm", "-f", "-t", "0", "c"])?.output()?;
+    let script = "read word; echo \"got $word\"; exit 6";
+    podman.run(&["-d", "-i", "--name", "d"], &["sh", "-c", script])?.output()?;
+    let mut attached = Running::start(&podman.words(&["attach", "d"]), &[])?;
+    attached.send(b"something\n")?;
+    attached.expect_line("got something")?;
+    // Podman may be too late to see the status, whatever the runtime.
+    attached.wait()?;
+    ensure_eq!(podman.call(&["wait", "d"])?.output()?, "6\n", "exit status");
+    podman.call(&["rm", "d"])?.output()?;
+    check(&before)
+}
+
+fn volumes_secrets_and_an_init(scene: &Scene) -> Outcome {
+    let podman = Podman::new(scene)?;
+    let before = Leaks::watch();
+    podman.call(&["volume", "create", "kept"])?.output()?;
+    podman.run(&["--rm", "-v", "kept:/data"], &["sh", "-c", "echo kept > /data/file"])?.output()?;
+    let read =
+        podman.run(&["--rm", "-v", "kept:/data:ro"], &["sh", "-c", "cat /data/file; touch /data/x || echo ro"])?;
+    ensure_eq!(read.output()?, "kept\nro\n", "the named volume");
+    podman.call(&["volume", "rm", "kept"])?.output()?;
+
+    let secret = scene.directory.join("secret");
+    std::fs::write(&secret, "hush")?;
+    podman.call(&["secret", "create", "word", &secret.to_string_lossy()])?.output()?;
+    ensure_eq!(podman.run(&["--rm", "--secret", "word"], &["cat", "/run/secrets/word"])?.output()?, "hush", "secret");
+    podman.call(&["secret", "rm", "word"])?.output()?;
+
+    let first = podman.run(&["--rm", "--init"], &["cat", "/proc/1/comm"])?.output()?;
+    ensure!(first.trim() == "catatonit" || first.trim() == "podman-init", "first process {first:?}");
+    let shm =
+        podman.run(&["--rm", "--shm-size", "2m"], &["sh", "-c", "df --output=size /dev/shm | tail -n 1"])?.output()?;
+    ensure_eq!(shm.trim(), "2048", "size of /dev/shm");
+    let hosts = podman.run(&["--rm", "--add-host", "other:1.2.3.4"], &["grep", "other", "/etc/hosts"])?.output()?;
+    ensure_eq!(hosts.split_whitespace().collect::<Vec<_>>(), ["1.2.3.4", "other"], "hosts");
+    check(&before)
+}
+
+fn pods_share_localhost_and_ipc(scene: &Scene) -> Outcome {
+    let podman = Podman::new(scene)?;
+    let before = Leaks::watch();
+    podman.call(&["pod", "create", "--name", "p", "--network", "none", "--hostname", "in-the-pod"])?.output()?;
+    let serve = "import http.server; http.server.HTTPServer(('127.0.0.1', 8080), http.server.SimpleHTTPRequestHandler).serve_forever()";
+    let run = |options: &[&str], command: &[&str]| {
+        podman.call(&[&["run", "--pod", "p"], options, &["--rootfs", DEBIAN], command].concat())
+    };
+    run(&["-d", "--name", "server"], &["python3", "-c", serve])?.output()?;
+    run(&["-d", "--name", "maker"], &["sh", "-c", "ipcmk -M 4096 && exec sleep 1000"])?.output()?;
+    let look = "import urllib.request, os, subprocess, time\n\
+        for _ in range(300):\n\
+        \x20try:\n\
+        \x20 print(urllib.request.urlopen('http://127.0.0.1:8080/', timeout=30).status); break\n\
+        \x20except OSError: time.sleep(0.1)\n\
+        print(os.uname().nodename, subprocess.run(['ipcs', '-m'], capture_output=True, text=True).stdout.count('0x'))";
+    let ended = run(&["--rm"], &["python3", "-c", look])?;
+    ensure_eq!(ended.stdout, "200\nin-the-pod 1\n", "what the third container sees: {:?}", ended.stderr);
+    if scene.runtime.is_virtual() {
+        let machines = processes::all().iter().filter(|process| process.command.starts_with("podhull vmm")).count();
+        ensure_eq!(machines, 1, "machines");
+    }
+    // Memory that is mapped by two of them is the same memory.
+    let write = "import mmap, os; f = open('/dev/shm/page', 'w+b'); f.truncate(4096); m = mmap.mmap(f.fileno(), 4096); m[0] = 65; \
+        print('mapped', flush=True); import time\nwhile m[0] == 65: time.sleep(0.05)\nprint('seen', flush=True)";
+    run(&["-d", "--name", "writer"], &["python3", "-c", write])?.output()?;
+    let answer = "import mmap, time, os\nwhile not os.path.exists('/dev/shm/page') or os.path.getsize('/dev/shm/page') < 4096: time.sleep(0.05)\n\
+        f = open('/dev/shm/page', 'r+b'); m = mmap.mmap(f.fileno(), 4096)\nwhile m[0] != 65: time.sleep(0.05)\nm[0] = 66";
+    run(&["--rm"], &["python3", "-c", answer])?.output()?;
+    ensure_eq!(podman.call(&["wait", "writer"])?.output()?, "0\n", "exit status of the writer");
+    ensure_eq!(podman.call(&["logs", "writer"])?.output()?, "mapped\nseen\n", "what the writer saw");
+    let listed = podman.call(&["pod", "inspect", "-f", "{{.State}} {{.NumContainers}}", "p"])?.output()?;
+    ensure_eq!(listed, "Degraded 4\n", "the pod");
+    podman.call(&["pod", "stop", "-t", "0", "p"])?.output()?;
+    podman.call(&["pod", "start", "p"])?.output()?;
+    let again = podman.call(&["exec", "server", "hostname"])?.output()?;
+    ensure_eq!(again, "in-the-pod\n", "host name after a restart of the pod");
+    podman.call(&["pod", "rm", "-f", "-t", "0", "p"])?.output()?;
     check(&before)
 }

@@ -16,6 +16,7 @@ pub const CASES: &[Case] = &[
     oci("terminal::size_resize_interrupt_and_stop", size_resize_interrupt_and_stop),
     oci("terminal::the_outer_terminal_is_as_before_afterwards", the_outer_terminal_is_as_before_afterwards),
     podhull("terminal::a_console_socket_gets_the_master", a_console_socket_gets_the_master),
+    podhull("terminal::nothing_of_the_caller_s_stays_open_beside_a_terminal", nothing_of_the_caller_s_stays_open),
     podhull("terminal::without_a_terminal_there_is_one_line", without_a_terminal_there_is_one_line),
 ];
 
@@ -98,6 +99,33 @@ fn a_console_socket_gets_the_master(scene: &Scene) -> Outcome {
     let ended = run.wait()?.expect_status(4)?;
     ensure!(ended.stdout.is_empty() && ended.stderr.is_empty(), "also written elsewhere: {ended:?}");
     Ok(())
+}
+
+/// containerd's shim reads what the command says to its end before it looks at the terminal.
+fn nothing_of_the_caller_s_stays_open(scene: &Scene) -> Outcome {
+    let path = scene.directory.join("console.sock");
+    let socket = path.to_string_lossy();
+    let listener = UnixListener::bind(&path)?;
+    let bundle = shell(scene)?.sh("read line; echo got $line");
+    bundle.write()?;
+    let id = scene.id();
+    // Both pipes have to end for this to return.
+    let directory = bundle.directory.to_string_lossy();
+    scene.call(&["create", "--console-socket", &socket, "-b", &directory, &id])?.output()?;
+    let mut terminal = receive_terminal(&listener)?;
+    let process = scene.directory.join("process.json");
+    let mut document = bundle.config["process"].clone();
+    document["args"] = json!(["sh", "-c", "read line; echo also got $line"]);
+    std::fs::write(&process, document.to_string())?;
+    let process = process.to_string_lossy();
+    scene.call(&["start", &id])?.output()?;
+    scene.call(&["exec", "--detach", "--console-socket", &socket, "--process", &process, &id])?.output()?;
+    let mut executed = receive_terminal(&listener)?;
+    executed.write_all(b"one\n")?;
+    read_until(&mut executed, "also got one\r\n")?;
+    terminal.write_all(b"two\n")?;
+    read_until(&mut terminal, "got two\r\n")?;
+    scene.call(&["delete", "--force", &id])?.output().map(drop)
 }
 
 fn without_a_terminal_there_is_one_line(scene: &Scene) -> Outcome {

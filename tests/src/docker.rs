@@ -1,0 +1,104 @@
+//! Docker with the program under test as one of its runtimes.
+
+use std::ffi::OsString;
+use std::fs;
+use std::path::PathBuf;
+use std::process::Command;
+use std::time::Instant;
+
+use rustix::process::Signal;
+
+use crate::bundle::make_busybox_root;
+use crate::leaks::Leaks;
+use crate::run::{DEADLINE, Ended, Running};
+use crate::suite::Scene;
+use crate::{Outcome, ensure};
+
+/// Nothing is left but what Docker makes once for itself; if that is not empty it stays, and is an error.
+pub fn check(before: &Leaks) -> Outcome {
+    for own in ["run/docker/plugins", "run/docker", "run/containerd/s", "run/containerd", "sys/fs/cgroup/docker"] {
+        let _ = fs::remove_dir(std::path::Path::new("/").join(own));
+    }
+    before.check()
+}
+
+/// A daemon of its own, with all its directories in the test's. Dropping it ends it.
+pub struct Docker {
+    daemon: Option<Running>,
+    directory: PathBuf,
+    runtime: String,
+}
+
+impl Docker {
+    /// Starts the daemon, and makes an image `busybox` for it. It has no networks of its own with `--bridge none` in `options`.
+    pub fn start(scene: &Scene, options: &[&str]) -> Outcome<Self> {
+        let directory = scene.make_directory("docker")?;
+        let runtime = scene.runtime.name().to_owned();
+        let path = |name: &str| directory.join(name);
+        let mut words: Vec<OsString> = vec!["dockerd".into()];
+        for (option, value) in [
+            ("--data-root", path("data")),
+            ("--exec-root", path("exec")),
+            ("--pidfile", path("pid")),
+            ("--config-file", path("none.json")),
+        ] {
+            words.extend([option.into(), value.into()]);
+        }
+        fs::write(path("none.json"), "{}")?;
+        words.extend(
+            ["--storage-driver", "vfs", "--exec-opt", "native.cgroupdriver=cgroupfs", "--host"].map(Into::into),
+        );
+        words.push(format!("unix://{}", path("socket").display()).into());
+        if scene.runtime.name() != "runc" {
+            words.extend(["--add-runtime".into(), format!("{runtime}={}", scene.runtime.program().display()).into()]);
+        }
+        words.extend(["--default-runtime", &runtime].map(Into::into));
+        words.extend(options.iter().map(Into::into));
+        let docker = Self { daemon: Some(Running::start(&words, &[])?), directory, runtime };
+        let until = Instant::now() + DEADLINE;
+        while docker.call(&["version"])?.status != 0 {
+            let said = docker.daemon.as_ref().map(Running::stderr).unwrap_or_default();
+            ensure!(Instant::now() < until, "dockerd does not answer: {said}");
+            std::thread::sleep(std::time::Duration::from_millis(200));
+        }
+        docker.make_image()?;
+        Ok(docker)
+    }
+
+    fn make_image(&self) -> Outcome {
+        let root = self.directory.join("root");
+        make_busybox_root(&root)?;
+        let archive = self.directory.join("root.tar");
+        let status = Command::new("tar").arg("-C").arg(&root).arg("-cf").arg(&archive).arg(".").status()?;
+        ensure!(status.success(), "tar: {status}");
+        let change = "ENV PATH=/bin";
+        self.call(&["import", "--change", change, &archive.to_string_lossy(), "busybox"])?.output()?;
+        fs::remove_dir_all(&root)?;
+        Ok(())
+    }
+
+    /// The whole command line of its client.
+    pub fn words(&self, words: &[&str]) -> Vec<OsString> {
+        let socket = format!("unix://{}", self.directory.join("socket").display());
+        let mut all: Vec<OsString> = vec!["docker".into(), "--host".into(), socket.into()];
+        all.extend(words.iter().map(Into::into));
+        all
+    }
+
+    /// Runs the client to its end.
+    pub fn call(&self, words: &[&str]) -> Outcome<Ended> {
+        Running::start(&self.words(words), &[])?.wait()
+    }
+
+    /// The name by which it knows the program under test.
+    pub fn runtime(&self) -> &str {
+        &self.runtime
+    }
+
+    /// Ends the daemon, and waits for that.
+    pub fn end(mut self) -> Outcome {
+        let Some(daemon) = self.daemon.take() else { return Ok(()) };
+        daemon.signal(Signal::TERM)?;
+        daemon.wait()?.expect_status(0).map(drop)
+    }
+}
