@@ -1,6 +1,7 @@
 //! All tests, one module for each topic; the quick ones first.
 
 mod bad_input;
+mod cgroups;
 mod command_line;
 mod commands;
 mod crashes;
@@ -20,6 +21,7 @@ mod privileged;
 mod process;
 mod resources;
 mod stdio;
+mod systemd;
 mod terminal;
 
 use crate::Outcome;
@@ -32,6 +34,7 @@ pub const ALL: &[&[Case]] = &[
     isolation::CASES,
     lifecycle::CASES,
     commands::CASES,
+    cgroups::CASES,
     hooks::CASES,
     namespaces::CASES,
     process::CASES,
@@ -48,6 +51,7 @@ pub const ALL: &[&[Case]] = &[
     podman::CASES,
     docker::CASES,
     docs::CASES,
+    systemd::CASES,
 ];
 
 /// A test that holds for any OCI runtime.
