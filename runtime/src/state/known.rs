@@ -329,7 +329,22 @@ fn holder_in(locks: &str, file: &str) -> Option<i32> {
 
 /// Ends a process, if it still is the one that was written down.
 fn end(process: Process) -> Result<(), StateError> {
-    find(process).map_or(Ok(()), |pidfd| kill(&pidfd, format_args!("{}", process.pid)))
+    let Some(pidfd) = find(process) else { return Ok(()) };
+    match kill(&pidfd, format_args!("{}", process.pid)) {
+        Err(StateError::DoesNotEnd(_)) if is_exiting(process.pid) => Ok(()),
+        ended => ended,
+    }
+}
+
+/// Whether a process has let go of all it had, and waits for others to be reaped: the first of a pid namespace ends when
+/// nothing is left of all that were executed in it, and that is up to their parents.
+fn is_exiting(pid: i32) -> bool {
+    /// `PF_EXITING` of `linux/sched.h`.
+    const EXITING: u64 = 4;
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    // Field 9, counted from behind the name, which may contain anything.
+    let flags = stat.rsplit_once(')').and_then(|(_, rest)| rest.split_ascii_whitespace().nth(6)?.parse::<u64>().ok());
+    flags.is_some_and(|flags| flags & EXITING != 0)
 }
 
 /// Kills a process, and waits for its end.
