@@ -103,7 +103,9 @@ impl Placement {
         let group = self.machine(machine);
         let Some(unit) = &group.place.unit else { return group.make() };
         let description = format!("virtual machine of podhull container {}", self.id);
-        group.start(unit, systemd::Scope { slice: self.slice.clone(), description, further: Vec::new() })
+        // systemd has a default for scopes.
+        let further = vec![Property::new("TasksMax", properties::INFINITY)];
+        group.start(unit, systemd::Scope { slice: self.slice.clone(), description, further })
     }
 
     /// Makes the container's group, without limits yet, and moves its shadow there.

@@ -10,7 +10,7 @@ use super::CgroupError;
 const ANNOTATION: &str = "org.systemd.property.";
 
 /// No limit.
-const INFINITY: u64 = u64::MAX;
+pub const INFINITY: u64 = u64::MAX;
 
 /// The period of a processor quota that names none, in microseconds.
 const PERIOD: u64 = 100_000;

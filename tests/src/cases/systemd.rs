@@ -7,7 +7,7 @@ use std::path::Path;
 use rustix::process::{Signal, kill_process};
 use serde_json::json;
 
-use super::cgroups::{ROOT, execute, group_of, machines_beside, processes_in, value};
+use super::cgroups::{ROOT, execute, group_of, machines_beside, processes_in, reap, value};
 use super::{oci, podhull};
 use crate::container::Container;
 use crate::leaks::Leaks;
@@ -81,7 +81,9 @@ fn an_executed_program_is_in_the_scope(scene: &Scene) -> Outcome {
     // Without the flag: the container knows.
     let executed = execute(&container, &["sleep", "1000"])?;
     ensure_eq!(group_of(executed)?, group_of(container.pid)?, "group of the executed program");
-    container.end()
+    let reaper = reap(executed);
+    container.end()?;
+    Ok(reaper.join().map_err(|_| "panic")??)
 }
 
 fn annotations_are_properties(scene: &Scene) -> Outcome {
