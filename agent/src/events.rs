@@ -6,18 +6,34 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use podhull_protocol::Event;
-use tokio::sync::{Notify, watch};
+use tokio::sync::{Notify, broadcast, watch};
+
+/// Events that a watcher may be behind before it misses some.
+const WATCHED: usize = 64;
 
 /// A queue of events. Each goes to one reader: that of the process it is about, or that of all. A new reader of the same
 /// supersedes the one before, whose connection may be long dead. Bounded by nature: a process ends once, and a container's
 /// out-of-memory events are merged while they wait.
-#[derive(Default)]
 pub struct Events {
     queue: Mutex<VecDeque<Event>>,
     added: Notify,
     /// The latest reader of each subject.
     readers: watch::Sender<HashMap<Subject, u64>>,
     count: AtomicU64,
+    /// Those who only watch get copies.
+    watchers: broadcast::Sender<Event>,
+}
+
+impl Default for Events {
+    fn default() -> Self {
+        Self {
+            queue: Mutex::default(),
+            added: Notify::default(),
+            readers: watch::Sender::default(),
+            count: AtomicU64::default(),
+            watchers: broadcast::Sender::new(WATCHED),
+        }
+    }
 }
 
 /// A container, and the process executed in it; both empty for all.
@@ -26,6 +42,8 @@ type Subject = (String, String);
 impl Events {
     /// Adds an event, or updates the count of one of its kind that still waits.
     pub fn push(&self, event: Event) {
+        // There may be nobody.
+        let _ = self.watchers.send(event.clone());
         let mut queue = self.queue();
         let waiting = event
             .has_out_of_memory()
@@ -46,6 +64,17 @@ impl Events {
             readers.insert(subject.clone(), number);
         });
         Reader { events: self, subject, number, readers: self.readers.subscribe() }
+    }
+
+    /// Watches what happens to a process from now on, or to all if both are empty, and takes nothing from anybody.
+    pub fn watcher(&self, container: &str, exec: &str) -> Watcher {
+        Watcher { subject: (container.into(), exec.into()), copies: self.watchers.subscribe() }
+    }
+
+    /// How many there are who take events.
+    #[cfg(test)]
+    pub fn count_readers(&self) -> usize {
+        self.readers.borrow().len()
     }
 
     fn queue(&self) -> MutexGuard<'_, VecDeque<Event>> {
@@ -83,14 +112,8 @@ impl Reader<'_> {
 
     fn take(&self) -> Option<Event> {
         let mut queue = self.events.queue();
-        let index = queue.iter().position(|event| self.is_mine(event))?;
+        let index = queue.iter().position(|event| is_about(event, &self.subject))?;
         queue.remove(index)
-    }
-
-    fn is_mine(&self, event: &Event) -> bool {
-        let (container, exec) = &self.subject;
-        let all = container.is_empty() && exec.is_empty();
-        all || (event.container_id == *container && event.exec_id == *exec)
     }
 
     /// Leaves an event that could not be sent to the next reader.
@@ -110,6 +133,30 @@ impl Drop for Reader<'_> {
             // Nobody waits to hear that.
             false
         });
+    }
+}
+
+fn is_about(event: &Event, (container, exec): &Subject) -> bool {
+    let all = container.is_empty() && exec.is_empty();
+    all || (event.container_id == *container && event.exec_id == *exec)
+}
+
+/// One who gets copies of the events of a subject.
+pub struct Watcher {
+    subject: Subject,
+    copies: broadcast::Receiver<Event>,
+}
+
+impl Watcher {
+    /// The next event; what came while nobody asked for it may be lost.
+    pub async fn next(&mut self) -> Option<Event> {
+        loop {
+            match self.copies.recv().await {
+                Ok(event) if is_about(&event, &self.subject) => return Some(event),
+                Ok(_) | Err(broadcast::error::RecvError::Lagged(_)) => {}
+                Err(broadcast::error::RecvError::Closed) => return None,
+            }
+        }
     }
 }
 
@@ -163,7 +210,27 @@ mod tests {
         assert_eq!(first.next().await, Some(exit("1")));
         assert_eq!(second.next().await, Some(exit("2")));
         drop((first, second));
-        assert_eq!(events.readers.borrow().len(), 1);
+        assert_eq!(events.count_readers(), 1);
+    }
+
+    #[tokio::test(flavor = "current_thread")]
+    async fn who_watches_takes_nothing() {
+        let events = Events::default();
+        events.push(out_of_memory("a", 1));
+        let mut watcher = events.watcher("a", "");
+        events.push(out_of_memory("b", 1));
+        events.push(out_of_memory("a", 2));
+        assert_eq!(watcher.next().await, Some(out_of_memory("a", 2)));
+        assert_eq!(events.reader("a", "").next().await, Some(out_of_memory("a", 2)));
+        // However slow it is, it holds nothing up, and sees what comes at last.
+        for kills in 0..1000 {
+            events.push(out_of_memory("a", kills));
+        }
+        let mut seen = 0;
+        while let Ok(Some(event)) = tokio::time::timeout(std::time::Duration::ZERO, watcher.next()).await {
+            seen = event.out_of_memory().kills;
+        }
+        assert_eq!(seen, 999);
     }
 
     #[tokio::test(flavor = "current_thread")]

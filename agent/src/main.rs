@@ -8,6 +8,7 @@
 
 mod boot;
 mod cgroup;
+mod connection;
 mod container;
 mod events;
 mod machine;

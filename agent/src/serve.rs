@@ -7,11 +7,12 @@ use std::sync::Arc;
 
 use podhull_protocol::READY_PORT;
 use tokio::io::Interest;
+use ttrpc::r#async::transport::Listener;
 
 use crate::machine::Machine;
 use crate::readiness;
 use crate::service::Service;
-use crate::{cgroup, pod, reaper, stdio, vsock};
+use crate::{cgroup, connection, pod, reaper, stdio, vsock};
 
 /// Why the agent cannot serve, or could not go on.
 #[derive(Debug, thiserror::Error)]
@@ -20,8 +21,8 @@ pub enum ServeError {
     Runtime(io::Error),
     #[error("watch for ended processes: {0}")]
     Reaper(io::Error),
-    #[error("serve ttrpc: {0}")]
-    Ttrpc(ttrpc::Error),
+    #[error("accept a connection: {0}")]
+    Calls(io::Error),
     #[error("accept a standard stream: {0}")]
     Stdio(io::Error),
     #[error("tell the host that the agent is ready: {0}")]
@@ -53,33 +54,33 @@ async fn serve_forever(
     cgroups: cgroup::Hierarchy,
 ) -> Result<std::convert::Infallible, ServeError> {
     let reaper = reaper::Reaper::start().map_err(ServeError::Reaper)?;
-    let server = ttrpc::r#async::Server::new();
-    let (server, stdio, machine, share, memory) = match listeners {
+    let (calls, stdio, machine, share, memory) = match listeners {
         Listeners::Vsock { agent, stdio } => {
             // SAFETY: the descriptor is an open vsock listener and is given away here.
-            let server = unsafe { server.add_vsock_listener(agent.into_raw_fd()) };
+            let calls = unsafe { Listener::from_raw_vsock_listener_fd(agent.into_raw_fd()) };
             let directories = [podhull_protocol::SHARE_DIR, podhull_protocol::MEMORY_DIR];
             let [share, memory] = directories.map(PathBuf::from);
-            (server, stdio, Some(Machine), share, memory)
+            (calls, stdio, Some(Machine), share, memory)
         }
         Listeners::Unix { agent, stdio, share, memory } => {
             // SAFETY: the descriptor is an open Unix listener and is given away here.
-            let server = unsafe { server.add_unix_listener(agent.into_raw_fd()) };
-            (server, stdio, None, share, memory)
+            let calls = unsafe { Listener::from_raw_unix_listener_fd(agent.into_raw_fd()) };
+            (calls, stdio, None, share, memory)
         }
     };
     let in_machine = machine.is_some();
     let streams = Arc::new(stdio::Streams::default());
     let pod = Arc::new(pod::Pod::new(share, memory, cgroups, machine, reaper, streams.clone()));
-    let mut server = server
-        .map_err(ServeError::Ttrpc)?
-        .register_service(podhull_protocol::create_agent(Arc::new(Service::new(pod))));
-    server.start().await.map_err(ServeError::Ttrpc)?;
+    let calls = calls.map_err(ServeError::Calls)?;
     let listener = readiness::watch(stdio, Interest::READABLE).map_err(ServeError::Stdio)?;
     if in_machine {
         signal_ready().map_err(ServeError::Ready)?;
     }
-    streams.accept_from(listener).await.map_err(ServeError::Stdio)
+    let service = |connection| podhull_protocol::create_agent(Arc::new(Service::new(pod.clone(), connection)));
+    tokio::select! {
+        error = connection::serve(calls, service) => Err(ServeError::Calls(error)),
+        stopped = streams.accept_from(listener) => stopped.map_err(ServeError::Stdio),
+    }
 }
 
 /// The connection request is the signal; the host refuses it, and that refusal is nobody's business.

@@ -11,16 +11,18 @@ use podhull_protocol::{
 };
 use ttrpc::r#async::{ServerStreamSender, TtrpcContext};
 
+use crate::connection::Alive;
 use crate::pod::{Pod, PodError};
 
-/// The service.
+/// The service, as one connection has it.
 pub struct Service {
     pod: Arc<Pod>,
+    connection: Alive,
 }
 
 impl Service {
-    pub fn new(pod: Arc<Pod>) -> Self {
-        Self { pod }
+    pub fn new(pod: Arc<Pod>, connection: Alive) -> Self {
+        Self { pod, connection }
     }
 
     /// Runs a call to its end even if its caller gives up: what it began is finished or removed.
@@ -139,8 +141,16 @@ impl Agent for Service {
         request: EventsRequest,
         stream: ServerStreamSender<Event>,
     ) -> ttrpc::Result<()> {
+        let mut connection = self.connection.clone();
+        if request.watch {
+            let mut watcher = self.pod.events.watcher(&request.container_id, &request.exec_id);
+            while let Some(event) = connection.meanwhile(watcher.next()).await {
+                stream.send(&event).await?;
+            }
+            return Ok(());
+        }
         let mut reader = self.pod.events.reader(&request.container_id, &request.exec_id);
-        while let Some(event) = reader.next().await {
+        while let Some(event) = connection.meanwhile(reader.next()).await {
             if let Err(error) = stream.send(&event).await {
                 reader.put_back(event);
                 return Err(error);

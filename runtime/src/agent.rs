@@ -6,9 +6,10 @@ use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
 use podhull_protocol::{
-    AgentClient, ConfigureNetworkRequest, CreateContainerRequest, CreatePodRequest, DeleteContainerRequest,
-    DeleteProcessRequest, Event, EventsRequest, ExecProcessRequest, GrowRequest, ResizeTerminalRequest, SharedMemory,
-    SignalContainerRequest, SignalProcessRequest, StartContainerRequest, event,
+    AgentClient, ConfigureNetworkRequest, ContainerStatsRequest, ContainerStatsResponse, CreateContainerRequest,
+    CreatePodRequest, DeleteContainerRequest, DeleteProcessRequest, Event, EventsRequest, ExecProcessRequest,
+    GrowRequest, PauseContainerRequest, ResizeTerminalRequest, ResumeContainerRequest, SharedMemory,
+    SignalContainerRequest, SignalProcessRequest, StartContainerRequest, UpdateContainerRequest, event,
 };
 use ttrpc::r#async::ClientStreamReceiver;
 use ttrpc::r#async::transport::Socket;
@@ -29,6 +30,9 @@ pub enum AgentError {
     /// It answered with an error.
     #[error("{0}")]
     Refused(String),
+    /// It answered that what it is about is in no state for that.
+    #[error("{0}")]
+    NotNow(String),
     /// It did not answer in time.
     #[error("the agent in the guest did not answer {0} in time")]
     Silent(&'static str),
@@ -48,6 +52,9 @@ impl AgentError {
         let text = |text: &str| text.chars().take(MAX_TEXT).collect::<String>();
         match error {
             ttrpc::Error::RpcStatus(status) if status.code() == ttrpc::Code::DEADLINE_EXCEEDED => Self::Silent(call),
+            ttrpc::Error::RpcStatus(status) if status.code() == ttrpc::Code::FAILED_PRECONDITION => {
+                Self::NotNow(text(status.message()))
+            }
             ttrpc::Error::RpcStatus(status) => Self::Refused(text(status.message())),
             other => Self::Gone(text(&other.to_string())),
         }
@@ -134,6 +141,34 @@ impl Agent {
             .map_err(|e| AgentError::of("SignalContainer", e))
     }
 
+    /// Stops all processes of a container.
+    pub async fn pause_container(&self, id: &str) -> Result<(), AgentError> {
+        let request = PauseContainerRequest { id: id.into(), ..Default::default() };
+        let answer = self.client.pause_container(with_duration(PROMPT), &request).await;
+        answer.map(drop).map_err(|e| AgentError::of("PauseContainer", e))
+    }
+
+    /// Lets the processes of a container go on.
+    pub async fn resume_container(&self, id: &str) -> Result<(), AgentError> {
+        let request = ResumeContainerRequest { id: id.into(), ..Default::default() };
+        let answer = self.client.resume_container(with_duration(PROMPT), &request).await;
+        answer.map(drop).map_err(|e| AgentError::of("ResumeContainer", e))
+    }
+
+    /// Changes limits of a container; `resources` is a `linux.resources` object.
+    pub async fn update_container(&self, id: &str, resources: Vec<u8>) -> Result<(), AgentError> {
+        let request = UpdateContainerRequest { id: id.into(), resources, ..Default::default() };
+        let answer = self.client.update_container(with_duration(PROMPT), &request).await;
+        answer.map(drop).map_err(|e| AgentError::of("UpdateContainer", e))
+    }
+
+    /// What a container has used and may use.
+    pub async fn stats(&self, id: &str) -> Result<ContainerStatsResponse, AgentError> {
+        let request = ContainerStatsRequest { id: id.into(), ..Default::default() };
+        let answer = self.client.container_stats(with_duration(PROMPT), &request).await;
+        answer.map_err(|e| AgentError::of("ContainerStats", e))
+    }
+
     /// Executes a further program in a container.
     pub async fn exec(&self, request: &ExecProcessRequest) -> Result<(), AgentError> {
         let answer = self.client.exec_process(with_duration(WORK), request).await;
@@ -190,6 +225,13 @@ impl Agent {
         answer.map(drop).map_err(|e| AgentError::of("ConfigureNetwork", e))
     }
 
+    /// Copies of a container's events from now on.
+    pub async fn watch(&self, id: &str) -> Result<Events, AgentError> {
+        let request = EventsRequest { container_id: id.into(), watch: true, ..Default::default() };
+        let receiver = self.client.events(Context::default(), &request).await;
+        receiver.map(|receiver| Events { receiver }).map_err(|e| AgentError::of("Events", e))
+    }
+
     /// Events of the pod from now on, and those nobody received yet.
     pub async fn events(&self, id: &str, exec: &str) -> Result<Events, AgentError> {
         // Without a deadline: it lasts as long as the pod, and ends with the connection.
@@ -204,21 +246,47 @@ pub struct Events {
     receiver: ClientStreamReceiver<Event>,
 }
 
+/// What happens to a container.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Happening {
+    /// A process of it was killed for lack of memory.
+    OutOfMemory,
+    /// Its first process has ended.
+    Ended,
+}
+
 impl Events {
+    /// Waits for the next thing to happen to a container as a whole.
+    pub async fn next(&mut self, id: &str) -> Result<Happening, AgentError> {
+        loop {
+            let event = self.receive().await?;
+            match event.kind {
+                _ if event.container_id != id || !event.exec_id.is_empty() => {}
+                Some(event::Kind::OutOfMemory(_)) => return Ok(Happening::OutOfMemory),
+                Some(event::Kind::Exit(_)) => return Ok(Happening::Ended),
+                _ => {}
+            }
+        }
+    }
+
     /// Waits for the end of a container, or with `exec` of an executed program.
     pub async fn exit_of(&mut self, id: &str, exec: &str) -> Result<Exit, AgentError> {
         loop {
-            let event = match self.receiver.recv().await {
-                Ok(Some(event)) => event,
-                Ok(None) => return Err(AgentError::Gone("its events ended".into())),
-                Err(error) => return Err(AgentError::of("Events", error)),
-            };
+            let event = self.receive().await?;
             if event.container_id != id || event.exec_id != exec {
                 continue;
             }
             if let Some(event::Kind::Exit(exit)) = event.kind {
                 return exit_status(exit.code, exit.signal, exit.oom_killed);
             }
+        }
+    }
+
+    async fn receive(&mut self) -> Result<Event, AgentError> {
+        match self.receiver.recv().await {
+            Ok(Some(event)) => Ok(event),
+            Ok(None) => Err(AgentError::Gone("its events ended".into())),
+            Err(error) => Err(AgentError::of("Events", error)),
         }
     }
 }

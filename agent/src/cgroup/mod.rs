@@ -43,6 +43,8 @@ pub enum CgroupError {
     Read { path: PathBuf, source: io::Error },
     #[error("write {value:?} to {path}: {source}")]
     Write { path: PathBuf, value: String, source: io::Error },
+    #[error("{field}: the kernel does not take {value:?} ({path}: {source})")]
+    Refused { field: &'static str, value: String, path: PathBuf, source: io::Error },
     #[error("{path}: the kernel has no such control file; {needed_for} cannot be enforced")]
     NoControl { path: PathBuf, needed_for: &'static str },
     #[error(transparent)]
@@ -73,7 +75,8 @@ impl CgroupError {
                 | Self::Resources(_)
                 | Self::Devices(devices::DevicesError::Rule(_))
                 | Self::NoControl { .. }
-        ) || matches!(self, Self::Write { source, .. } if source.kind() == io::ErrorKind::InvalidInput)
+        ) || matches!(self, Self::Refused { source, .. } if source.kind() == io::ErrorKind::InvalidInput
+                || source.raw_os_error() == Some(Errno::RANGE.raw_os_error()))
     }
 }
 
@@ -172,6 +175,9 @@ impl Cgroup {
                     if setting.repeated && source.kind() == io::ErrorKind::InvalidInput =>
                 {
                     return Ok(());
+                }
+                Err(CgroupError::Write { path, value, source }) => {
+                    return Err(CgroupError::Refused { field: setting.needed_for, value, path, source });
                 }
                 Err(error) => return Err(error),
                 Ok(()) => {

@@ -1,8 +1,8 @@
 //! What a container has used and may use, from the files of its group.
 
 use podhull_protocol::{
-    ContainerStatsResponse, CpuStats, HugetlbStats, IoDeviceStats, IoStats, MemoryStats, PidsStats, Pressure,
-    PressureLine,
+    ContainerStatsResponse, CpuStats, HugetlbStats, IoDeviceStats, IoStats, MemoryEvents, MemoryStats, PidsStats,
+    Pressure, PressureLine,
 };
 
 use super::{Cgroup, CgroupError, field, read};
@@ -52,6 +52,7 @@ impl Cgroup {
     fn memory(&self) -> Option<MemoryStats> {
         let usage = self.number("memory.current")?;
         let events = self.text("memory.events").unwrap_or_default();
+        let of = |name| field(&events, name).unwrap_or_default();
         let stat = self.text("memory.stat").unwrap_or_default();
         let pairs = stat.lines().filter_map(|line| line.split_once(' '));
         Some(MemoryStats {
@@ -61,8 +62,16 @@ impl Cgroup {
             swap_usage: self.number("memory.swap.current").unwrap_or_default(),
             swap_limit: self.number("memory.swap.max").unwrap_or_default(),
             swap_peak: self.number("memory.swap.peak").unwrap_or_default(),
-            limit_hits: field(&events, "max").unwrap_or_default(),
-            oom_kills: field(&events, "oom_kill").unwrap_or_default(),
+            events: Some(MemoryEvents {
+                low: of("low"),
+                high: of("high"),
+                max: of("max"),
+                oom: of("oom"),
+                oom_kill: of("oom_kill"),
+                oom_group_kill: of("oom_group_kill"),
+                ..MemoryEvents::default()
+            })
+            .into(),
             stat: pairs.filter_map(|(name, value)| Some((name.to_owned(), number(value)?))).collect(),
             pressure: self.pressure("memory.pressure").into(),
             ..MemoryStats::default()

@@ -132,7 +132,7 @@ async fn statistics_have_the_limits_and_what_met_them() {
     let begin = std::time::Instant::now();
     let now = loop {
         let now = stats(&agent, "a").await;
-        if now.memory.oom_kills > 0 && now.cpu.throttled_periods > 2 {
+        if now.memory.events.oom_kill > 0 && now.cpu.throttled_periods > 2 {
             break now;
         }
         assert!(begin.elapsed() < crate::harness::DEADLINE, "{now:?}");
@@ -140,7 +140,7 @@ async fn statistics_have_the_limits_and_what_met_them() {
     };
     let memory = &now.memory;
     assert_eq!((memory.limit, now.pids.limit), (64 << 20, 20));
-    assert!(memory.usage >= 8_000_000 && memory.peak >= memory.usage && memory.limit_hits > 0, "{memory:?}");
+    assert!(memory.usage >= 8_000_000 && memory.peak >= memory.usage && memory.events.max > 0, "{memory:?}");
     assert!(memory.stat["shmem"] >= 8_000_000 && memory.stat.contains_key("pgfault"), "{memory:?}");
     assert!(now.pids.current >= 1 && now.cpu.throttled_usec > 0 && now.cpu.periods >= now.cpu.throttled_periods);
     update(&agent, "a", json!({"pids": {"limit": -1}, "memory": {"limit": -1}})).await.unwrap();

@@ -83,7 +83,8 @@ impl Arguments {
     /// Executes the program; returns its exit status.
     pub fn execute(self, context: &Context) -> Result<u8, ExecError> {
         if self.detach {
-            pod::exec_in_background(&context.root, &self.id, self.pid_file.as_deref())?;
+            let known = pod::running(&context.root, &self.id, self.ignore_paused)?;
+            pod::exec_in_background(&known, self.pid_file.as_deref())?;
             return Ok(0);
         }
         self.run(context, None)
@@ -91,7 +92,7 @@ impl Arguments {
 
     /// Executes it in this process; if that is a shadow, `creator` is told when it runs.
     pub fn run(&self, context: &Context, creator: Option<&pod::Creator>) -> Result<u8, ExecError> {
-        let known = pod::running(&context.root, &self.id)?;
+        let known = pod::running(&context.root, &self.id, self.ignore_paused)?;
         let config = self.config(&known.state.bundle)?;
         pod::exec(pod::Exec {
             known,

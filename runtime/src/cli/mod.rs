@@ -3,16 +3,21 @@
 mod check;
 mod create;
 mod delete;
+mod events;
 mod exec;
 mod features;
 mod kill;
 mod list;
+mod pause;
 mod ps;
+mod resume;
 mod run;
 mod shadow;
 mod spec;
 mod start;
 mod state;
+mod stats;
+mod update;
 mod vmm;
 
 use std::ffi::OsString;
@@ -79,6 +84,10 @@ enum Command {
     List(list::Arguments),
     Ps(ps::Arguments),
     Kill(kill::Arguments),
+    Pause(pause::Arguments),
+    Resume(resume::Arguments),
+    Update(Box<update::Arguments>),
+    Events(events::Arguments),
     Delete(delete::Arguments),
     Spec(spec::Arguments),
     Check(check::Arguments),
@@ -119,6 +128,8 @@ enum Failure {
     State(#[from] crate::state::StateError),
     #[error("ps: {0}")]
     Ps(String),
+    #[error("{0}")]
+    Update(String),
     #[error("unknown signal {0:?}: see signal(7) for names and numbers")]
     UnknownSignal(String),
     #[error(transparent)]
@@ -165,6 +176,10 @@ pub fn main() -> ExitCode {
         Some(Command::List(list)) => list.execute(&context),
         Some(Command::Ps(ps)) => ps.execute(&context),
         Some(Command::Kill(kill)) => kill.execute(&context),
+        Some(Command::Pause(pause)) => pause.execute(&context).map_err(Failure::from),
+        Some(Command::Resume(resume)) => resume.execute(&context).map_err(Failure::from),
+        Some(Command::Update(update)) => update.execute(&context),
+        Some(Command::Events(events)) => events.execute(&context),
         Some(Command::Delete(delete)) => delete.execute(&context).map_err(Failure::from),
         Some(Command::Spec(spec)) => spec.execute().map(|()| 0).map_err(Failure::from),
         Some(Command::Check(check)) => check.execute().map_err(Failure::from),

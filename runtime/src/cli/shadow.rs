@@ -12,7 +12,9 @@ const KILLED: u8 = 137;
 /// Lives as long as the container, or the program executed in one; returns its exit status.
 pub fn stand(command: Option<Command>, context: Context) -> ExitCode {
     // It was started as /proc/self/exe, which `ps` would show as "exe". A name too many is no reason to fail.
-    let _ = rustix::thread::set_name(c"podhull-shadow");
+    if let Ok(name) = std::ffi::CString::new(pod::SHADOW_NAME) {
+        let _ = rustix::thread::set_name(&name);
+    }
     let Some(creator) = Creator::inherited() else {
         context.log.error(&format!("{}: only podhull itself starts its shadows", pod::SHADOW_FLAG));
         return ExitCode::from(super::FAILURE);

@@ -5,6 +5,7 @@ use std::os::fd::AsFd;
 use std::path::Path;
 
 use super::hooks::{self, HookError, Point};
+use super::size::SizeError;
 use crate::agent::{Agent, AgentError};
 use crate::log::Log;
 use crate::state::{self, Known, StateError, Status};
@@ -24,9 +25,15 @@ pub enum CommandError {
     /// `start` of one that has ended.
     #[error("cannot start a container that has stopped: {0:?}")]
     Ended(String),
-    /// A signal for one that has ended.
-    #[error("container not running: {0:?} is stopped")]
-    NotRunning(String),
+    /// `start` of one that was paused before.
+    #[error("cannot start a container in the paused state: {0:?}: resume it first")]
+    StartPaused(String),
+    /// `resume` of one that is not paused.
+    #[error("container not paused: {0:?} is {1}")]
+    NotPaused(String, Status),
+    /// What only one can be done to that runs.
+    #[error("container not running: {0:?} is {1}")]
+    NotRunning(String, Status),
     /// `delete` without `--force`.
     #[error("cannot delete container {id:?} that is not stopped: {status}; kill it first, or use --force")]
     NotStopped {
@@ -35,6 +42,15 @@ pub enum CommandError {
         /// What it is instead.
         status: Status,
     },
+    /// `events` of one that has ended.
+    #[error("container with id {0} is not running")]
+    Over(String),
+    /// What was seen cannot be passed on.
+    #[error(transparent)]
+    Output(std::io::Error),
+    /// A limit that this host cannot keep.
+    #[error(transparent)]
+    Size(#[from] SizeError),
     /// One of its hooks.
     #[error(transparent)]
     Hook(#[from] HookError),
@@ -45,15 +61,19 @@ pub enum CommandError {
 
 /// Executes the program of a created container.
 pub fn start(root: &Path, id: &str, log: &Log) -> Result<(), CommandError> {
-    let mut known = Known::load(root, id)?;
+    let mut known = Known::load_to_change(root, id)?;
     match known.status() {
         Status::Created => {}
+        Status::Paused => return Err(CommandError::StartPaused(id.into())),
         Status::Stopped => return Err(CommandError::Ended(id.into())),
         Status::Creating | Status::Running => return Err(CommandError::Started(id.into())),
     }
     ask(&known, async |agent| agent.start_container(id).await)?;
     log.debug(|| format!("{id}: container started"));
-    known.note(Status::Running)?;
+    known.state.status = Status::Running;
+    known.write()?;
+    // A hook may be another command on the same container.
+    known.release();
     let Some(hooks) = &known.state.hooks else { return Ok(()) };
     hooks::run(hooks, Point::Started, &known.state, None).map_err(|error| {
         // As runc does. It may have ended meanwhile.
@@ -67,13 +87,51 @@ pub fn kill(root: &Path, id: &str, signal: i32, all: bool) -> Result<(), Command
     let known = Known::load(root, id)?;
     if known.status() == Status::Stopped {
         // As with runc: to end all of what has ended is no error.
-        return if all { Ok(()) } else { Err(CommandError::NotRunning(id.into())) };
+        return if all { Ok(()) } else { Err(CommandError::NotRunning(id.into(), Status::Stopped)) };
     }
     match ask(&known, async |agent| agent.signal(id, signal, all).await) {
         // It ended on the way.
-        Err(_) if known.status() == Status::Stopped => Err(CommandError::NotRunning(id.into())),
+        Err(_) if known.status() == Status::Stopped => Err(CommandError::NotRunning(id.into(), Status::Stopped)),
         other => other,
     }
+}
+
+/// Stops all processes of a container where they are.
+pub fn pause(root: &Path, id: &str) -> Result<(), CommandError> {
+    let mut known = Known::load_to_change(root, id)?;
+    match known.status() {
+        Status::Created | Status::Running => {}
+        status => return Err(CommandError::NotRunning(id.into(), status)),
+    }
+    ask(&known, async |agent| agent.pause_container(id).await).map_err(|error| match error {
+        CommandError::Agent(AgentError::NotNow(_)) => CommandError::NotRunning(id.into(), known.status()),
+        other => other,
+    })?;
+    known.state.paused = true;
+    known.write().inspect_err(|_| {
+        // What looks as if it ran should.
+        let _ = ask(&known, async |agent| agent.resume_container(id).await);
+    })?;
+    Ok(())
+}
+
+/// Lets the processes of a paused container go on.
+pub fn resume(root: &Path, id: &str) -> Result<(), CommandError> {
+    let mut known = Known::load_to_change(root, id)?;
+    let status = known.status();
+    if matches!(status, Status::Creating | Status::Stopped) {
+        return Err(CommandError::NotPaused(id.into(), status));
+    }
+    // Asked whatever is written down: who paused or resumed it may have been killed before that was.
+    match ask(&known, async |agent| agent.resume_container(id).await) {
+        Err(CommandError::Agent(AgentError::NotNow(_))) if status != Status::Paused => {
+            return Err(CommandError::NotPaused(id.into(), known.status()));
+        }
+        Err(CommandError::Agent(AgentError::NotNow(_))) | Ok(()) => {}
+        Err(error) => return Err(error),
+    }
+    known.state.paused = false;
+    Ok(known.write()?)
 }
 
 /// Removes a container; with `force`, whatever it does, and if it is not there that is no error.
@@ -91,7 +149,9 @@ pub fn delete(root: &Path, id: &str, force: bool, log: &Log) -> Result<(), Comma
         status => return Err(CommandError::NotStopped { id: id.into(), status }),
     }
     let state = known.state.clone();
-    known.destroy()?;
+    if !known.destroy()? {
+        return if force { Ok(()) } else { Err(StateError::Missing(id.into()).into()) };
+    }
     if let Some(hooks) = &state.hooks
         && let Err(error) = hooks::run(hooks, Point::Deleted, &state, None)
     {
@@ -101,12 +161,13 @@ pub fn delete(root: &Path, id: &str, force: bool, log: &Log) -> Result<(), Comma
 }
 
 /// Asks the agent of a container's pod one thing.
-fn ask<T>(known: &Known, question: impl AsyncFnOnce(Agent) -> Result<T, AgentError>) -> Result<T, CommandError> {
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .enable_io()
-        .enable_time()
-        .build()
-        .map_err(CommandError::Events)?;
+pub fn ask<T>(known: &Known, question: impl AsyncFnOnce(Agent) -> Result<T, AgentError>) -> Result<T, CommandError> {
     let pod = known.pod()?;
-    runtime.block_on(async { Ok(question(Agent::dial(pod.as_fd())?).await?) })
+    event_loop()?.block_on(async { Ok(question(Agent::dial(pod.as_fd())?).await?) })
+}
+
+/// For what waits on more than one thing.
+pub fn event_loop() -> Result<tokio::runtime::Runtime, CommandError> {
+    let mut builder = tokio::runtime::Builder::new_current_thread();
+    builder.enable_io().enable_time().build().map_err(CommandError::Events)
 }

@@ -31,6 +31,9 @@ pub enum ExecError {
     /// There is nothing to execute it in.
     #[error("cannot exec in a stopped container: container not running: {0:?}")]
     NotRunning(String),
+    /// It would not run before the container is resumed.
+    #[error("cannot exec in a paused container (use --ignore-paused to override): {0:?}")]
+    Paused(String),
     /// The process, or the bundle around it, is wrong.
     #[error(transparent)]
     Bundle(#[from] BundleError),
@@ -93,17 +96,18 @@ pub struct Exec<'a> {
 }
 
 /// Finds a container that can be executed in.
-pub fn running(root: &Path, id: &str) -> Result<Known, ExecError> {
+pub fn running(root: &Path, id: &str, ignore_paused: bool) -> Result<Known, ExecError> {
     let known = Known::load(root, id)?;
     match known.status() {
         Status::Stopped => Err(ExecError::NotRunning(id.into())),
+        Status::Paused if !ignore_paused => Err(ExecError::Paused(id.into())),
         _ => Ok(known),
     }
 }
 
 /// Executes the program with a shadow of its own; returns when the program runs.
-pub fn exec_in_background(root: &Path, id: &str, pid_file: Option<&Path>) -> Result<(), ExecError> {
-    let known = running(root, id)?;
+pub fn exec_in_background(known: &Known, pid_file: Option<&Path>) -> Result<(), ExecError> {
+    let id = &known.state.id;
     let container = known.process().ok_or_else(|| ExecError::NotRunning(id.into()))?;
     let begin = Begin { kept: true, container: true, ..Begin::default() };
     let copy = container.try_clone().map_err(ExecError::Spawn)?;

@@ -14,18 +14,22 @@ mod session;
 mod shadow;
 mod size;
 mod start;
+mod update;
 mod view;
+mod watch;
 
 use std::path::PathBuf;
 
-pub use command::{CommandError, delete, kill, start as start_created};
+pub use command::{CommandError, delete, kill, pause, resume, start as start_created};
 pub use create::{Create, CreateError, create, run as run_in_foreground};
 pub use exec::{Exec, ExecError, exec, exec_in_background, running};
 pub use link::{Creator, News};
 pub use resources::ResourceError;
-pub use shadow::FLAG as SHADOW_FLAG;
+pub use shadow::{FLAG as SHADOW_FLAG, NAME as SHADOW_NAME};
 pub use size::host_memory;
 pub use start::{Run, RunError, run};
+pub use update::update;
+pub use watch::{Seen, stats, watch};
 
 /// Where the guest kernel is, if it is one.
 pub fn kernel() -> Result<PathBuf, ResourceError> {

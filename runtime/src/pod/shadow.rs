@@ -13,6 +13,9 @@ use rustix::net::{AddressFamily, SocketFlags, SocketType};
 use super::link::{Begin, LINK_FD, LinkError, News, Order};
 use crate::machine::{PidNamespace, spawn_in};
 
+/// Name of its process.
+pub const NAME: &str = "podhull-shadow";
+
 /// The flag by which a command line is a shadow's.
 pub const FLAG: &str = "--shadow";
 

@@ -1,6 +1,6 @@
 //! How large a pod's machine is: memory and CPUs, from the limits of its container.
 
-use oci_spec::runtime::Spec;
+use oci_spec::runtime::{LinuxResources, Spec};
 
 use crate::spec::last_of_list;
 
@@ -66,13 +66,17 @@ fn host_cpus() -> u32 {
 impl Size {
     /// The size for a container on this host.
     pub fn for_container(spec: &Spec) -> Result<Self, SizeError> {
-        let resources = spec.linux().as_ref().and_then(|linux| linux.resources().as_ref());
+        Self::for_resources(spec.linux().as_ref().and_then(|linux| linux.resources().as_ref()))
+    }
+
+    /// The size for a container with these limits on this host.
+    pub fn for_resources(resources: Option<&LinuxResources>) -> Result<Self, SizeError> {
         let cpu = resources.and_then(|r| r.cpu().as_ref());
         let quota = cpu.and_then(|c| c.quota()).and_then(|q| u64::try_from(q).ok()).filter(|q| *q > 0);
         let period = cpu.and_then(|c| c.period()).filter(|p| *p > 0).unwrap_or(100_000);
         let list = cpu.and_then(|c| c.cpus().as_deref()).filter(|list| !list.is_empty());
         Self::new(
-            memory_limit(spec),
+            resources.and_then(limit_of),
             quota.map(|quota| quota.div_ceil(period)),
             list.and_then(last_of_list).map(|last| u64::from(last) + 1),
             host_memory(),
@@ -110,7 +114,10 @@ impl Size {
 
 /// The container's memory limit in bytes, if it has one.
 pub fn memory_limit(spec: &Spec) -> Option<u64> {
-    let resources = spec.linux().as_ref()?.resources().as_ref()?;
+    limit_of(spec.linux().as_ref()?.resources().as_ref()?)
+}
+
+fn limit_of(resources: &LinuxResources) -> Option<u64> {
     u64::try_from(resources.memory().as_ref()?.limit()?).ok().filter(|limit| *limit > 0)
 }
 

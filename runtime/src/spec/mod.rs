@@ -10,8 +10,10 @@ pub mod words;
 
 use std::path::Path;
 
-use oci_spec::runtime::{Mount, Spec};
+use oci_spec::runtime::{LinuxResources, Mount, Spec};
 use serde_json::Value;
+
+use read::ConfigError;
 
 /// A specification that was read and checked.
 #[derive(Debug)]
@@ -83,6 +85,31 @@ impl Config {
     }
 
     /// The document for the guest, as JSON.
+    pub fn document(&self) -> Vec<u8> {
+        self.document.to_string().into_bytes()
+    }
+}
+
+/// A `linux.resources` object by itself, read and checked.
+#[derive(Debug)]
+pub struct Resources {
+    typed: LinuxResources,
+    document: Value,
+}
+
+impl Resources {
+    /// Reads one.
+    pub fn read(document: Value) -> Result<Self, ConfigError> {
+        let (document, typed) = read::resources(document)?;
+        Ok(Self { typed, document })
+    }
+
+    /// The typed view.
+    pub fn typed(&self) -> &LinuxResources {
+        &self.typed
+    }
+
+    /// What the guest has to know of it, as JSON.
     pub fn document(&self) -> Vec<u8> {
         self.document.to_string().into_bytes()
     }

@@ -1,7 +1,7 @@
 //! From the text of `config.json` to a [`Config`], with an error that says where.
 
-use oci_spec::runtime::Spec;
-use serde_json::Value;
+use oci_spec::runtime::{LinuxResources, Spec};
+use serde_json::{Value, json};
 
 use super::{Config, fields, position, validate};
 
@@ -81,6 +81,29 @@ pub fn read(text: &str) -> Result<Config, ConfigError> {
     Ok(Config { spec, document, unknown })
 }
 
+/// Checks a `linux.resources` object that is not part of a specification; refused fields that ask for nothing are taken out.
+pub fn resources(object: Value) -> Result<(Value, LinuxResources), ConfigError> {
+    let mut document = json!({ "linux": { "resources": object } });
+    if !document["linux"]["resources"].is_object() {
+        return Err(ConfigError::Value { field: RESOURCES.into(), problem: "expected an object".into() });
+    }
+    let fields::Checked { lists, .. } = fields::check(&mut document)?;
+    if let Some(field) = lists.into_iter().next() {
+        return Err(ConfigError::Value { field, problem: "expected an object, found a list".into() });
+    }
+    let object = document["linux"]["resources"].take();
+    let text = object.to_string();
+    let typed: LinuxResources = serde_json::from_str(&text).map_err(|e| ConfigError::Value {
+        field: format!("{RESOURCES}.{}", position::field_at(&text, e.line(), e.column())),
+        problem: problem(&e),
+    })?;
+    validate::check_resources(&typed)?;
+    Ok((object, typed))
+}
+
+/// Path of the object in a specification.
+const RESOURCES: &str = "linux.resources";
+
 /// The parser's words without the position it appends, and without lists of all words it would have taken.
 fn problem(error: &serde_json::Error) -> String {
     let text = error.to_string();
@@ -118,6 +141,21 @@ mod tests {
             error(text),
             "config.json: line 3, column 39: process.args[1]: invalid type: integer `7`, expected a string"
         );
+    }
+
+    #[test]
+    fn resources_by_themselves_are_checked_as_those_of_a_specification() {
+        let error = |value: Value| resources(value).unwrap_err().to_string();
+        let (kept, typed) =
+            resources(json!({"memory": {"limit": 5, "swappiness": 0}, "more": 1, "pids": {"limit": 3}})).unwrap();
+        assert_eq!(kept, json!({"memory": {"limit": 5}, "pids": {"limit": 3}}));
+        assert_eq!(typed.memory().unwrap().limit(), Some(5));
+        assert!(error(json!([])).starts_with(": linux.resources: expected an object"));
+        assert!(error(json!({"memory": {"kernel": 5}})).starts_with(": linux.resources.memory.kernel: not supported"));
+        assert!(error(json!({"memory": [1]})).starts_with(": linux.resources.memory: expected an object"));
+        let wrong = error(json!({"cpu": {"quota": "much"}}));
+        assert!(wrong.starts_with(": linux.resources.cpu.quota: invalid type: string"), "{wrong}");
+        assert!(error(json!({"cpu": {"period": 5}})).contains("linux.resources.cpu.period: is not between"));
     }
 
     #[test]

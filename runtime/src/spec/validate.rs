@@ -250,7 +250,8 @@ fn check_device(field: &str, device: &LinuxDevice) -> Result<(), ConfigError> {
     }
 }
 
-fn check_resources(resources: &LinuxResources) -> Result<(), ConfigError> {
+/// Checks limits of the right types.
+pub fn check_resources(resources: &LinuxResources) -> Result<(), ConfigError> {
     for (index, rule) in resources.devices().iter().flatten().enumerate() {
         let access = rule.access().as_deref().unwrap_or_default();
         if let Some(letter) = access.chars().find(|c| !"rwm".contains(*c)) {

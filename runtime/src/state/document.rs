@@ -25,6 +25,9 @@ pub struct State {
     pub process: Process,
     /// As it was when this was written; [`super::Known::status`] knows better.
     pub status: Status,
+    /// Whether its processes stand still, be it created or running.
+    #[serde(default)]
+    pub paused: bool,
     /// Directory of the bundle.
     pub bundle: PathBuf,
     /// Directory of its root file system.
@@ -101,6 +104,8 @@ pub enum Status {
     Created,
     /// Its program runs.
     Running,
+    /// Its processes stand still until `resume`.
+    Paused,
     /// Its program has ended.
     Stopped,
 }
@@ -111,6 +116,7 @@ impl std::fmt::Display for Status {
             Self::Creating => "creating",
             Self::Created => "created",
             Self::Running => "running",
+            Self::Paused => "paused",
             Self::Stopped => "stopped",
         })
     }
@@ -125,6 +131,7 @@ impl State {
             id: id.into(),
             process: Process::of(pid),
             status: Status::Creating,
+            paused: false,
             bundle: bundle.into(),
             rootfs: rootfs.into(),
             created: crate::log::rfc3339(SystemTime::now()),

@@ -4,6 +4,7 @@ use std::fs;
 use std::io::{self, Read};
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use podhull_vmm::jail::Jail;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -12,7 +13,7 @@ use rustix::io::Errno;
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 
 use super::document::{Process, VERSION, start_time};
-use super::{DOCUMENT, Membership, PODS, State, StateError, Status, check_id};
+use super::{DOCUMENT, Membership, PODS, State, StateError, Status, check_id, same_file};
 
 /// Longest `state.json`: annotations are the caller's.
 const MAX_DOCUMENT: u64 = 4 << 20;
@@ -20,12 +21,21 @@ const MAX_DOCUMENT: u64 = 4 << 20;
 /// How long a process may take to end that was killed.
 const END: Timespec = Timespec { tv_sec: 10, tv_nsec: 0 };
 
+/// How long one command may wait for another that changes the same container. What it waits for asks the guest, within a
+/// deadline of its own.
+const TURN: Duration = Duration::from_secs(30);
+
+/// File in a container's directory that is locked by the command that changes the container.
+const TURN_FILE: &str = "lock";
+
 /// A container that exists.
 pub struct Known {
     root: PathBuf,
     /// What was written down.
     pub state: State,
     directory: OwnedFd,
+    /// Held by who changes it.
+    turn: Option<OwnedFd>,
 }
 
 impl Known {
@@ -33,13 +43,30 @@ impl Known {
     pub fn load(root: &Path, id: &str) -> Result<Self, StateError> {
         check_id(id)?;
         let directory = open(&root.join(id)).ok_or_else(|| StateError::Missing(id.into()))?;
-        let state = read(root, id)?;
-        Ok(Self { root: root.into(), state, directory })
+        let state = read(&directory, &root.join(id))?;
+        Ok(Self { root: root.into(), state, directory, turn: None })
+    }
+
+    /// Finds a container to change what it does: until this is dropped no other command does. The container itself may end,
+    /// and be deleted, at any time.
+    pub fn load_to_change(root: &Path, id: &str) -> Result<Self, StateError> {
+        check_id(id)?;
+        let path = root.join(id);
+        let directory = open(&path).ok_or_else(|| StateError::Missing(id.into()))?;
+        let turn = take_turn(&directory, &path)?;
+        // Only now: who had it before has changed it.
+        let state = read(&directory, &path)?;
+        Ok(Self { root: root.into(), state, directory, turn: Some(turn) })
     }
 
     /// Where in its life it is now.
     pub fn status(&self) -> Status {
-        if is_locked(&self.directory) { self.state.status } else { Status::Stopped }
+        // Not by its process: this may be asked in another pid namespace.
+        match self.state.status {
+            _ if !is_locked(&self.directory) => Status::Stopped,
+            Status::Created | Status::Running if self.state.paused => Status::Paused,
+            status => status,
+        }
     }
 
     /// Who made it.
@@ -58,27 +85,33 @@ impl Known {
         find(self.state.process)
     }
 
-    /// Notes another status.
-    pub fn note(&mut self, status: Status) -> Result<(), StateError> {
-        self.state.status = status;
-        super::write(self.directory.as_fd(), &self.root.join(&self.state.id), &self.state)
+    /// Writes its state down as it is now; to be called by who alone may change it. Of a container that was deleted meanwhile
+    /// nothing is to be known.
+    pub fn write(&self) -> Result<(), StateError> {
+        let path = self.root.join(&self.state.id);
+        match super::write(self.directory.as_fd(), &path, &self.state) {
+            Err(_) if !same_file(&self.directory, &path) => Ok(()),
+            written => written,
+        }
     }
 
-    /// Ends the container's processes, if they live, without asking anything inside, and removes all of it.
-    pub fn destroy(self) -> Result<(), StateError> {
-        // Nobody else does the same meanwhile: the lock is free once the container's process is gone.
-        let machine = self.state.machine.map(|machine| machine.0);
-        if is_locked(&self.directory) {
-            end(self.state.process);
-        }
+    /// Lets other commands change it again.
+    pub fn release(&mut self) {
+        self.turn = None;
+    }
+
+    /// Ends the container's processes, if they live, without asking anything inside, and removes all of it; false if somebody
+    /// else did at the same time.
+    pub fn destroy(self) -> Result<bool, StateError> {
+        end(self.state.process)?;
         // It sees its channel closed and ends by itself; but not if it is stopped.
-        if let Some(machine) = machine {
-            end(machine);
+        if let Some(machine) = self.state.machine {
+            end(machine.0)?;
         }
         if let Some(member) = &self.state.member_of {
             member.leave(&self.state.id)?;
         }
-        remove(&self.root, &self.state.id)
+        remove_from(&self.root, &self.state.id, self.directory)
     }
 }
 
@@ -111,16 +144,35 @@ pub fn open_pod(root: &Path, pod: &str) -> Result<OwnedFd, StateError> {
     super::open(&root.join(PODS).join(pod))
 }
 
-/// Removes a container whose state cannot be read.
+/// Removes a container whose state cannot be read, and ends the process that holds it.
 pub fn remove(root: &Path, id: &str) -> Result<(), StateError> {
     check_id(id)?;
-    for path in [root.join(PODS).join(id), root.join(id)] {
+    let Some(directory) = open(&root.join(id)) else { return Ok(()) };
+    if let Some(holder) = holder(&directory) {
+        kill(&holder, "that holds the container")?;
+    }
+    remove_from(root, id, directory).map(drop)
+}
+
+/// Removes what is left of a container that no process holds any more. Another that does the same is waited for, and what
+/// somebody makes under the same id meanwhile is left alone; false if there was nothing left to remove.
+fn remove_from(root: &Path, id: &str, directory: OwnedFd) -> Result<bool, StateError> {
+    let path = root.join(id);
+    let _turn = match take_turn(&directory, &path) {
+        Ok(turn) => turn,
+        Err(StateError::Missing(_)) => return Ok(false),
+        Err(error) => return Err(error),
+    };
+    if !same_file(&directory, &path) {
+        return Ok(false);
+    }
+    for path in [root.join(PODS).join(id), path] {
         match fs::remove_dir_all(&path) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(StateError::Write(path, error)),
             _ => {}
         }
     }
-    Ok(())
+    Ok(true)
 }
 
 /// All containers whose state can be read, by id.
@@ -143,21 +195,25 @@ pub fn is_held(container: &Path) -> bool {
 
 /// Whether the container of this directory stays although nobody holds it.
 pub fn is_kept(container: &Path) -> bool {
-    let (Some(root), Some(id)) = (container.parent(), container.file_name().and_then(|name| name.to_str())) else {
-        return false;
-    };
+    let Some(directory) = open(container) else { return false };
     // A document that cannot be read is no reason to remove what may be somebody's container.
-    container.join(DOCUMENT).exists() && read(root, id).map_or(true, |state| state.kept)
+    container.join(DOCUMENT).exists() && read(&directory, container).map_or(true, |state| state.kept)
 }
 
-fn read(root: &Path, id: &str) -> Result<State, StateError> {
-    let path = root.join(id).join(DOCUMENT);
-    let unreadable = |what: String| StateError::Unreadable(path.clone(), what);
-    let mut text = String::new();
-    let file = match fs::File::open(&path) {
-        Ok(file) => file,
-        Err(error) => return Err(unreadable(error.to_string())),
+/// `path` is the directory's.
+fn read(directory: &OwnedFd, path: &Path) -> Result<State, StateError> {
+    let id = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
+    let unreadable = |what: String| StateError::Unreadable(path.join(DOCUMENT), what);
+    let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    let file = match rustix::fs::openat(directory, DOCUMENT, flags, Mode::empty()) {
+        Ok(file) => fs::File::from(file),
+        // Deleted meanwhile, or not written yet.
+        Err(Errno::NOENT) if !same_file(directory, path) || is_locked(directory) => {
+            return Err(StateError::Missing(id.into()));
+        }
+        Err(errno) => return Err(unreadable(errno.to_string())),
     };
+    let mut text = String::new();
     file.take(MAX_DOCUMENT).read_to_string(&mut text).map_err(|e| unreadable(e.to_string()))?;
     let version = serde_json::from_str::<Version>(&text).map_err(|e| unreadable(e.to_string()))?.version;
     if version > VERSION {
@@ -186,17 +242,92 @@ fn is_locked(directory: &OwnedFd) -> bool {
     locked
 }
 
+/// Waits until no other command changes the container of a directory, or sweeps or deletes it.
+fn take_turn(directory: &OwnedFd, path: &Path) -> Result<OwnedFd, StateError> {
+    let id = || path.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
+    let wrong = |errno| match errno {
+        // The directory was removed.
+        Errno::NOENT => StateError::Missing(id()),
+        Errno::TIMEDOUT => StateError::Busy(id()),
+        errno => StateError::Write(path.join(TURN_FILE), Errno::into(errno)),
+    };
+    lock_in_time(open_turn(directory).map_err(wrong)?, TURN).map_err(wrong)
+}
+
+fn open_turn(directory: impl AsFd) -> Result<OwnedFd, Errno> {
+    let flags = OFlags::RDWR | OFlags::CREATE | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    rustix::fs::openat(directory, TURN_FILE, flags, Mode::from_raw_mode(0o600))
+}
+
+/// The same for one who sweeps what nobody holds, and does not wait.
+pub fn try_turn(directory: impl AsFd) -> Option<OwnedFd> {
+    let turn = open_turn(directory).ok()?;
+    rustix::fs::flock(&turn, FlockOperation::NonBlockingLockExclusive).ok()?;
+    Some(turn)
+}
+
+/// Waits for an exclusive lock, but not for ever. There is no such call: when the deadline has passed a thread goes on
+/// waiting, until the process ends or it gets the lock and gives it back.
+fn lock_in_time(file: OwnedFd, deadline: Duration) -> Result<OwnedFd, Errno> {
+    match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
+        Ok(()) => return Ok(file),
+        Err(Errno::WOULDBLOCK) => {}
+        Err(errno) => return Err(errno),
+    }
+    let (sender, receiver) = std::sync::mpsc::channel();
+    let wait = move || {
+        let locked = rustix::io::retry_on_intr(|| rustix::fs::flock(&file, FlockOperation::LockExclusive));
+        let _ = sender.send(locked.map(|()| file));
+    };
+    let thread = std::thread::Builder::new().name("lock".into()).spawn(wait);
+    thread.map_err(|error| Errno::from_io_error(&error).unwrap_or(Errno::AGAIN))?;
+    receiver.recv_timeout(deadline).unwrap_or(Err(Errno::TIMEDOUT))
+}
+
 fn find(process: Process) -> Option<OwnedFd> {
     let pidfd = pidfd_open(Pid::from_raw(process.pid)?, PidfdFlags::empty()).ok()?;
     // After the descriptor is open its number cannot become another's.
     (start_time(process.pid) == Some(process.start_time)).then_some(pidfd)
 }
 
+/// The shadow that holds a container of which nothing else is known: it has locked its directory. Not another command that
+/// sweeps it.
+fn holder(directory: &OwnedFd) -> Option<OwnedFd> {
+    let stat = rustix::fs::fstat(directory).ok()?;
+    let (major, minor) = (rustix::fs::major(stat.st_dev), rustix::fs::minor(stat.st_dev));
+    let file = format!("{major:02x}:{minor:02x}:{}", stat.st_ino);
+    let find = || holder_in(&fs::read_to_string("/proc/locks").ok()?, &file);
+    let pid = find()?;
+    let name = fs::read_to_string(format!("/proc/{pid}/comm")).ok()?;
+    if name.trim_end() != crate::pod::SHADOW_NAME {
+        return None;
+    }
+    let process = pidfd_open(Pid::from_raw(pid)?, PidfdFlags::empty()).ok()?;
+    // After the descriptor is open its number cannot become another's.
+    (find() == Some(pid)).then_some(process)
+}
+
+/// The process with an exclusive flock on a file, in the words of `/proc/locks`: `1: FLOCK ADVISORY WRITE 77 00:18:5 0 EOF`.
+fn holder_in(locks: &str, file: &str) -> Option<i32> {
+    locks.lines().find_map(|line| {
+        let fields: Vec<&str> = line.split_ascii_whitespace().collect();
+        let found = fields.get(1..4) == Some(&["FLOCK", "ADVISORY", "WRITE"]) && fields.get(5) == Some(&file);
+        if found { fields.get(4)?.parse().ok() } else { None }
+    })
+}
+
+/// Ends a process, if it still is the one that was written down.
+fn end(process: Process) -> Result<(), StateError> {
+    find(process).map_or(Ok(()), |pidfd| kill(&pidfd, format_args!("{}", process.pid)))
+}
+
 /// Kills a process, and waits for its end.
-fn end(process: Process) {
-    let Some(pidfd) = find(process) else { return };
-    let _ = pidfd_send_signal(&pidfd, Signal::KILL);
-    let _ = rustix::io::retry_on_intr(|| poll(&mut [PollFd::new(&pidfd, PollFlags::IN)], Some(&END)));
+fn kill(pidfd: &OwnedFd, which: impl std::fmt::Display) -> Result<(), StateError> {
+    let _ = pidfd_send_signal(pidfd, Signal::KILL);
+    match rustix::io::retry_on_intr(|| poll(&mut [PollFd::new(pidfd, PollFlags::IN)], Some(&END))) {
+        Ok(0) => Err(StateError::DoesNotEnd(which.to_string())),
+        _ => Ok(()),
+    }
 }
 
 #[cfg(test)]
@@ -227,7 +358,8 @@ mod tests {
         Known {
             root: root.clone(),
             state: State { process: Process { pid: 1, start_time: 1 }, ..state },
-            directory: open(&root).unwrap(),
+            directory: open(&root.join("a")).unwrap(),
+            turn: None,
         }
         .destroy()
         .unwrap();

@@ -2,6 +2,7 @@
 //!
 //! ```text
 //! <root>/<id>/state.json       the container; see [`State`]
+//! <root>/<id>/lock             locked by the command that changes what the container does
 //! <root>/pods/<id>/vsock.sock  the way into the guest
 //! <root>/@<random>/            a container's directory in the making
 //! ```
@@ -57,6 +58,12 @@ pub enum StateError {
     /// A file or directory could not be made.
     #[error("cannot write {0}: {1}")]
     Write(PathBuf, #[source] io::Error),
+    /// Another command works on it, for longer than one waits.
+    #[error("container {0:?} is being changed by another command that does not come to an end")]
+    Busy(String),
+    /// The kernel does not let go of it.
+    #[error("process {0} was killed and does not end: is a file system of the host stuck?")]
+    DoesNotEnd(String),
 }
 
 /// An id that is a valid name.
@@ -239,6 +246,8 @@ fn sweep(root: &Path) {
         if rustix::fs::flock(&directory, FlockOperation::NonBlockingLockExclusive).is_err() {
             continue;
         }
+        // Another may be deleting it.
+        let Some(_turn) = known::try_turn(&directory) else { continue };
         // Between opening and locking, its owner may have removed it and another taken the name.
         if same_file(&directory, &path) && !known::is_kept(&path) {
             let _ = fs::remove_dir_all(root.join(PODS).join(name));

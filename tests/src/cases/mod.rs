@@ -2,6 +2,7 @@
 
 mod bad_input;
 mod command_line;
+mod commands;
 mod crashes;
 mod docker;
 mod exit_codes;
@@ -28,6 +29,7 @@ pub const ALL: &[&[Case]] = &[
     exit_codes::CASES,
     isolation::CASES,
     lifecycle::CASES,
+    commands::CASES,
     hooks::CASES,
     namespaces::CASES,
     process::CASES,
