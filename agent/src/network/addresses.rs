@@ -2,6 +2,8 @@
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
+use rustix::io::Errno;
+
 use super::NetworkError;
 use super::description::{Address, LOOPBACK, ip};
 use super::links::Placed;
@@ -78,8 +80,14 @@ fn is_kernels(present: &Present, placed: &Placed<'_>) -> bool {
     let loopback = placed.interface.name == LOOPBACK;
     match present.address.ip {
         IpAddr::V4(ip) => loopback && ip == Ipv4Addr::LOCALHOST,
-        IpAddr::V6(ip) => ip.is_unicast_link_local() || !present.permanent || loopback && ip == Ipv6Addr::LOCALHOST,
+        IpAddr::V6(_) if is_of_the_link(present.address.ip) => true,
+        IpAddr::V6(ip) => !present.permanent || loopback && ip == Ipv6Addr::LOCALHOST,
     }
+}
+
+/// Whether it is IPv6's of the link.
+fn is_of_the_link(ip: IpAddr) -> bool {
+    matches!(ip, IpAddr::V6(ip) if ip.is_unicast_link_local())
 }
 
 /// Removes addresses that are not described, and adds those that are missing.
@@ -96,7 +104,7 @@ pub fn apply(socket: &Socket, placed: &[Placed<'_>]) -> Result<(), NetworkError>
                 let failed = NetworkError::address(placed, old.address.ip, "remove it");
                 match socket.request(libc::RTM_DELADDR, 0, &message(old.index, &old.address, 0)) {
                     // Gone with the first of its subnet.
-                    Err(error) if error.errno() == Some(rustix::io::Errno::ADDRNOTAVAIL) => {}
+                    Err(error) if error.errno() == Some(Errno::ADDRNOTAVAIL) => {}
                     other => other.map_err(failed)?,
                 }
                 changed = true;
@@ -116,9 +124,16 @@ pub fn apply(socket: &Socket, placed: &[Placed<'_>]) -> Result<(), NetworkError>
                     continue;
                 }
                 let nodad = if address.ip.is_ipv6() { NODAD } else { 0 };
-                socket
-                    .request(libc::RTM_NEWADDR, CREATE, &message(placed.link.index, address, address.flags | nodad))
-                    .map_err(NetworkError::address(placed, address.ip, "add it"))?;
+                let failed = NetworkError::address(placed, address.ip, "add it");
+                match socket.request(
+                    libc::RTM_NEWADDR,
+                    CREATE,
+                    &message(placed.link.index, address, address.flags | nodad),
+                ) {
+                    // The kernel was first: it makes that of the link by itself, when the interface comes up.
+                    Err(error) if error.errno() == Some(Errno::EXIST) && is_of_the_link(address.ip) => {}
+                    other => other.map_err(failed)?,
+                }
             }
         }
     }
