@@ -3,6 +3,7 @@
 use std::io::Write;
 use std::os::unix::net::UnixListener;
 
+use rustix::process::{Pid, WaitOptions, waitpid};
 use serde_json::json;
 
 use super::{oci, podhull};
@@ -119,10 +120,15 @@ fn nothing_of_the_caller_s_stays_open(scene: &Scene) -> Outcome {
     std::fs::write(&process, document.to_string())?;
     let process = process.to_string_lossy();
     scene.call(&["start", &id])?.output()?;
-    scene.call(&["exec", "--detach", "--console-socket", &socket, "--process", &process, &id])?.output()?;
+    let pid_file = scene.directory.join("exec.pid");
+    let pid = pid_file.to_string_lossy();
+    let words = ["exec", "--detach", "--pid-file", &pid, "--console-socket", &socket, "--process", &process, &id];
+    scene.call(&words)?.output()?;
     let mut executed = receive_terminal(&listener)?;
     executed.write_all(b"one\n")?;
     read_until(&mut executed, "also got one\r\n")?;
+    // As its caller would: the container does not end before that.
+    waitpid(std::fs::read_to_string(&pid_file)?.trim().parse().ok().and_then(Pid::from_raw), WaitOptions::empty())?;
     terminal.write_all(b"two\n")?;
     read_until(&mut terminal, "got two\r\n")?;
     scene.call(&["delete", "--force", &id])?.output().map(drop)
