@@ -2,10 +2,11 @@
 //!
 //! `cli` has one file per subcommand and decides exit codes; `bundle` and `spec` read and check what the caller wants;
 //! `pod` makes it so, with `machine` (the VMM process), `network`, `agent` (the guest's PID 1), `stdio` and `signals` as its hands;
-//! `state` owns what lies under `/run/podhull`.
+//! `state` owns what lies under `/run/podhull`, `cgroup` the control groups on the host.
 
 mod agent;
 mod bundle;
+mod cgroup;
 mod cli;
 mod log;
 mod machine;

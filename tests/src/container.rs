@@ -11,6 +11,7 @@ use serde_json::Value;
 
 use crate::bundle::Bundle;
 use crate::run::{DEADLINE, Ended};
+use crate::runtime::Runtime;
 use crate::suite::Scene;
 use crate::{Outcome, ensure};
 
@@ -18,6 +19,8 @@ use crate::{Outcome, ensure};
 pub struct Container<'a> {
     /// The test's.
     pub scene: &'a Scene,
+    /// What made it.
+    pub runtime: &'a Runtime,
     /// Its id.
     pub id: String,
     /// Where its output goes.
@@ -29,11 +32,16 @@ pub struct Container<'a> {
 impl<'a> Container<'a> {
     /// `words` are `create`, or `run` and `--detach`.
     pub fn make(scene: &'a Scene, bundle: &Bundle, words: &[&str]) -> Outcome<Self> {
+        Self::make_with(scene, &scene.runtime, bundle, words)
+    }
+
+    /// The same with another runtime than the one under test.
+    pub fn make_with(scene: &'a Scene, runtime: &'a Runtime, bundle: &Bundle, words: &[&str]) -> Outcome<Self> {
         bundle.write()?;
         let id = scene.id();
         let (output, pid_file) = (scene.directory.join(format!("{id}.out")), scene.directory.join(format!("{id}.pid")));
         let file = File::create(&output)?;
-        let mut command = Command::new(scene.runtime.program());
+        let mut command = Command::new(runtime.program());
         command.args(words).arg("-b").arg(&bundle.directory).arg("--pid-file").arg(&pid_file).arg(&id);
         command.stdin(Stdio::null()).stdout(file.try_clone()?).stderr(file).process_group(0);
         let status = command.status()?;
@@ -44,7 +52,7 @@ impl<'a> Container<'a> {
             .ok()
             .and_then(Pid::from_raw)
             .ok_or("no pid in the pid file")?;
-        Ok(Self { scene, id, output, pid })
+        Ok(Self { scene, runtime, id, output, pid })
     }
 
     /// Made, and not started.
@@ -54,7 +62,7 @@ impl<'a> Container<'a> {
 
     /// The program under test with other arguments.
     pub fn call(&self, words: &[&str]) -> Outcome<Ended> {
-        self.scene.call(words)
+        self.scene.call_with(self.runtime, words)
     }
 
     /// Starts it.
@@ -84,6 +92,12 @@ impl<'a> Container<'a> {
         ensure!(ready == 1, "process {} did not end; output {:?}", self.pid.as_raw_nonzero(), self.output()?);
         let status = waitpid(Some(self.pid), WaitOptions::empty())?.ok_or("no status")?.1;
         Ok(status.exit_status().or(status.terminating_signal().map(|signal| 128 + signal)).unwrap_or(-1))
+    }
+
+    /// Ends it and deletes it.
+    pub fn end(&self) -> Outcome {
+        self.call(&["delete", "--force", &self.id])?.output()?;
+        self.wait().map(drop)
     }
 
     /// What it has written.

@@ -12,6 +12,7 @@ use crate::bundle::make_busybox_root;
 use crate::leaks::Leaks;
 use crate::run::{DEADLINE, Ended, Running};
 use crate::suite::Scene;
+use crate::terminal::shell_line;
 use crate::{Outcome, ensure};
 
 /// Nothing is left but what Docker makes once for itself; if that is not empty it stays, and is an error.
@@ -26,42 +27,45 @@ pub fn check(before: &Leaks) -> Outcome {
 pub struct Docker {
     daemon: Option<Running>,
     directory: PathBuf,
-    runtime: String,
 }
 
 impl Docker {
-    /// Starts the daemon, and makes an image `busybox` for it. It has no networks of its own with `--bridge none` in `options`.
+    /// Starts the daemon with the program under test as its default runtime, and makes an image `busybox` for it.
     pub fn start(scene: &Scene, options: &[&str]) -> Outcome<Self> {
+        let runtime = scene.runtime.name();
+        let added = format!("{runtime}={}", scene.runtime.program().display());
+        let add = if runtime == "runc" { [].as_slice() } else { &["--add-runtime", &added] };
+        let docker = Self::with_config(scene, "{}", &[add, &["--default-runtime", runtime], options].concat())?;
+        docker.make_image()?;
+        Ok(docker)
+    }
+
+    /// Starts the daemon with this as its configuration file.
+    pub fn with_config(scene: &Scene, config: &str, options: &[&str]) -> Outcome<Self> {
         let directory = scene.make_directory("docker")?;
-        let runtime = scene.runtime.name().to_owned();
         let path = |name: &str| directory.join(name);
         let mut words: Vec<OsString> = vec!["dockerd".into()];
         for (option, value) in [
             ("--data-root", path("data")),
             ("--exec-root", path("exec")),
             ("--pidfile", path("pid")),
-            ("--config-file", path("none.json")),
+            ("--config-file", path("daemon.json")),
         ] {
             words.extend([option.into(), value.into()]);
         }
-        fs::write(path("none.json"), "{}")?;
+        fs::write(path("daemon.json"), config)?;
         words.extend(
             ["--storage-driver", "vfs", "--exec-opt", "native.cgroupdriver=cgroupfs", "--host"].map(Into::into),
         );
         words.push(format!("unix://{}", path("socket").display()).into());
-        if scene.runtime.name() != "runc" {
-            words.extend(["--add-runtime".into(), format!("{runtime}={}", scene.runtime.program().display()).into()]);
-        }
-        words.extend(["--default-runtime", &runtime].map(Into::into));
         words.extend(options.iter().map(Into::into));
-        let docker = Self { daemon: Some(Running::start(&words, &[])?), directory, runtime };
+        let docker = Self { daemon: Some(Running::start(&words, &[])?), directory };
         let until = Instant::now() + DEADLINE;
         while docker.call(&["version"])?.status != 0 {
             let said = docker.daemon.as_ref().map(Running::stderr).unwrap_or_default();
             ensure!(Instant::now() < until, "dockerd does not answer: {said}");
             std::thread::sleep(std::time::Duration::from_millis(200));
         }
-        docker.make_image()?;
         Ok(docker)
     }
 
@@ -90,9 +94,9 @@ impl Docker {
         Running::start(&self.words(words), &[])?.wait()
     }
 
-    /// The name by which it knows the program under test.
-    pub fn runtime(&self) -> &str {
-        &self.runtime
+    /// The client's command line for a shell.
+    pub fn shell_words(&self) -> String {
+        shell_line(&self.words(&[]))
     }
 
     /// Ends the daemon, and waits for that.

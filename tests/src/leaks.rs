@@ -18,7 +18,7 @@ const SETTLE: Duration = Duration::from_secs(5);
 const WATCHED: [&str; 4] = ["/run", "/tmp", "/dev/shm", "/var/lib/podhull"];
 
 /// What a runtime or its caller makes once, for all its containers.
-const MADE_ONCE: [&str; 10] = [
+const MADE_ONCE: [&str; 11] = [
     "/run/podhull",
     "/run/podhull/pods",
     "/run/runc",
@@ -27,6 +27,7 @@ const MADE_ONCE: [&str; 10] = [
     "/run/containers",
     "/run/containers/networks",
     "/run/lock",
+    "/run/systemd/transient",
     "/run/lock/netavark.lock",
     "/dev/shm/libpod_lock",
 ];

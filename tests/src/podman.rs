@@ -8,6 +8,7 @@ use crate::bundle::DEBIAN;
 use crate::leaks::Leaks;
 use crate::run::{Ended, Running};
 use crate::suite::Scene;
+use crate::terminal::shell_line;
 
 /// Nothing is left but what Podman makes once for itself; if that is not empty it stays, and is an error.
 pub fn check(before: &Leaks) -> Outcome {
@@ -42,6 +43,11 @@ impl<'a> Podman<'a> {
         all.push(self.scene.runtime.program().into());
         all.extend(words.iter().map(Into::into));
         all
+    }
+
+    /// The same for a shell, without what it is to do.
+    pub fn shell_words(&self) -> String {
+        shell_line(&self.words(&[]))
     }
 
     /// Runs it to its end.

@@ -16,6 +16,7 @@ use podhull_vmm::jail::Kind;
 use podhull_vmm::machine::{Listeners, Machine, Parts};
 use podhull_vmm::snapshot::MachineState;
 use podhull_vmm::vcpu::install_kick_handler;
+use podhull_vmm::virtio::Device;
 use podhull_vmm::virtio::entropy::Entropy;
 use vm_memory::{Bytes, GuestAddress, GuestMemory};
 
@@ -107,6 +108,24 @@ fn the_host_bridge_is_where_the_kernel_looks_for_it() {
     machine.run().unwrap();
     assert_eq!(ended.recv_timeout(DEADLINE).unwrap(), End::Reset);
     assert_eq!(result(&machine), 0x0008_1b36);
+}
+
+#[test]
+fn devices_come_together_or_not_at_all() {
+    // Reads what is in the last slot: as above, with the address of slot 31.
+    let mut code = vec![0x66, 0xba, 0xf8, 0x0c, 0xb8, 0, 0xf8, 0, 0x80, 0xef, 0x66, 0xba, 0xfc, 0x0c, 0xed];
+    code.extend([0x48, 0xa3]);
+    code.extend(RESULT.to_le_bytes());
+    code.extend(RESET);
+    let devices = |count| (0..count).map(|_| ("rng", Box::new(Entropy) as Box<dyn Device>)).collect();
+    let (mut machine, ended) = machine(&code);
+    machine.add_devices(devices(30)).unwrap();
+    assert!(machine.add_devices(devices(2)).unwrap_err().to_string().contains("no free slot"));
+    machine.run().unwrap();
+    assert_eq!(ended.recv_timeout(DEADLINE).unwrap(), End::Reset);
+    assert_eq!(result(&machine), 0xffff_ffff);
+    machine.add_devices(devices(1)).unwrap();
+    assert!(machine.add_devices(devices(1)).is_err());
 }
 
 #[test]

@@ -6,7 +6,6 @@
 mod devices;
 mod events;
 mod freezer;
-mod resources;
 mod stats;
 
 use std::io;
@@ -14,6 +13,7 @@ use std::os::fd::OwnedFd;
 use std::path::{Component, Path, PathBuf};
 use std::time::Duration;
 
+use podhull_limits::LimitError;
 use rustix::fs::{CWD, Mode, OFlags, ResolveFlags};
 use rustix::io::Errno;
 
@@ -43,12 +43,8 @@ pub enum CgroupError {
     Read { path: PathBuf, source: io::Error },
     #[error("write {value:?} to {path}: {source}")]
     Write { path: PathBuf, value: String, source: io::Error },
-    #[error("{field}: the kernel does not take {value:?} ({path}: {source})")]
-    Refused { field: &'static str, value: String, path: PathBuf, source: io::Error },
-    #[error("{path}: the kernel has no such control file; {needed_for} cannot be enforced")]
-    NoControl { path: PathBuf, needed_for: &'static str },
     #[error(transparent)]
-    Resources(#[from] resources::ResourcesError),
+    Limits(#[from] LimitError),
     #[error(transparent)]
     Devices(#[from] devices::DevicesError),
     #[error("watch {path}: {source}")]
@@ -66,17 +62,18 @@ pub enum CgroupError {
 impl CgroupError {
     /// Whether the specification is at fault, not the machine.
     pub fn is_invalid(&self) -> bool {
-        matches!(
-            self,
-            Self::Path(_)
-                | Self::SubPath(_)
-                | Self::DevicesChanged
-                | Self::Below { .. }
-                | Self::Resources(_)
-                | Self::Devices(devices::DevicesError::Rule(_))
-                | Self::NoControl { .. }
-        ) || matches!(self, Self::Refused { source, .. } if source.kind() == io::ErrorKind::InvalidInput
-                || source.raw_os_error() == Some(Errno::RANGE.raw_os_error()))
+        match self {
+            Self::Limits(error) => error.is_invalid(),
+            Self::Write { source, .. } => source.kind() == io::ErrorKind::InvalidInput,
+            other => matches!(
+                other,
+                Self::Path(_)
+                    | Self::SubPath(_)
+                    | Self::DevicesChanged
+                    | Self::Below { .. }
+                    | Self::Devices(devices::DevicesError::Rule(_))
+            ),
+        }
     }
 }
 
@@ -142,18 +139,7 @@ impl Cgroup {
     /// Sets the limits. To be called when the init is ready for its program, not before: making a container is our work, and
     /// at a tenth of a processor would take ten times as long.
     pub fn set_limits(&self, limits: &Resources) -> Result<(), CgroupError> {
-        let current = |file: &str| read(&self.path.join(file)).ok();
-        let mut before = Vec::new();
-        for setting in resources::settings(limits, current)? {
-            if let Err(error) = self.set(&setting, &mut before) {
-                for (path, value) in before.iter().rev() {
-                    // The reason is the error to tell.
-                    let _ = write(path, if value.is_empty() { "\n" } else { value });
-                }
-                return Err(error);
-            }
-        }
-        Ok(())
+        Ok(podhull_limits::apply(&self.path, limits, podhull_limits::weight_on_a_curve)?)
     }
 
     /// Changes the limits of a container whose device rules are `devices`.
@@ -162,34 +148,6 @@ impl Cgroup {
             return Err(CgroupError::DevicesChanged);
         }
         self.set_limits(limits)
-    }
-
-    /// Writes one setting, and notes what was there if that can be written back: files of one value.
-    fn set(&self, setting: &resources::Setting, before: &mut Vec<(PathBuf, String)>) -> Result<(), CgroupError> {
-        for file in &setting.files {
-            let path = self.path.join(file.as_ref());
-            let there = read(&path).ok().filter(|text| text.lines().count() == 1);
-            match write(&path, &setting.value) {
-                Err(CgroupError::Write { source, .. }) if source.kind() == io::ErrorKind::NotFound => {}
-                Err(CgroupError::Write { source, .. })
-                    if setting.repeated && source.kind() == io::ErrorKind::InvalidInput =>
-                {
-                    return Ok(());
-                }
-                Err(CgroupError::Write { path, value, source }) => {
-                    return Err(CgroupError::Refused { field: setting.needed_for, value, path, source });
-                }
-                Err(error) => return Err(error),
-                Ok(()) => {
-                    before.extend(there.map(|text| (path, text.trim_end().to_owned())));
-                    return Ok(());
-                }
-            }
-        }
-        if setting.optional {
-            return Ok(());
-        }
-        Err(CgroupError::NoControl { path: self.path.join(setting.files[0].as_ref()), needed_for: setting.needed_for })
     }
 
     /// A descriptor of the group, for `CLONE_INTO_CGROUP`.

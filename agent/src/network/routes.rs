@@ -9,7 +9,7 @@ use super::NetworkError;
 use super::addresses::{bytes, family, get};
 use super::description::{Network, Route, ip};
 use super::links::Placed;
-use super::netlink::{APPEND, Attributes, CREATE, Message, NetlinkError, Received, Socket};
+use super::netlink::{APPEND, Attributes, Message, NetlinkError, Received, Socket};
 
 /// Attributes of a route (`linux/rtnetlink.h`).
 const RTA_DST: u16 = 1;
@@ -162,7 +162,8 @@ pub fn apply(
         let interface = if old.route.has_interface() { old.interface } else { None };
         let same = |(at, route): &(Option<u32>, &Route)| *at == interface && **route == old.route;
         if let Some(position) = wanted.iter().position(same) {
-            wanted.swap_remove(position);
+            // In their order: of those to one destination the first is used.
+            wanted.remove(position);
             continue;
         }
         if is_kernels(old, loopback) || interface.is_some_and(|interface| !ours(interface)) {
@@ -186,9 +187,8 @@ fn add(socket: &Socket, mut wanted: Vec<(Option<u32>, &Route)>) -> Result<(), Ne
         let mut unreachable = None;
         let mut left = Vec::new();
         for (interface, route) in wanted {
-            // Of IPv6 there may be several to one destination.
-            let flags = if route.destination.is_ipv6() { APPEND } else { CREATE };
-            match socket.request(libc::RTM_NEWROUTE, flags, &message(interface, route)) {
+            // There may be several to one destination.
+            match socket.request(libc::RTM_NEWROUTE, APPEND, &message(interface, route)) {
                 Ok(()) => {}
                 Err(error) if route.gateway.is_some() && is_unreachable(&error) => {
                     unreachable.get_or_insert((route, error));

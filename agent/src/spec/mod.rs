@@ -5,15 +5,13 @@
 //! a closed vocabulary (capabilities, rlimits, mount options, system calls) stay strings: the code that enforces them knows
 //! the words, and can say which one it does not know.
 
-mod resources;
-
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use serde::Deserialize as DeriveDeserialize;
 use serde::de::{Deserialize, Deserializer, IgnoredAny};
 
-pub use resources::{BlockIo, Cpu, DeviceRule, HugepageLimit, Memory, Resources, ThrottleDevice};
+pub use podhull_limits::{DeviceRule, Resources};
 
 /// A value that is the host's to enforce; its content is of no interest in the guest.
 #[derive(Debug, Clone, Default)]

@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 use std::io::{BufRead, BufReader};
 use std::net::IpAddr;
-use std::process::{Command, Stdio as Pipe};
+use std::process::{Child, Command, Stdio as Pipe};
 use std::time::Duration;
 
 use podhull_protocol::{Address, ConfigureNetworkRequest, Empty, Interface, Neighbour, Route, Stdio};
@@ -155,6 +155,16 @@ impl Pod {
     }
 }
 
+/// A process that ends with its test, whatever becomes of that.
+struct Killed(Child);
+
+impl Drop for Killed {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
 fn set_of<const N: usize>(items: [&str; N]) -> BTreeSet<String> {
     items.into_iter().map(str::to_owned).collect()
 }
@@ -163,6 +173,8 @@ fn set_of<const N: usize>(items: [&str; N]) -> BTreeSet<String> {
 async fn the_network_is_made_with_the_pod() {
     let mut network = ordinary();
     network.routes.push(route("10.99.0.0/16", "10.88.0.9", "eth0"));
+    // A second one, which is used when the first is gone.
+    network.routes.push(route("10.99.0.0/16", "10.88.0.10", "eth0"));
     network.routes.push(Route { kind: 7, ..route("10.66.0.0/16", "", "") });
     network.routes.push(Route { on_link: true, ..route("10.77.0.0/16", "192.0.2.1", "eth0") });
     network.routes.push(Route {
@@ -191,6 +203,7 @@ async fn the_network_is_made_with_the_pod() {
             "10.55.0.0/16 via 10.88.0.8 dev eth0 proto static metric 50 mtu 1300 advmss 1200",
             "10.77.0.0/16 via 192.0.2.1 dev eth0 proto static onlink",
             "10.88.0.0/16 dev eth0 proto kernel scope link src 10.88.0.5",
+            "10.99.0.0/16 via 10.88.0.10 dev eth0 proto static",
             "10.99.0.0/16 via 10.88.0.9 dev eth0 proto static",
             "default via 10.88.0.1 dev eth0 proto static",
             "default via fd00:88::1 dev eth0 proto static metric 1024",
@@ -198,6 +211,7 @@ async fn the_network_is_made_with_the_pod() {
             "unreachable 10.66.0.0/16 proto static scope link",
         ])
     );
+    assert!(pod.ip("route get 10.99.0.1").starts_with("10.99.0.1 via 10.88.0.9 "));
     assert_eq!(pod.ip("neigh show dev eth0 nud permanent").trim(), "10.88.0.1 lladdr 02:09:09:09:09:09 PERMANENT");
     let filter = pod.enter().args(["cat", "/proc/sys/net/ipv4/conf/eth0/rp_filter"]).output().unwrap();
     assert_eq!(filter.stdout, b"2\n");
@@ -220,26 +234,30 @@ async fn what_is_there_already_is_not_touched() {
     network.routes.push(Route { kind: 6, ..route("2001:db8::/32", "", "") });
     let pod = Pod::with_pod(2, network.clone()).await;
     let state = (pod.ip("addr show"), pod.routes());
-    let mut monitor =
-        pod.enter().args(["ip", "monitor", "link", "address", "route"]).stdout(Pipe::piped()).spawn().unwrap();
-    let mut lines = BufReader::new(monitor.stdout.take().unwrap()).lines();
-    // Neither before it listens nor after the last line is silence a proof: two changes of our own are around it.
-    let mut seen = |mark: &str| loop {
-        pod.ip(&format!("route add {mark} dev lo"));
-        pod.ip(&format!("route del {mark} dev lo"));
-        std::thread::sleep(Duration::from_millis(50));
-        let line = lines.next().unwrap().unwrap();
-        if line.contains(mark) {
-            return line;
+    let monitor = pod.enter().args(["ip", "monitor", "link", "address", "route"]).stdout(Pipe::piped()).spawn();
+    let mut monitor = Killed(monitor.unwrap());
+    let lines = BufReader::new(monitor.0.stdout.take().unwrap()).lines();
+    let (sender, heard) = std::sync::mpsc::channel();
+    std::thread::spawn(move || lines.map_while(Result::ok).try_for_each(|line| sender.send(line)));
+    // Neither before it listens nor after the last line is silence a proof: a change of our own is on either side. One that
+    // comes too early is made again.
+    let seen = |mark: &str| {
+        for _ in 0..100 {
+            pod.ip(&format!("route add {mark} dev lo"));
+            pod.ip(&format!("route del {mark} dev lo"));
+            while let Ok(line) = heard.recv_timeout(Duration::from_millis(300)) {
+                assert!(line.contains("198.51.100."), "it was changed: {line}");
+                if line.contains(mark) {
+                    return;
+                }
+            }
         }
-        assert!(line.contains("198.51.100."), "it was changed: {line}");
+        panic!("nothing is heard of {mark}");
     };
     seen("198.51.100.1");
     pod.configure(&network).await.unwrap();
     pod.configure(&network).await.unwrap();
     seen("198.51.100.2");
-    monitor.kill().unwrap();
-    monitor.wait().unwrap();
     assert_eq!((pod.ip("addr show"), pod.routes()), state);
 }
 

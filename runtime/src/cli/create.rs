@@ -57,6 +57,7 @@ impl Container {
             bundle: &self.bundle,
             pid_file: self.pid_file.as_deref(),
             console_socket: self.console_socket.is_some(),
+            cgroups: context.cgroups,
             root: &context.root,
             log: &context.log,
         }
@@ -69,6 +70,7 @@ impl Container {
             bundle: &self.bundle,
             console_socket: self.console_socket.as_deref(),
             guest_console: self.guest_console.as_deref(),
+            cgroups: context.cgroups,
             creator,
             root: &context.root,
             log: &context.log,

@@ -2,6 +2,7 @@
 
 use super::Context;
 use crate::pod::{self, CommandError};
+use crate::state;
 
 /// Remove a container that has ended, or was never started
 #[derive(clap::Args)]
@@ -20,6 +21,9 @@ pub struct Arguments {
 impl Arguments {
     /// Returns when nothing is left of it.
     pub fn execute(self, context: &Context) -> Result<u8, CommandError> {
-        pod::delete(&context.root, &self.id, self.force, &context.log).map(|()| 0)
+        let deleted = pod::delete(&context.root, &self.id, self.force, &context.log);
+        // And what commands left that were killed.
+        state::sweep(&context.root);
+        deleted.map(|()| 0)
     }
 }

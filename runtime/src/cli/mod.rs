@@ -27,6 +27,7 @@ use std::process::ExitCode;
 use clap::error::ErrorKind;
 use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 
+use crate::cgroup::Manager;
 use crate::log::{Format, Log};
 
 /// Version of the OCI runtime specification that `spec` writes and `run` reads.
@@ -57,6 +58,10 @@ struct Arguments {
     /// How lines of the log are written
     #[arg(long, value_name = "FORMAT", value_enum, default_value_t = Format::Text)]
     log_format: Format,
+
+    /// Have systemd make control groups; linux.cgroupsPath is slice:prefix:name then
+    #[arg(long)]
+    systemd_cgroup: bool,
 
     /// Log what is done, not only what fails
     #[arg(long)]
@@ -107,6 +112,8 @@ enum Listing {
 pub struct Context {
     /// `--root`.
     pub root: PathBuf,
+    /// `--systemd-cgroup`.
+    pub cgroups: Manager,
     /// Where errors and debug lines go.
     pub log: Log,
 }
@@ -126,6 +133,8 @@ enum Failure {
     NoShadow,
     #[error(transparent)]
     State(#[from] crate::state::StateError),
+    #[error(transparent)]
+    Cgroup(#[from] crate::cgroup::CgroupError),
     #[error("ps: {0}")]
     Ps(String),
     #[error("{0}")]
@@ -164,7 +173,8 @@ pub fn main() -> ExitCode {
             return ExitCode::from(FAILURE);
         }
     };
-    let context = Context { root: arguments.root, log };
+    let cgroups = if arguments.systemd_cgroup { Manager::Systemd } else { Manager::Files };
+    let context = Context { root: arguments.root, cgroups, log };
     if arguments.shadow {
         return shadow::stand(arguments.command, context);
     }

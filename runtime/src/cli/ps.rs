@@ -31,7 +31,12 @@ impl Arguments {
     /// Prints them.
     pub fn execute(self, context: &Context) -> Result<u8, Failure> {
         let known = Known::load(&context.root, &self.id)?;
-        let pids = if known.status() == Status::Stopped { Vec::new() } else { vec![known.state.process.pid] };
+        let pids = match &known.state.cgroup {
+            _ if known.status() == Status::Stopped => Vec::new(),
+            // With those that stand for programs executed in it.
+            Some(group) => group.processes()?,
+            None => vec![known.state.process.pid],
+        };
         let text = match self.format {
             Listing::Json => serde_json::to_string(&pids).map_err(std::io::Error::from)? + "\n",
             Listing::Table => table(&self.options, &pids)?,

@@ -8,6 +8,7 @@ use super::hooks::{self, HookError, Point};
 use super::network::{self, WireError};
 use super::size::SizeError;
 use crate::agent::{Agent, AgentError};
+use crate::cgroup::CgroupError;
 use crate::log::Log;
 use crate::state::{self, Known, StateError, Status};
 
@@ -58,6 +59,9 @@ pub enum CommandError {
     /// Its network.
     #[error(transparent)]
     Wire(#[from] WireError),
+    /// Its control group.
+    #[error(transparent)]
+    Cgroup(#[from] CgroupError),
     /// No event loop.
     #[error("cannot set up event handling: {0}")]
     Events(#[source] std::io::Error),

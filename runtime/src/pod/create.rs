@@ -19,10 +19,11 @@ use super::shadow::Shadow;
 use super::size::{Size, SizeError};
 use super::view::namespaces;
 use crate::bundle::{Bundle, BundleError};
+use crate::cgroup::{CgroupError, Manager, PATIENCE, Placement};
 use crate::log::Log;
 use crate::machine::{MachineError, PidNamespace, Process};
 use crate::signals::{self, Waiting};
-use crate::state::{self, Known, Membership, State, StateError};
+use crate::state::{self, Known, Machine, State, StateError};
 use crate::stdio::{Proxy, StdioError};
 
 /// What to make, and for whom.
@@ -35,6 +36,8 @@ pub struct Create<'a> {
     pub pid_file: Option<&'a Path>,
     /// Whether somebody else is sent the terminal.
     pub console_socket: bool,
+    /// Who makes its control group.
+    pub cgroups: Manager,
     /// Root of all state.
     pub root: &'a Path,
     /// Where to say what happens.
@@ -56,6 +59,12 @@ pub enum CreateError {
     /// Its terminal.
     #[error(transparent)]
     Stdio(#[from] StdioError),
+    /// Its control group.
+    #[error(transparent)]
+    Cgroup(#[from] CgroupError),
+    /// The limit of its control group is below what its shadow needs. These are runc's words.
+    #[error("container init was OOM-killed (memory limit too low?)")]
+    OutOfMemory,
     /// Its shadow said it.
     #[error("{0}")]
     Failed(String),
@@ -90,29 +99,29 @@ pub enum CreateError {
 
 /// A container in the making, or one in the foreground.
 struct Pod<'a> {
-    create: &'a Create<'a>,
     /// Its own.
     machine: Option<Process>,
-    /// The pod whose machine it is in, if that is another's.
-    member_of: Option<Membership>,
     /// Whether its network is another's.
     shares_network: bool,
     shadow: Shadow,
-    hooks: Hooked,
+    made: Made<'a>,
 }
 
-/// The hooks of a container, and what they are told about it.
-struct Hooked {
-    hooks: Hooks,
+/// What is made for a container on the host, and is left of it when its processes have ended.
+struct Made<'a> {
+    create: &'a Create<'a>,
     state: State,
+    /// Where its control groups are to be.
+    placement: Option<Placement>,
+    hooks: Hooks,
     /// Whether there was anything that a hook could have seen.
     begun: bool,
 }
 
 /// Makes a container, which waits for `start`; it is its shadow's from then on.
 pub fn create(create: &Create<'_>) -> Result<(), CreateError> {
-    let (bundle, joined) = create.check()?;
-    let mut pod = Pod::begin(create, &bundle, joined, Begin { kept: true, ..Begin::default() }, None)?;
+    let (bundle, wanted) = create.check()?;
+    let mut pod = Pod::begin(create, &bundle, wanted, Begin { kept: true, ..Begin::default() }, None)?;
     loop {
         match pod.shadow.news() {
             Ok(News::Entered) => {
@@ -127,7 +136,7 @@ pub fn create(create: &Create<'_>) -> Result<(), CreateError> {
             Err(_) => return Err(pod.died()),
         }
     }
-    if let Err(error) = pod.write_pid_file() {
+    if let Err(error) = pod.made.settle() {
         return Err(pod.end(error));
     }
     if let Some(machine) = pod.machine {
@@ -138,7 +147,7 @@ pub fn create(create: &Create<'_>) -> Result<(), CreateError> {
 
 /// Runs a container in the foreground; returns its exit status. Without `kept` nothing is left of it then.
 pub fn run(create: &Create<'_>, kept: bool) -> Result<u8, CreateError> {
-    let (bundle, joined) = create.check()?;
+    let (bundle, wanted) = create.check()?;
     // From here on nothing ends this process between making something and removing it.
     signals::block();
     let signals = Waiting::new().map_err(CreateError::Wait)?;
@@ -147,7 +156,7 @@ pub fn run(create: &Create<'_>, kept: bool) -> Result<u8, CreateError> {
         false => None,
     };
     let begin = Begin { kept, foreground: true, ..Begin::default() };
-    let mut pod = Pod::begin(create, &bundle, joined, begin, proxy.as_mut().and_then(Proxy::take_peer))?;
+    let mut pod = Pod::begin(create, &bundle, wanted, begin, proxy.as_mut().and_then(Proxy::take_peer))?;
     let mut running = false;
     loop {
         let (signal, news) = {
@@ -167,7 +176,7 @@ pub fn run(create: &Create<'_>, kept: bool) -> Result<u8, CreateError> {
                     }
                 }
                 Ok(News::Made) => {
-                    if let Err(error) = pod.write_pid_file() {
+                    if let Err(error) = pod.made.settle() {
                         return Err(pod.end(error));
                     }
                     if let Some(Err(error)) = proxy.as_mut().map(Proxy::start) {
@@ -178,7 +187,7 @@ pub fn run(create: &Create<'_>, kept: bool) -> Result<u8, CreateError> {
                 }
                 Ok(News::Started) => {
                     create.log.debug(|| format!("{}: container runs", create.id));
-                    if let Err(error) = pod.hooks.run(Point::Started, None) {
+                    if let Err(error) = pod.made.run_hooks(Point::Started, None) {
                         return Err(pod.end(error.into()));
                     }
                 }
@@ -211,16 +220,22 @@ pub fn run(create: &Create<'_>, kept: bool) -> Result<u8, CreateError> {
     pod.wait(proxy, kept)
 }
 
+/// Where a container is to be.
+struct Wanted {
+    joined: Joined,
+    placement: Option<Placement>,
+}
+
 impl<'a> Pod<'a> {
     /// Starts both processes. `terminal` is one that the container is to have.
     fn begin(
         create: &'a Create<'a>,
         bundle: &Bundle,
-        joined: Joined,
+        wanted: Wanted,
         begin: Begin,
         terminal: Option<OwnedFd>,
     ) -> Result<Self, CreateError> {
-        let Joined { pod: member_of, shared, namespaces: joined } = joined;
+        let Wanted { joined: Joined { pod: member_of, shared, namespaces: joined }, placement } = wanted;
         let (mut machine, mounts) = match &member_of {
             None => (Some(Process::spawn()?), None),
             Some(pod) => (None, Some(pod.mounts()?.ok_or_else(|| CreateError::PodGone(pod.pod.clone()))?)),
@@ -246,21 +261,31 @@ impl<'a> Pod<'a> {
         let shadow = Shadow::spawn(namespace, begin, &fds).map_err(CreateError::Spawn)?;
         let spec = bundle.config.spec();
         let annotations = spec.annotations().clone();
-        let state = State::new(create.id, shadow.pid(), &bundle.path, &bundle.root_path, annotations);
-        let hooks = Hooked { hooks: spec.hooks().clone().unwrap_or_default(), state, begun: false };
-        Ok(Self { create, machine, member_of, shares_network, shadow, hooks })
+        let mut state = State::new(create.id, shadow.pid(), &bundle.path, &bundle.root_path, annotations);
+        state.machine = machine.as_ref().map(|machine| Machine::of(machine.pid()));
+        state.member_of = member_of;
+        state.place(placement.as_ref());
+        let hooks = spec.hooks().clone().unwrap_or_default();
+        let made = Made { create, state, placement, hooks, begun: false };
+        let pod = Self { machine, shares_network, shadow, made };
+        // At once: what the machine uses before counts as ours. The shadow is as yet busy with itself.
+        match pod.made.move_machine() {
+            Ok(()) => Ok(pod),
+            Err(error) => Err(pod.end(error)),
+        }
     }
 
     /// The shadow is in its namespaces: what takes a look from outside is done, and the container made.
     fn entered(&mut self) -> Result<(), CreateError> {
-        self.hooks.begun = true;
+        self.made.move_shadow()?;
+        self.made.begun = true;
         let pid = Pid::from_raw(self.shadow.pid()).ok_or(CreateError::Wait(io::ErrorKind::NotFound.into()))?;
         let pidfd = pidfd_open(pid, PidfdFlags::empty()).map_err(|errno| CreateError::Wait(errno.into()))?;
-        self.hooks.run(Point::Made, Some(pidfd.as_fd()))?;
+        self.made.run_hooks(Point::Made, Some(pidfd.as_fd()))?;
         // After the hooks: some of them make the network.
-        match &self.member_of {
+        match &self.made.state.member_of {
             None => {
-                if let Some(wiring) = Wiring::of(&pidfd, crate::network::Joined::None, self.create.log)? {
+                if let Some(wiring) = Wiring::of(&pidfd, crate::network::Joined::None, self.made.create.log)? {
                     self.shadow.give(wiring)?;
                 }
             }
@@ -271,16 +296,9 @@ impl<'a> Pod<'a> {
         Ok(())
     }
 
-    fn write_pid_file(&self) -> Result<(), CreateError> {
-        let Some(path) = self.create.pid_file else { return Ok(()) };
-        state::replace(path, self.shadow.pid().to_string().as_bytes())
-            .map_err(|e| CreateError::PidFile(path.to_owned(), e))
-    }
-
     /// The container has ended, and its shadow is about to, with its status.
     fn wait(self, proxy: Option<Proxy>, kept: bool) -> Result<u8, CreateError> {
-        let Self { create, machine, member_of, shadow, hooks, .. } = self;
-        let pid = shadow.pid();
+        let Self { machine, shadow, made, .. } = self;
         let status = shadow.wait().map_err(CreateError::Wait)?;
         if let Some(mut proxy) = proxy {
             proxy.drain();
@@ -289,27 +307,20 @@ impl<'a> Pod<'a> {
         match status.code() {
             Some(code) => {
                 if !kept {
-                    create.leave(member_of.as_ref());
-                    hooks.deleted(create.log);
+                    made.remove();
                 }
                 Ok(u8::try_from(code).unwrap_or(u8::MAX))
             }
-            // Killed: it could not tidy up.
-            None => {
-                create.sweep(pid);
-                create.leave(member_of.as_ref());
-                hooks.deleted(create.log);
-                Err(CreateError::Died(status))
-            }
+            None => Err(made.killed(status)),
         }
     }
 
-    /// The shadow has said why, and removes what it made.
+    /// The shadow has said why.
     fn failed(self, error: String) -> CreateError {
-        let _ = self.shadow.wait();
-        self.create.remove_pid_file();
-        self.create.leave(self.member_of.as_ref());
-        self.hooks.deleted(self.create.log);
+        let Self { machine, shadow, made, .. } = self;
+        let _ = shadow.wait();
+        drop(machine);
+        made.remove_failed();
         CreateError::Failed(error)
     }
 
@@ -317,22 +328,22 @@ impl<'a> Pod<'a> {
     fn machine_gone(mut self) -> CreateError {
         let error = self.machine.as_mut().map_or(MachineError::Gone, Process::end);
         let _ = self.shadow.wait();
-        self.create.remove_pid_file();
-        self.create.leave(self.member_of.as_ref());
-        self.hooks.deleted(self.create.log);
+        self.made.remove_failed();
         error.into()
     }
 
     /// The shadow ended without a word.
     fn died(self) -> CreateError {
-        let Self { create, machine, member_of, shadow, hooks, .. } = self;
-        let pid = shadow.pid();
+        let Self { machine, shadow, made, .. } = self;
         let status = shadow.wait();
         drop(machine);
-        create.sweep(pid);
-        create.leave(member_of.as_ref());
-        hooks.deleted(create.log);
-        status.map_or_else(CreateError::Wait, CreateError::Died)
+        match status {
+            Ok(status) => made.killed(status),
+            Err(error) => {
+                made.remove_failed();
+                CreateError::Wait(error)
+            }
+        }
     }
 
     /// Ends it all for an error of ours.
@@ -342,25 +353,76 @@ impl<'a> Pod<'a> {
     }
 
     fn remove(self) {
-        let Self { create, machine, member_of, shadow, hooks, .. } = self;
-        let pid = shadow.pid();
+        let Self { machine, shadow, made, .. } = self;
         shadow.kill();
         drop(machine);
-        create.sweep(pid);
-        create.leave(member_of.as_ref());
-        hooks.deleted(create.log);
+        made.remove_failed();
     }
 }
 
-impl Hooked {
-    fn run(&self, point: Point, shadow: Option<BorrowedFd<'_>>) -> Result<(), HookError> {
+impl Made<'_> {
+    /// Moves the machine's process to its control group.
+    fn move_machine(&self) -> Result<(), CreateError> {
+        match (&self.placement, self.state.machine) {
+            (Some(placement), Some(machine)) => Ok(placement.make_machine(machine.0)?),
+            _ => Ok(()),
+        }
+    }
+
+    /// Moves the shadow to the container's control group, which has no limits yet.
+    fn move_shadow(&self) -> Result<(), CreateError> {
+        let Some(placement) = &self.placement else { return Ok(()) };
+        Ok(placement.make_container(self.state.process, self.state.machine.map(|machine| machine.0))?)
+    }
+
+    /// The container is made: it gets its limits, and who asked for it a pid.
+    fn settle(&self) -> Result<(), CreateError> {
+        if let Some(placement) = &self.placement {
+            placement.limit(self.state.process, self.state.machine.map(|machine| machine.0))?;
+        }
+        let Some(path) = self.create.pid_file else { return Ok(()) };
+        state::replace(path, self.state.process.pid.to_string().as_bytes())
+            .map_err(|e| CreateError::PidFile(path.to_owned(), e))
+    }
+
+    fn run_hooks(&self, point: Point, shadow: Option<BorrowedFd<'_>>) -> Result<(), HookError> {
         hooks::run(&self.hooks, point, &self.state, shadow)
     }
 
-    /// Nothing is left of the container. That a hook fails then changes nothing.
-    fn deleted(&self, log: &Log) {
+    /// A shadow that was killed could not tidy up.
+    fn killed(&self, status: ExitStatus) -> CreateError {
+        let starved = self.state.cgroup.as_ref().is_some_and(|group| group.out_of_memory() > 0);
+        self.remove_failed();
+        if starved { CreateError::OutOfMemory } else { CreateError::Died(status) }
+    }
+
+    /// Removes all there is of a container that failed: it has no pid. A file that somebody else made meanwhile is not told
+    /// apart.
+    fn remove_failed(&self) {
+        if let Some(path) = self.create.pid_file {
+            let _ = std::fs::remove_file(path);
+        }
+        self.remove();
+    }
+
+    /// Removes what there is of a container whose processes have ended. What cannot be removed now the next command sweeps.
+    fn remove(&self) {
+        let (log, id) = (self.create.log, self.create.id);
+        if let Err(error) = self.state.remove_cgroups(PATIENCE) {
+            log.warning(&error.to_string());
+        }
+        if let Ok(known) = Known::load(self.create.root, id)
+            && known.state.process == self.state.process
+        {
+            let _ = known.destroy();
+        }
+        // What of its files cannot be taken out of the machine of its pod goes with that.
+        if let Some(Err(error)) = self.state.member_of.as_ref().map(|pod| pod.leave(id)) {
+            log.debug(|| format!("{id}: {error}"));
+        }
+        // Nothing is left of it. That a hook fails then changes nothing.
         if self.begun
-            && let Err(error) = self.run(Point::Deleted, None)
+            && let Err(error) = self.run_hooks(Point::Deleted, None)
         {
             log.warning(&error.to_string());
         }
@@ -369,35 +431,12 @@ impl Hooked {
 
 impl Create<'_> {
     /// What can be said before anything is made, so that it is said first.
-    fn check(&self) -> Result<(Bundle, Joined), CreateError> {
+    fn check(&self) -> Result<(Bundle, Wanted), CreateError> {
         state::check_free(self.root, self.id)?;
         let bundle = Bundle::open(self.bundle)?;
         Size::for_container(bundle.config.spec())?;
         let joined = join::look_up(self.root, &bundle.config)?;
-        Ok((bundle, joined))
-    }
-
-    /// Takes the container's files out of the machine of its pod. What cannot be taken out goes with the machine.
-    fn leave(&self, pod: Option<&Membership>) {
-        if let Some(Err(error)) = pod.map(|pod| pod.leave(self.id)) {
-            self.log.debug(|| format!("{}: {error}", self.id));
-        }
-    }
-
-    /// Removes what a shadow left that was killed. What it had not written down yet the next command sweeps.
-    fn sweep(&self, pid: i32) {
-        self.remove_pid_file();
-        if let Ok(known) = Known::load(self.root, self.id)
-            && known.state.process.pid == pid
-        {
-            let _ = known.destroy();
-        }
-    }
-
-    /// A container that failed has no pid; a file that somebody else made meanwhile is not told apart.
-    fn remove_pid_file(&self) {
-        if let Some(path) = self.pid_file {
-            let _ = std::fs::remove_file(path);
-        }
+        let placement = Placement::new(self.cgroups, &bundle.config, self.id)?;
+        Ok((bundle, Wanted { joined, placement }))
     }
 }

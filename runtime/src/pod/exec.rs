@@ -15,6 +15,7 @@ use super::shadow::Shadow;
 use super::view::{self, ViewError};
 use crate::agent::{Agent, AgentError, Exit};
 use crate::bundle::BundleError;
+use crate::cgroup::CgroupError;
 use crate::log::Log;
 use crate::machine::PidNamespace;
 use crate::signals::{self, Signals};
@@ -61,6 +62,9 @@ pub enum ExecError {
     /// It cannot give up what it could do.
     #[error("cannot give up privileges: {0}")]
     Privileges(#[source] io::Error),
+    /// The container's control group.
+    #[error(transparent)]
+    Cgroup(#[from] CgroupError),
     /// The pid file cannot be written.
     #[error("cannot write the pid file {0}: {1}")]
     PidFile(PathBuf, #[source] io::Error),
@@ -123,13 +127,22 @@ pub fn exec_in_background(known: &Known, pid_file: Option<&Path>) -> Result<(), 
             Err(_) => return Err(shadow.wait().map_or_else(ExecError::Spawn, ExecError::Died)),
         }
     }
-    if let Some(path) = pid_file
-        && let Err(error) = state::replace(path, shadow.pid().to_string().as_bytes())
-    {
-        shadow.kill();
-        return Err(ExecError::PidFile(path.to_owned(), error));
+    match settle(known, &shadow, pid_file) {
+        Ok(()) => Ok(()),
+        Err(error) => {
+            shadow.kill();
+            Err(error)
+        }
     }
-    Ok(())
+}
+
+/// Puts a shadow where it belongs, and says who it is. It has all its threads, which the group may have no room for.
+fn settle(known: &Known, shadow: &Shadow, pid_file: Option<&Path>) -> Result<(), ExecError> {
+    if let Some(group) = &known.state.cgroup {
+        group.add(shadow.pid())?;
+    }
+    let Some(path) = pid_file else { return Ok(()) };
+    state::replace(path, shadow.pid().to_string().as_bytes()).map_err(|e| ExecError::PidFile(path.to_owned(), e))
 }
 
 /// Executes the program and lives as long as it; returns its exit status.

@@ -10,11 +10,11 @@ use super::link::{Given, News};
 use super::mounts;
 use super::session::{Outcome, Session};
 use super::size::memory_limit;
-use super::start::{Made, Run, RunError};
+use super::start::{Run, RunError};
 use super::view::{View, namespaces};
 use crate::agent::{self, Agent, AgentError};
 use crate::signals::{self, Signals};
-use crate::state::{self, Directory};
+use crate::state;
 use crate::stdio::Stdio;
 
 /// Runs a container; returns the status to exit with. Its files stay in the pod's machine: this process has no rights left by
@@ -30,9 +30,7 @@ pub fn run(run: &Run<'_>, given: Given) -> Result<u8, RunError> {
 
     // From here on there is something to remove.
     signals::block();
-    let directory = Directory::create(run.root, run.id)?;
-    let mut made = Made { directory, state: run.state(&begin, &bundle), entered: None };
-    made.directory.write(&made.state)?;
+    let mut made = run.make(&begin, &bundle)?;
     let console_size = bundle.config.console_size();
     let stdio = Stdio::new(bundle.config.terminal(), run.console_socket, console_size, terminal, true)?.leased()?;
     let sockets = state::open_pod(run.root, &pod.pod)?;

@@ -24,6 +24,7 @@ use super::size::{Size, SizeError, memory_limit};
 use super::view::{self, Entered, View, ViewError, namespaces};
 use crate::agent::{self, Agent, AgentError, Exit};
 use crate::bundle::{Bundle, BundleError};
+use crate::cgroup::{CgroupError, Manager, Placement};
 use crate::log::Log;
 use crate::machine::{CONTROL_SOCKET, Channel, MachineError};
 use crate::signals::{self, Signals};
@@ -46,6 +47,8 @@ pub struct Run<'a> {
     pub console_socket: Option<&'a Path>,
     /// Where to write what the guest kernel prints.
     pub guest_console: Option<&'a Path>,
+    /// Who makes its control group.
+    pub cgroups: Manager,
     /// Who asked for it.
     pub creator: &'a Creator,
     /// Root of all state.
@@ -66,6 +69,9 @@ pub enum RunError {
     /// Its id, or what is written under the state root.
     #[error(transparent)]
     State(#[from] StateError),
+    /// Its control group.
+    #[error(transparent)]
+    Cgroup(#[from] CgroupError),
     /// Its files.
     #[error(transparent)]
     Mount(#[from] MountError),
@@ -139,10 +145,8 @@ pub fn run(run: &Run<'_>) -> Result<u8, RunError> {
 
     // From here on there is something to remove.
     signals::block();
-    let directory = Directory::create(run.root, run.id)?;
-    let mut made = Made { directory, state: run.state(&begin, &bundle), entered: None };
+    let mut made = run.make(&begin, &bundle)?;
     let directory = &made.directory;
-    directory.write(&made.state)?;
     let files = Files { kernel: library_file(KERNEL), image: library_file(IMAGE) };
     let (kvm, kernel, image) = (resources::kvm()?, resources::kernel()?, resources::image()?);
     let console_size = bundle.config.console_size();
@@ -161,7 +165,7 @@ pub fn run(run: &Run<'_>) -> Result<u8, RunError> {
         (Resource::Control, control),
         (Resource::Remove { name: run.id.to_owned() }, duplicate(directory.pods())?),
     ]);
-    if !begin.kept {
+    if !begin.kept && made.state.cgroup.is_none() {
         machine.push((Resource::Remove { name: run.id.to_owned() }, duplicate(directory.root())?));
     }
     if let Some(path) = run.guest_console {
@@ -220,15 +224,23 @@ impl Run<'_> {
         Ok(bundle)
     }
 
-    /// What is written down of the container as it begins.
-    pub fn state(&self, begin: &Begin, bundle: &Bundle) -> State {
+    /// Takes the container's id, and writes down what there is to say of it as it begins.
+    pub fn make(&self, begin: &Begin, bundle: &Bundle) -> Result<Made, RunError> {
+        let placement = Placement::new(self.cgroups, &bundle.config, self.id)?;
         let spec = bundle.config.spec();
         let annotations = spec.annotations().clone();
         let mut state = State::new(self.id, begin.pid, &bundle.path, &bundle.root_path, annotations);
         state.machine = begin.machine.map(state::Machine::of);
         state.member_of = begin.pod.clone();
         state.hooks = spec.hooks().as_ref().and_then(hooks::later);
-        state
+        state.place(placement.as_ref());
+        let mut directory = Directory::create(self.root, self.id)?;
+        directory.write(&state)?;
+        if state.cgroup.is_some() {
+            // It says where the groups are: it goes after them, by who asked for the container or comes later.
+            directory.keep();
+        }
+        Ok(Made { directory, state, entered: None })
     }
 
     /// The status to exit with.

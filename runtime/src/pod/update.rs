@@ -20,5 +20,13 @@ pub fn update(root: &Path, id: &str, resources: &Resources) -> Result<(), Comman
     ask(&known, async |agent| agent.update_container(id, resources.document()).await).map_err(|error| match error {
         CommandError::Agent(AgentError::NotNow(_)) => CommandError::NotRunning(id.into(), known.status()),
         other => other,
-    })
+    })?;
+    // Where callers look for them, and what is of the host and not of the guest.
+    if let Some(group) = &known.state.machine_cgroup {
+        group.set(&resources.limits().of_host())?;
+    }
+    match &known.state.cgroup {
+        Some(group) => Ok(group.set(resources.limits())?),
+        None => Ok(()),
+    }
 }

@@ -11,6 +11,7 @@ pub mod words;
 use std::path::Path;
 
 use oci_spec::runtime::{LinuxResources, Mount, Spec};
+use podhull_limits::Resources as Limits;
 use serde_json::Value;
 
 use read::ConfigError;
@@ -24,6 +25,8 @@ pub struct Config {
     document: Value,
     /// Properties that no version of the runtime specification we know has; it asks to ignore them.
     unknown: Vec<String>,
+    /// `linux.resources` once more, as the limits they are.
+    limits: Limits,
 }
 
 impl Config {
@@ -35,6 +38,11 @@ impl Config {
     /// Paths of the properties that were ignored because no specification we know has them.
     pub fn unknown(&self) -> &[String] {
         &self.unknown
+    }
+
+    /// `linux.resources`.
+    pub fn limits(&self) -> &Limits {
+        &self.limits
     }
 
     /// `root.path` as written.
@@ -95,18 +103,26 @@ impl Config {
 pub struct Resources {
     typed: LinuxResources,
     document: Value,
+    limits: Limits,
 }
 
 impl Resources {
     /// Reads one.
     pub fn read(document: Value) -> Result<Self, ConfigError> {
-        let (document, typed) = read::resources(document)?;
-        Ok(Self { typed, document })
+        let (mut document, typed) = read::resources(document)?;
+        let limits = read::limits(&document)?;
+        read::leave_to_host(&mut document);
+        Ok(Self { typed, document, limits })
     }
 
     /// The typed view.
     pub fn typed(&self) -> &LinuxResources {
         &self.typed
+    }
+
+    /// As the limits they are.
+    pub fn limits(&self) -> &Limits {
+        &self.limits
     }
 
     /// What the guest has to know of it, as JSON.

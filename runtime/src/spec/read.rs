@@ -1,6 +1,8 @@
 //! From the text of `config.json` to a [`Config`], with an error that says where.
 
 use oci_spec::runtime::{LinuxResources, Spec};
+use podhull_limits::Resources as Limits;
+use serde::Deserialize;
 use serde_json::{Value, json};
 
 use super::{Config, fields, position, validate};
@@ -54,6 +56,24 @@ pub enum ConfigError {
     },
 }
 
+/// Limits of single block devices. Those of the host are no devices of the guest.
+const OF_BLOCK_DEVICES: [&str; 5] = [
+    "weightDevice",
+    "throttleReadBpsDevice",
+    "throttleWriteBpsDevice",
+    "throttleReadIOPSDevice",
+    "throttleWriteIOPSDevice",
+];
+
+/// Takes out of `linux.resources` what the host alone enforces.
+pub fn leave_to_host(resources: &mut Value) {
+    if let Some(block_io) = resources.get_mut("blockIO").and_then(Value::as_object_mut) {
+        for name in OF_BLOCK_DEVICES {
+            block_io.remove(name);
+        }
+    }
+}
+
 /// Parses and checks a specification.
 pub fn read(text: &str) -> Result<Config, ConfigError> {
     // First as JSON and then by type, so that a broken file is never taken for a wrong field.
@@ -78,7 +98,18 @@ pub fn read(text: &str) -> Result<Config, ConfigError> {
         return Err(ConfigError::Value { field, problem: "expected an object, found a list".into() });
     }
     validate::check(&spec)?;
-    Ok(Config { spec, document, unknown })
+    let limits = limits(document.pointer("/linux/resources").unwrap_or(&Value::Null))?;
+    if let Some(resources) = document.pointer_mut("/linux/resources") {
+        leave_to_host(resources);
+    }
+    Ok(Config { spec, document, unknown, limits })
+}
+
+/// `linux.resources` as limits, checked beyond their types as far as that goes without a control group.
+pub fn limits(resources: &Value) -> Result<Limits, ConfigError> {
+    let wrong = |problem: String| ConfigError::Value { field: "linux.resources".into(), problem };
+    let limits = Option::<Limits>::deserialize(resources).map_err(|e| wrong(problem(&e)))?;
+    Ok(limits.unwrap_or_default())
 }
 
 /// Checks a `linux.resources` object that is not part of a specification; refused fields that ask for nothing are taken out.
@@ -125,6 +156,17 @@ mod tests {
         assert_eq!(config.mounts().len(), 7);
         assert!(config.unknown().is_empty());
         assert_eq!(config.document, serde_json::from_str::<Value>(crate::spec::document::TEXT).unwrap());
+    }
+
+    #[test]
+    fn limits_of_the_host_s_devices_are_not_for_the_guest() {
+        let mut document: Value = serde_json::from_str(crate::spec::document::TEXT).unwrap();
+        let device = serde_json::json!([{ "major": 8, "minor": 0, "rate": 1 }]);
+        document["linux"]["resources"]["blockIO"] =
+            serde_json::json!({ "weight": 10, "throttleReadBpsDevice": device, "throttleWriteIOPSDevice": device });
+        let config = read(&document.to_string()).unwrap();
+        assert_eq!(config.document["linux"]["resources"]["blockIO"], serde_json::json!({ "weight": 10 }));
+        assert_eq!(config.limits().block_io.throttle_read_bps_device.len(), 1);
     }
 
     #[test]

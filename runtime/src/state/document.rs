@@ -2,10 +2,12 @@
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use oci_spec::runtime::Hooks;
 use serde::{Deserialize, Serialize};
+
+use crate::cgroup::{Cgroup, CgroupError, Placement};
 
 /// Version of `state.json`. Raised when a reader of the version before could misread it.
 pub const VERSION: u32 = 1;
@@ -49,6 +51,11 @@ pub struct State {
     /// Hooks of the specification that come after the container was made.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub hooks: Option<Hooks>,
+    /// Its control group, and that of its machine's process.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cgroup: Option<Cgroup>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub machine_cgroup: Option<Cgroup>,
 }
 
 /// A process that is not taken for another with its number.
@@ -78,6 +85,12 @@ impl Machine {
     /// The process with a number.
     pub fn of(pid: i32) -> Self {
         Self(Process::of(pid))
+    }
+}
+
+impl std::fmt::Display for Process {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(formatter, "{} {}", self.pid, self.start_time)
     }
 }
 
@@ -140,11 +153,23 @@ impl State {
             machine: None,
             member_of: None,
             hooks: None,
+            cgroup: None,
+            machine_cgroup: None,
         }
     }
-}
 
-impl State {
+    /// Notes where its control groups are to be.
+    pub fn place(&mut self, placement: Option<&Placement>) {
+        self.cgroup = placement.map(|placement| placement.container(self.process));
+        let machine = self.machine.map(|machine| machine.0);
+        self.machine_cgroup = placement.zip(machine).map(|(placement, machine)| placement.machine(machine));
+    }
+
+    /// Removes its control groups, as far as there are any; what is still in them is killed, and may take `patience` to end.
+    pub fn remove_cgroups(&self, patience: Duration) -> Result<(), CgroupError> {
+        self.cgroup.iter().chain(&self.machine_cgroup).try_for_each(|group| group.remove(patience))
+    }
+
     /// The pod the container is in; none while it is not known.
     pub fn pod(&self) -> Option<Membership> {
         let own = || self.machine.map(|machine| Membership { pod: self.id.clone(), machine });

@@ -14,6 +14,7 @@ use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 
 use super::document::{Process, VERSION, start_time};
 use super::{DOCUMENT, Membership, PODS, State, StateError, Status, check_id, same_file};
+use crate::cgroup::PATIENCE;
 
 /// Longest `state.json`: annotations are the caller's.
 const MAX_DOCUMENT: u64 = 4 << 20;
@@ -27,6 +28,8 @@ const TURN: Duration = Duration::from_secs(30);
 
 /// File in a container's directory that is locked by the command that changes the container.
 const TURN_FILE: &str = "lock";
+/// How long a process may take that was killed for nobody who waits for it.
+const SOON: Duration = Duration::from_secs(1);
 
 /// A container that exists.
 pub struct Known {
@@ -111,6 +114,7 @@ impl Known {
         if let Some(member) = &self.state.member_of {
             member.leave(&self.state.id)?;
         }
+        self.state.remove_cgroups(PATIENCE)?;
         remove_from(&self.root, &self.state.id, self.directory)
     }
 }
@@ -191,6 +195,13 @@ pub fn list(root: &Path) -> Result<Vec<Known>, StateError> {
 /// Whether somebody holds the container of this directory.
 pub fn is_held(container: &Path) -> bool {
     open(container).is_some_and(|directory| is_locked(&directory))
+}
+
+/// Removes the control groups of a container whose processes have ended, or are about to; false if that would take long.
+pub fn remove_cgroups(container: &Path) -> bool {
+    // Without a document there are none.
+    let state = open(container).and_then(|directory| read(&directory, container).ok());
+    state.is_none_or(|state| state.remove_cgroups(SOON).is_ok())
 }
 
 /// Whether the container of this directory stays although nobody holds it.

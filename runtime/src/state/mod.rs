@@ -26,7 +26,8 @@ use rustix::fs::{AtFlags, FlockOperation, Mode, OFlags, RenameFlags};
 use rustix::io::Errno;
 use rustix::rand::GetRandomFlags;
 
-pub use document::{Machine, Membership, State, Status};
+use crate::cgroup::CgroupError;
+pub use document::{Machine, Membership, Process, State, Status};
 pub use known::{Known, list, open_pod, remove};
 
 /// Directory of the pods; not a container's id.
@@ -64,6 +65,9 @@ pub enum StateError {
     /// The kernel does not let go of it.
     #[error("process {0} was killed and does not end: is a file system of the host stuck?")]
     DoesNotEnd(String),
+    /// Its control groups.
+    #[error(transparent)]
+    Cgroup(#[from] CgroupError),
 }
 
 /// An id that is a valid name.
@@ -230,8 +234,8 @@ fn make(path: &Path, mode: u32) -> Result<(), StateError> {
     fs::DirBuilder::new().recursive(true).mode(mode).create(path).map_err(|e| StateError::Write(path.to_owned(), e))
 }
 
-/// Removes what is not locked. What cannot be removed is left for the next time: it is in nobody's way but its own id's.
-fn sweep(root: &Path) {
+/// Removes what is not locked, and its control groups. What cannot be removed is left for the next time: it is in nobody's way but its own id's.
+pub fn sweep(root: &Path) {
     let Ok(entries) = fs::read_dir(root) else { return };
     for entry in entries.flatten() {
         let name = entry.file_name();
@@ -249,7 +253,7 @@ fn sweep(root: &Path) {
         // Another may be deleting it.
         let Some(_turn) = known::try_turn(&directory) else { continue };
         // Between opening and locking, its owner may have removed it and another taken the name.
-        if same_file(&directory, &path) && !known::is_kept(&path) {
+        if same_file(&directory, &path) && !known::is_kept(&path) && known::remove_cgroups(&path) {
             let _ = fs::remove_dir_all(root.join(PODS).join(name));
             let _ = fs::remove_dir_all(&path);
         }

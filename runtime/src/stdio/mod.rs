@@ -247,7 +247,6 @@ impl Flow {
         let (pod, sender, progress) = (pod.clone(), self.sender.clone(), self.progress.clone());
         thread(name, move || match connect::connect(pod.as_fd(), token) {
             Ok(stream) => {
-                let _ = sender.send(Report::Connected);
                 if let Err(error) = direction.run(name, stream, &sender, &progress) {
                     let _ = sender.send(Report::Failed(name, error));
                 }
@@ -316,6 +315,7 @@ impl Direction {
     ) -> io::Result<()> {
         let output = match self {
             Self::Input(fd) => {
+                let _ = sender.send(Report::Connected);
                 pump::input(fd, &stream, pump::End::Close);
                 return Ok(());
             }
@@ -326,6 +326,8 @@ impl Direction {
                 output
             }
         };
+        // Only now: when all are connected no thread is started any more, which the container's group may forbid.
+        let _ = sender.send(Report::Connected);
         pump::output(&stream, output.as_fd(), progress);
         let _ = sender.send(Report::Drained);
         Ok(())

@@ -223,7 +223,7 @@ fn exec(scene: &Scene) -> Outcome {
     ensure!(status.success(), "exec -d: {status}");
     let pid =
         fs::read_to_string(&pid_file)?.trim().parse().ok().and_then(Pid::from_raw).ok_or("no pid in the pid file")?;
-    let executed = Container { scene, id: id.into(), output: container.output.clone(), pid };
+    let executed = Container { scene, runtime: &scene.runtime, id: id.into(), output: container.output.clone(), pid };
     ensure_eq!(executed.wait()?, 9, "exit status of what was executed in the background");
 
     container.call(&["kill", id, "KILL"])?.output()?;

@@ -1,10 +1,12 @@
 //! All tests, one module for each topic; the quick ones first.
 
 mod bad_input;
+mod cgroups;
 mod command_line;
 mod commands;
 mod crashes;
 mod docker;
+mod docs;
 mod exit_codes;
 mod files;
 mod hooks;
@@ -19,6 +21,7 @@ mod privileged;
 mod process;
 mod resources;
 mod stdio;
+mod systemd;
 mod terminal;
 
 use crate::Outcome;
@@ -31,6 +34,7 @@ pub const ALL: &[&[Case]] = &[
     isolation::CASES,
     lifecycle::CASES,
     commands::CASES,
+    cgroups::CASES,
     hooks::CASES,
     namespaces::CASES,
     process::CASES,
@@ -46,6 +50,8 @@ pub const ALL: &[&[Case]] = &[
     network::CASES,
     podman::CASES,
     docker::CASES,
+    docs::CASES,
+    systemd::CASES,
 ];
 
 /// A test that holds for any OCI runtime.
