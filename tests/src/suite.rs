@@ -5,15 +5,16 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::time::Instant;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use rustix::process::{getpid, set_child_subreaper};
 
 use crate::bundle::{Bundle, DEBIAN, make_busybox_root};
 use crate::leaks::{Leaks, kill_leftovers};
-use crate::run::{Ended, Running};
+use crate::run::{DEADLINE, Ended, Running};
 use crate::runtime::Runtime;
-use crate::{Outcome, cases, ensure};
+use crate::{Outcome, cases, ensure, processes};
 
 /// What a test is about.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -100,6 +101,17 @@ impl Scene {
     /// Runs the program under test with other arguments.
     pub fn call(&self, arguments: &[&str]) -> Outcome<Ended> {
         self.call_with(&self.runtime, arguments)
+    }
+
+    /// Who removes the control groups of a container, which takes rights that no process of it has, was killed. Whoever makes
+    /// or deletes a container next does it, whichever that is; the processes of this one end by themselves.
+    pub fn sweep(&self) -> Outcome {
+        let until = Instant::now() + DEADLINE;
+        while let [first, ..] = &processes::descendants(std::process::id().cast_signed())[..] {
+            ensure!(Instant::now() < until, "{} {} still runs", first.pid, first.command);
+            thread::sleep(Duration::from_millis(5));
+        }
+        self.call(&["delete", "--force", "none"])?.output().map(drop)
     }
 
     /// Runs another runtime.

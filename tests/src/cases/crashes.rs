@@ -94,17 +94,6 @@ fn a_killed_machine(scene: &Scene) -> Outcome {
     check_times(times)
 }
 
-/// Who removes the control groups of a container, which takes rights that no process of it has, was killed. Whoever makes or
-/// deletes a container next does it, whichever that is; the processes of this one end by themselves.
-fn sweep(scene: &Scene) -> Outcome {
-    let until = Instant::now() + LATEST * 5;
-    while let [first, ..] = &processes::descendants(std::process::id().cast_signed())[..] {
-        ensure!(Instant::now() < until, "{} {} still runs", first.pid, first.command);
-        thread::sleep(Duration::from_millis(5));
-    }
-    scene.call(&["delete", "--force", "none"])?.output().map(drop)
-}
-
 fn a_killed_run(scene: &Scene) -> Outcome {
     let mut times = Vec::new();
     for _ in 0..repetitions(scene) {
@@ -120,7 +109,7 @@ fn a_killed_run(scene: &Scene) -> Outcome {
         }
         times.push(killed.elapsed());
         drop(run);
-        sweep(scene)?;
+        scene.sweep()?;
         before.check()?;
     }
     check_times(times)
@@ -165,7 +154,7 @@ fn a_run_killed_while_it_starts(scene: &Scene) -> Outcome {
     run.signal(Signal::KILL)?;
     run.wait_open(LATEST * 5)?;
     drop(run);
-    sweep(scene)?;
+    scene.sweep()?;
     before.check()?;
     let steps = u32::try_from(repetitions(scene))?;
     for step in 0..steps {
@@ -176,7 +165,7 @@ fn a_run_killed_while_it_starts(scene: &Scene) -> Outcome {
         run.signal(Signal::KILL)?;
         run.wait_open(LATEST * 5)?;
         drop(run);
-        sweep(scene)?;
+        scene.sweep()?;
         before.check().map_err(|error| format!("killed {:?} after its start: {error}", whole * step / steps))?;
     }
     Ok(())

@@ -362,6 +362,7 @@ fn nothing_stays_in_the_namespace_of_others(scene: &Scene) -> Outcome {
         run.signal(Signal::KILL)?;
         run.wait()?;
         check(&format!("a kill while {moment}"))?;
+        scene.sweep()?;
     }
     Ok(())
 }
