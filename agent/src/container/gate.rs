@@ -10,7 +10,7 @@ use rustix::net::{RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlag
 
 use super::capabilities::{self, Capabilities};
 use super::init::InitError;
-use super::process::{self, Program};
+use super::process::{self, ProcessError, Program};
 use super::report::Report;
 use super::rootfs::last_errno;
 use super::scheduling;
@@ -49,6 +49,8 @@ impl Gate<'_> {
             scheduling::set_io_priority(priority)?;
         }
 
+        // All there are; what follows opens none that would stay. Before the filter, which may not know the call.
+        keep_descriptors_from_program()?;
         // A filter may be loaded by who has CAP_SYS_ADMIN, or by who gains no privileges any more. The first must be before
         // the capabilities go, and so the filter sees the steps that follow; the second is the last step of all.
         if process.no_new_privileges {
@@ -57,11 +59,15 @@ impl Gate<'_> {
             filter.load()?;
         }
         capabilities.bound()?;
+        // A working directory that its user has no way to is entered as root; one that root has none to, as the user.
+        let entered = process::enter_cwd(&process.cwd);
         process::become_user(&process.user)?;
         capabilities.set()?;
-        process::enter_cwd(&process.cwd)?;
+        match entered {
+            Err(ProcessError::Cwd { source: Errno::ACCESS, .. }) => process::enter_cwd(&process.cwd)?,
+            entered => entered?,
+        }
         let program = Program::find(process, env)?;
-        keep_descriptors_from_program()?;
 
         report_created(socket, master)?;
         wait_for_start(socket)?;

@@ -3,7 +3,7 @@
 use serde_json::json;
 use ttrpc::Code;
 
-use crate::harness::{Agent, SYS_RESOURCE, lacks_capability, shell, spec, with};
+use crate::harness::{Agent, SYS_RESOURCE, lacks_capability, mount, shell, spec, with};
 
 #[tokio::test(flavor = "current_thread")]
 async fn exit_codes_and_signals_come_back_as_they_are() {
@@ -72,6 +72,12 @@ async fn environment_and_directory_are_those_of_the_specification_and_no_more() 
     assert_eq!(agent.run(&spec).await.ok(), "/tmp\n/root\n0\n1\n2\n3\n");
     let spec = with(shell("pwd"), [("/process/cwd", json!("/made/for/it")), ("/root/readonly", json!(false))]);
     assert_eq!(agent.run(&spec).await.ok(), "/made/for/it\n");
+    // Of another user, and closed to everybody else: as root it can be entered.
+    for user in [42, 0, 7] {
+        let mut spec = with(shell("pwd"), [("/process/cwd", json!("/tmp")), ("/process/user/uid", json!(user))]);
+        mount(&mut spec, "/tmp", "tmpfs", "tmpfs", &["mode=0700", "uid=42"]);
+        assert_eq!(agent.run(&spec).await.ok(), "/tmp\n", "user {user}");
+    }
 }
 
 #[tokio::test(flavor = "current_thread")]

@@ -36,6 +36,7 @@ async fn a_blocked_call_gets_its_error_and_a_killed_one_kills() {
 #[tokio::test(flavor = "current_thread")]
 async fn a_profile_that_denies_by_default_runs_what_it_names() {
     let agent = Agent::start().await;
+    // Not in it, as in profiles that are some years old: close_range, faccessat2, openat2.
     let names = [
         "access",
         "arch_prctl",
@@ -46,13 +47,11 @@ async fn a_profile_that_denies_by_default_runs_what_it_names() {
         "clock_gettime",
         "clone",
         "close",
-        "close_range",
         "dup2",
         "dup3",
         "execve",
         "exit",
         "exit_group",
-        "faccessat2",
         "fcntl",
         "fstat",
         "futex",
