@@ -100,10 +100,17 @@ fn spec_writes_the_document_of_runc_and_never_overwrites() {
 
 #[test]
 fn version_has_the_lines_callers_parse() {
-    let output = Command::new(PODHULL).arg("--version").output().unwrap();
-    let text = String::from_utf8(output.stdout).unwrap();
-    assert!(text.starts_with("podhull version "), "{text}");
-    assert_eq!(text.lines().last(), Some("spec: 1.2.0"));
+    let place = Place::new("version");
+    let runc = place.0.join("runc");
+    std::os::unix::fs::symlink(PODHULL, &runc).unwrap();
+    for (program, name) in [(Path::new(PODHULL), "podhull"), (&runc, "runc")] {
+        let output = Command::new(program).arg("--version").output().unwrap();
+        let text = String::from_utf8(output.stdout).unwrap();
+        let [version, commit, spec] = text.lines().collect::<Vec<_>>()[..] else { panic!("{text}") };
+        assert!(version.starts_with(&format!("{name} version ")), "{text}");
+        assert!(commit.starts_with("commit: "), "{text}");
+        assert_eq!(spec, "spec: 1.2.0");
+    }
 }
 
 #[test]

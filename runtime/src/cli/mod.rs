@@ -21,7 +21,7 @@ mod update;
 mod vmm;
 
 use std::ffi::OsString;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use clap::error::ErrorKind;
@@ -230,14 +230,15 @@ fn usage(error: &clap::Error) -> ExitCode {
     ExitCode::from(FAILURE)
 }
 
-/// The lines callers of runc parse by position.
+/// The lines callers of runc parse, by position. Some look for its name too: where podhull stands in for it, as a file of that
+/// name, it answers to it.
 fn version() -> std::io::Result<()> {
     use std::io::Write;
-    let mut text = format!("podhull version {}\n", env!("CARGO_PKG_VERSION"));
-    if let Some(commit) = option_env!("PODHULL_COMMIT") {
-        text += &format!("commit: {commit}\n");
-    }
-    text += &format!("spec: {OCI_VERSION}\n");
+    let called = std::env::args_os().next().unwrap_or_default();
+    let name = if Path::new(&called).file_name() == Some("runc".as_ref()) { "runc" } else { "podhull" };
+    let version = env!("CARGO_PKG_VERSION");
+    let commit = option_env!("PODHULL_COMMIT").unwrap_or(version);
+    let text = format!("{name} version {version}\ncommit: {commit}\nspec: {OCI_VERSION}\n");
     std::io::stdout().write_all(text.as_bytes())
 }
 

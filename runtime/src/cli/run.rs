@@ -21,13 +21,21 @@ pub struct Arguments {
     /// Return when the program runs; `podhull delete` removes the container
     #[arg(short, long)]
     detach: bool,
+
+    /// Leave the container there when it has ended, until `podhull delete`
+    #[arg(long)]
+    keep: bool,
+
+    /// For callers of runc; nothing is reparented to this process
+    #[arg(long, hide = true)]
+    no_subreaper: bool,
 }
 
 impl Arguments {
     /// Runs the container; returns its exit status.
     pub fn execute(self, context: &Context) -> Result<u8, Failure> {
         if !self.detach {
-            return Ok(pod::run_in_foreground(&self.container.create(context), false)?);
+            return Ok(pod::run_in_foreground(&self.container.create(context), self.keep)?);
         }
         pod::create(&self.container.create(context))?;
         let id = &self.container.id;

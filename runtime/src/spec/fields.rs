@@ -179,7 +179,8 @@ pub const FIELDS: &[(&str, Fate)] = &[
     ("linux.resources.blockIO.*[].*", Host),
     ("linux.resources.hugepageLimits", Host),
     ("linux.resources.hugepageLimits[]", Host),
-    ("linux.resources.hugepageLimits[].*", Host),
+    ("linux.resources.hugepageLimits[].pageSize", Host),
+    ("linux.resources.hugepageLimits[].limit", Host),
     ("linux.resources.network", Refused(CGROUP_V1)),
     ("linux.resources.rdma", Refused(HOST_DEVICE)),
     ("linux.resources.unified", Host),
@@ -225,6 +226,8 @@ pub struct Checked {
     pub unknown: Vec<String>,
     /// Paths of lists where no list belongs.
     pub lists: Vec<String>,
+    /// Whether a key was written with other letters, upper or lower, than its field.
+    pub respelt: bool,
 }
 
 /// Refuses what is refused; removes refused fields that ask for nothing, and unknown ones: the runtime specification
@@ -240,7 +243,14 @@ fn walk(value: &mut Value, path: &str, pattern: &str, checked: &mut Checked) -> 
     match value {
         Value::Object(members) => {
             let mut kept = serde_json::Map::new();
-            for (key, mut member) in std::mem::take(members) {
+            let given: Vec<String> = members.keys().cloned().collect();
+            for (mut key, mut member) in std::mem::take(members) {
+                if let Some(name) = spelt_otherwise(pattern, &key)
+                    && !given.iter().any(|given| given == name)
+                {
+                    key = name.to_owned();
+                    checked.respelt = true;
+                }
                 let path = if path.is_empty() { key.clone() } else { format!("{path}.{key}") };
                 match fate(pattern, &key) {
                     Some((_, Refused(_))) if is_empty(&member) => {}
@@ -278,6 +288,19 @@ fn fate(parent: &str, key: &str) -> Option<(&'static str, Fate)> {
         })
     };
     line(key).or_else(|| line("*"))
+}
+
+/// The field that a key means to runc, which is not particular about upper and lower case: what limits a container there must not
+/// be taken for no field here.
+fn spelt_otherwise(parent: &str, key: &str) -> Option<&'static str> {
+    if fate(parent, key).is_some() {
+        return None;
+    }
+    FIELDS.iter().find_map(|(pattern, _)| {
+        let rest = pattern.strip_prefix(parent)?;
+        let name = if parent.is_empty() { rest } else { rest.strip_prefix('.')? };
+        (name.eq_ignore_ascii_case(key)).then_some(name)
+    })
 }
 
 fn is_empty(value: &Value) -> bool {
@@ -322,6 +345,26 @@ mod tests {
         let mut document = json!({"process": {"wishes": [1]}, "annotations": {"io.x.y": "z"}});
         assert_eq!(check(&mut document).unwrap().unknown, ["process.wishes"]);
         assert_eq!(document, json!({"process": {}, "annotations": {"io.x.y": "z"}}));
+    }
+
+    #[test]
+    fn upper_and_lower_case_are_not_told_apart() {
+        let mut document = json!({
+            "linux": {"Resources": {"CPU": {"Cpus": "0", "shares": 1, "Shares": 2}, "hugepageLimits": [{"pagesize": "2MB"}]}},
+            "annotations": {"A": "b", "a": "c"},
+        });
+        let checked = check(&mut document).unwrap();
+        assert!(checked.respelt);
+        assert_eq!(checked.unknown, ["linux.resources.cpu.Shares"]);
+        assert_eq!(
+            document,
+            json!({
+                "linux": {"resources": {"cpu": {"cpus": "0", "shares": 1}, "hugepageLimits": [{"pageSize": "2MB"}]}},
+                "annotations": {"A": "b", "a": "c"},
+            })
+        );
+        let mut refused = json!({"linux": {"INTELRDT": {"closID": "x"}}});
+        assert!(check(&mut refused).unwrap_err().to_string().starts_with(": linux.intelRdt"));
     }
 
     #[test]

@@ -85,14 +85,23 @@ pub fn read(text: &str) -> Result<Config, ConfigError> {
     if !document.is_object() {
         return Err(ConfigError::Syntax { line: 1, column: 1, problem: "expected an object".into() });
     }
-    let fields::Checked { unknown, lists } = fields::check(&mut document)?;
+    let fields::Checked { unknown, lists, respelt } = fields::check(&mut document)?;
     validate::capability_names(&document)?;
-    let spec: Spec = serde_json::from_str(text).map_err(|e| ConfigError::Type {
-        line: e.line(),
-        column: e.column(),
-        field: position::field_at(text, e.line(), e.column()),
-        problem: problem(&e),
-    })?;
+    let spec: Spec = match respelt {
+        false => serde_json::from_str(text).map_err(|e| ConfigError::Type {
+            line: e.line(),
+            column: e.column(),
+            field: position::field_at(text, e.line(), e.column()),
+            problem: problem(&e),
+        })?,
+        true => {
+            let text = document.to_string();
+            serde_json::from_str(&text).map_err(|e| ConfigError::Value {
+                field: position::field_at(&text, e.line(), e.column()),
+                problem: problem(&e),
+            })?
+        }
+    };
     // The typed view takes a list for an object, member by member.
     if let Some(field) = lists.into_iter().next() {
         return Err(ConfigError::Value { field, problem: "expected an object, found a list".into() });
@@ -167,6 +176,17 @@ mod tests {
         let config = read(&document.to_string()).unwrap();
         assert_eq!(config.document["linux"]["resources"]["blockIO"], serde_json::json!({ "weight": 10 }));
         assert_eq!(config.limits().block_io.throttle_read_bps_device.len(), 1);
+    }
+
+    #[test]
+    fn fields_in_other_letters_are_typed_too() {
+        let text = crate::spec::document::TEXT.replace("\"cwd\"", "\"CWD\"").replace("\"resources\"", "\"Resources\"");
+        let config = read(&text).unwrap();
+        assert_eq!(config.spec.process().as_ref().unwrap().cwd(), std::path::Path::new("/"));
+        assert!(config.spec.linux().as_ref().unwrap().resources().is_some());
+        assert!(
+            error(&text.replace("\"CWD\": \"/\"", "\"CWD\": 7")).starts_with("config.json: process.cwd: invalid type")
+        );
     }
 
     #[test]
