@@ -79,9 +79,7 @@ impl PodError {
                 ttrpc::Code::INVALID_ARGUMENT
             }
             Self::Stdio(StdioError::TokenTwice(_)) => ttrpc::Code::INVALID_ARGUMENT,
-            Self::Machine(MachineError::EntropyLength(_) | MachineError::NoSuchCpu { .. }) => {
-                ttrpc::Code::INVALID_ARGUMENT
-            }
+            Self::Machine(MachineError::EntropyLength(_)) => ttrpc::Code::INVALID_ARGUMENT,
             Self::Network(NetworkError::Missing { .. }) => ttrpc::Code::NOT_FOUND,
             Self::Network(error) if error.is_invalid() => ttrpc::Code::INVALID_ARGUMENT,
             Self::Exists(_) => ttrpc::Code::ALREADY_EXISTS,

@@ -20,7 +20,7 @@ use super::member;
 use super::mounts::{self, MountError};
 use super::resources::{self, IMAGE, KERNEL, ResourceError, library_file};
 use super::session::{Outcome, Session, Step};
-use super::size::{Size, SizeError, memory_limit};
+use super::size::{Demand, Size, SizeError, memory_limit};
 use super::view::{self, Entered, View, ViewError, namespaces};
 use crate::agent::{self, Agent, AgentError, Exit};
 use crate::bundle::{Bundle, BundleError};
@@ -234,6 +234,7 @@ impl Run<'_> {
         state.member_of = begin.pod.clone();
         state.hooks = spec.hooks().as_ref().and_then(hooks::later);
         state.place(placement.as_ref());
+        state.demand = Demand::of(spec);
         let mut directory = Directory::create(self.root, self.id)?;
         directory.write(&state)?;
         if state.cgroup.is_some() {
@@ -343,13 +344,13 @@ const GRACE: std::time::Duration = std::time::Duration::from_millis(500);
 fn machine_config(size: Size, machine: Vec<(Resource, OwnedFd)>) -> (MachineConfig, Vec<OwnedFd>) {
     let (resources, fds) = machine.into_iter().unzip();
     let mut devices = vec![Device::Share];
-    if size.memory_max > size.memory_base {
+    if size.memory > size.memory_base {
         devices.push(Device::Memory);
     }
     let config = MachineConfig {
         memory_bytes: size.memory_base,
         memory_max_bytes: size.memory_max,
-        cpus_max: size.cpus,
+        cpus_max: size.cpus_max,
         extra_cmdline: String::new(),
         resources,
         devices,

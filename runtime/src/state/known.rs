@@ -142,6 +142,11 @@ impl Membership {
     }
 }
 
+/// Waits until no other command changes the machine of a pod; until this is dropped no other does.
+pub fn take_turn_of_pod(root: &Path, pod: &str) -> Result<OwnedFd, StateError> {
+    take_turn(&open_pod(root, pod)?, &root.join(PODS).join(pod))
+}
+
 /// The directory of a pod, with its sockets.
 pub fn open_pod(root: &Path, pod: &str) -> Result<OwnedFd, StateError> {
     check_id(pod)?;

@@ -4,6 +4,7 @@
 //! <root>/<id>/state.json       the container; see [`State`]
 //! <root>/<id>/lock             locked by the command that changes what the container does
 //! <root>/pods/<id>/vsock.sock  the way into the guest
+//! <root>/pods/<id>/lock        locked by the command that changes the size of the machine
 //! <root>/@<random>/            a container's directory in the making
 //! ```
 //!
@@ -28,7 +29,7 @@ use rustix::rand::GetRandomFlags;
 
 use crate::cgroup::CgroupError;
 pub use document::{Machine, Membership, Process, State, Status};
-pub use known::{Known, list, open_pod, remove};
+pub use known::{Known, list, open_pod, remove, take_turn_of_pod};
 
 /// Directory of the pods; not a container's id.
 const PODS: &str = "pods";

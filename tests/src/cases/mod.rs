@@ -1,6 +1,7 @@
 //! All tests, one module for each topic; the quick ones first.
 
 mod bad_input;
+mod broken;
 mod cgroups;
 mod command_line;
 mod commands;
@@ -9,6 +10,7 @@ mod docker;
 mod docs;
 mod exit_codes;
 mod files;
+mod growth;
 mod hooks;
 mod isolation;
 mod lifecycle;
@@ -19,6 +21,8 @@ mod podman;
 mod pods;
 mod privileged;
 mod process;
+mod programs;
+mod races;
 mod resources;
 mod stdio;
 mod systemd;
@@ -43,11 +47,15 @@ pub const ALL: &[&[Case]] = &[
     stdio::CASES,
     files::CASES,
     bad_input::CASES,
+    broken::CASES,
+    races::CASES,
     crashes::CASES,
     resources::CASES,
+    growth::CASES,
     load::CASES,
     pods::CASES,
     network::CASES,
+    programs::CASES,
     podman::CASES,
     docker::CASES,
     docs::CASES,
