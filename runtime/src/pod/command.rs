@@ -178,7 +178,14 @@ pub fn delete(root: &Path, id: &str, force: bool, log: &Log) -> Result<(), Comma
 /// Asks the agent of a container's pod one thing.
 pub fn ask<T>(known: &Known, question: impl AsyncFnOnce(Agent) -> Result<T, AgentError>) -> Result<T, CommandError> {
     let pod = known.pod()?;
-    event_loop()?.block_on(async { Ok(question(Agent::dial(pod.as_fd())?).await?) })
+    let answer = event_loop()?.block_on(async { question(Agent::dial(pod.as_fd())?).await });
+    answer.map_err(|error| match error {
+        // It ended on the way.
+        AgentError::Connect(_) | AgentError::Gone(_) if known.status() == Status::Stopped => {
+            CommandError::NotRunning(known.state.id.clone(), Status::Stopped)
+        }
+        error => error.into(),
+    })
 }
 
 /// For what waits on more than one thing.

@@ -237,6 +237,7 @@ impl Run<'_> {
         state.demand = Demand::of(spec);
         let mut directory = Directory::create(self.root, self.id)?;
         directory.write(&state)?;
+        directory.write_groups(&state)?;
         if state.cgroup.is_some() {
             // It says where the groups are: it goes after them, by who asked for the container or comes later.
             directory.keep();

@@ -172,7 +172,12 @@ impl State {
 
     /// Removes its control groups, as far as there are any; what is still in them is killed, and may take `patience` to end.
     pub fn remove_cgroups(&self, patience: Duration) -> Result<(), CgroupError> {
-        self.cgroup.iter().chain(&self.machine_cgroup).try_for_each(|group| group.remove(patience))
+        self.cgroups().try_for_each(|group| group.remove(patience))
+    }
+
+    /// Its control groups.
+    pub fn cgroups(&self) -> impl Iterator<Item = &Cgroup> {
+        self.cgroup.iter().chain(&self.machine_cgroup)
     }
 
     /// The pod the container is in; none while it is not known.

@@ -54,7 +54,7 @@ fn limit(mib: u64) -> serde_json::Value {
 fn of_a_container_that_is_updated(scene: &Scene) -> Outcome {
     let before = Leaks::watch();
     // The smallest has no memory device to begin with, the other has.
-    for (begin, more) in [(64, 700), (400, 1200)] {
+    for (begin, more) in [(64, 300), (200, 400)] {
         let bundle = scene.debian()?.set("/linux/resources", limit(begin)).sh("exec sleep 1000");
         let container = Container::make(scene, &bundle, &["run", "-d"])?;
         let id = container.id.as_str();
@@ -63,14 +63,14 @@ fn of_a_container_that_is_updated(scene: &Scene) -> Outcome {
         scene.call(&["update", "--memory", &format!("{more}m"), id])?.output()?;
         let grown = memory(&container)?;
         ensure!((more..more + 250).contains(&grown), "{grown} MiB of memory for a limit of {more}");
-        use_memory(&container, more - 100)?;
+        use_memory(&container, more - 60)?;
         // Other limits change nothing of it.
         scene.call(&["update", "--pids-limit", "50", id])?.output()?;
         ensure_eq!(memory(&container)?, grown, "MiB of memory after another update");
         scene.call(&["update", "--memory", &format!("{begin}m"), id])?.output()?;
         wait_until_less(&container, first + 50)?;
         scene.call(&["update", "--memory", &format!("{more}m"), id])?.output()?;
-        use_memory(&container, more - 100)?;
+        ensure_eq!(memory(&container)?, grown, "MiB of memory when it is more again");
         container.end()?;
         before.check()?;
     }
@@ -86,16 +86,16 @@ fn of_a_pod_that_is_joined(scene: &Scene) -> Outcome {
         let bundle = scene.debian()?.set("/linux/resources", limit(mib)).sh("exec sleep 1000");
         Container::make(scene, &super::pods::in_the_pod_of(bundle, &first), &["run", "-d"])
     };
-    let (second, third) = (join(300)?, join(500)?);
+    let (second, third) = (join(200)?, join(300)?);
     let grown = memory(&first)?;
-    ensure!(grown >= 64 + 300 + 500, "{grown} MiB of memory for limits of 64, 300 and 500");
-    use_memory(&second, 250)?;
-    use_memory(&third, 400)?;
+    ensure!(grown >= 64 + 200 + 300, "{grown} MiB of memory for limits of 64, 200 and 300");
+    use_memory(&second, 150)?;
+    use_memory(&third, 250)?;
     // What one leaves is given back, and what the others have stays.
     third.end()?;
-    wait_until_less(&first, grown - 450)?;
-    ensure!(memory(&first)? >= 64 + 300, "{} MiB of memory", memory(&first)?);
-    use_memory(&second, 250)?;
+    wait_until_less(&first, grown - 250)?;
+    ensure!(memory(&first)? >= 64 + 200, "{} MiB of memory", memory(&first)?);
+    use_memory(&second, 150)?;
     second.end()?;
     wait_until_less(&first, small + 50)?;
     first.end()?;

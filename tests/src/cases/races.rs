@@ -2,17 +2,21 @@
 //! leaves nothing.
 
 use std::collections::BTreeMap;
-use std::ffi::OsString;
-use std::fs;
+use std::ffi::{OsStr, OsString};
+use std::fs::{self, File};
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
-use rustix::process::{Pid, Signal, kill_process};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::process::{Pid, PidfdFlags, Signal, kill_process, pidfd_open};
 
 use super::podhull;
 use crate::container::Container;
 use crate::leaks::{Leaks, Totals};
-use crate::run::Running;
+use crate::run::{DEADLINE, Running};
 use crate::suite::{Case, Scene};
 use crate::{Outcome, ensure, processes};
 
@@ -83,25 +87,60 @@ fn two_commands_on_one_container(scene: &Scene) -> Outcome {
     Ok(())
 }
 
+/// A command that leaves a container behind, which keeps its output open.
+struct Creation {
+    id: String,
+    child: Child,
+    output: PathBuf,
+}
+
+impl Creation {
+    /// `before` goes before the command line, `command` are the words of it up to the bundle.
+    fn start(scene: &Scene, before: &[&str], command: &[&str], bundle: &Path) -> Outcome<Self> {
+        let id = scene.id();
+        let output = scene.directory.join(format!("{id}.out"));
+        let file = File::create(&output)?;
+        let program = scene.runtime.program();
+        let mut words = before.iter().map(OsStr::new).chain([program.as_ref()]).chain(command.iter().map(OsStr::new));
+        let mut child = Command::new(words.next().ok_or("no program")?);
+        child.args(words).arg("-b").arg(bundle).arg(&id);
+        let child = child.stdin(Stdio::null()).stdout(file.try_clone()?).stderr(file).process_group(0).spawn()?;
+        Ok(Self { id, child, output })
+    }
+
+    /// Waits for the command; returns whether it succeeded, and what it said.
+    fn wait(&mut self) -> Outcome<(bool, String)> {
+        let pidfd = pidfd_open(Pid::from_child(&self.child), PidfdFlags::empty())?;
+        let ready = poll(&mut [PollFd::new(&pidfd, PollFlags::IN)], Some(&Timespec::try_from(DEADLINE)?))?;
+        let said = fs::read_to_string(&self.output)?;
+        ensure!(ready == 1, "it did not end; it said {said:?}");
+        Ok((self.child.wait()?.success(), said))
+    }
+
+    /// Deletes what there is of it.
+    fn end(mut self, scene: &Scene, what: &str) -> Outcome {
+        let (_, said) = self.wait().map_err(|error| format!("{what}: {error}"))?;
+        let deleted = scene.call(&["delete", "--force", &self.id])?;
+        ensure!(deleted.status == 0, "{what}: {:?}; the command said {said:?}", deleted.stderr);
+        Ok(scene.sweep().map_err(|error| format!("{what}: {error}"))?)
+    }
+}
+
 /// A process of the creation is killed when it enters a certain system call for a certain time; which, strace(1) found out in a
 /// creation that nobody disturbed.
 fn a_creation_killed_at_any_system_call(scene: &Scene) -> Outcome {
     let bundle = scene.debian()?.sh("exec sleep 1000");
     bundle.write()?;
-    let create = |trace: &[&str]| -> Outcome<(String, Running)> {
-        let id = scene.id();
-        // The tracer is not to be waited for: it stays as long as anything that it traces.
-        let strace = ["strace", "-D", "-f", "-qq", "--seccomp-bpf"].iter().chain(trace).map(OsString::from);
-        let mut words: Vec<_> = strace.chain(scene.runtime.run_words(&bundle.directory, &id)).collect();
-        let place = words.iter().position(|word| word == "run").ok_or("no word `run`")?;
-        words[place] = "create".into();
-        Ok((id, Running::start(&words, &[])?))
+    // The tracer is not to be waited for: it stays as long as anything that it traces.
+    let create = |trace: &[&str]| {
+        let before = [&["strace", "-D", "-f", "-qq"], trace].concat();
+        Creation::start(scene, &before, &["create"], &bundle.directory)
     };
     let file = scene.directory.join("trace");
-    let (id, mut whole) = create(&["-o", &file.to_string_lossy()])?;
-    whole.wait_open(crate::run::DEADLINE)?.expect_status(0)?;
-    scene.call(&["delete", "--force", &id])?.output()?;
-    scene.sweep()?;
+    let mut whole = create(&["-o", &file.to_string_lossy()])?;
+    let (succeeded, said) = whole.wait()?;
+    ensure!(succeeded, "{said}");
+    whole.end(scene, "nothing")?;
     let steps = steps(&fs::read_to_string(&file)?);
     ensure!(steps.len() > 50, "only {} system calls were seen", steps.len());
     let count = scene.repeat.min(200);
@@ -109,11 +148,8 @@ fn a_creation_killed_at_any_system_call(scene: &Scene) -> Outcome {
         let before = Leaks::watch();
         let (call, nth) = &steps[(number * steps.len() + random(steps.len())?) / count];
         let what = format!("inject={call}:signal=KILL:when={nth}");
-        let (id, mut create) = create(&["-o", "/dev/null", "-e", &format!("trace={call}"), "-e", &what])?;
-        let ended = create.wait_open(crate::run::DEADLINE).map_err(|error| format!("{what}: {error}"))?;
-        let deleted = scene.call(&["delete", "--force", &id])?;
-        ensure!(deleted.status == 0, "{what}: {:?}; the creation said {:?}", deleted.stderr, ended.stderr);
-        scene.sweep().map_err(|error| format!("{what}: {error}"))?;
+        let trace = ["--seccomp-bpf", "-o", "/dev/null", "-e", &format!("trace={call}"), "-e", &what];
+        create(&trace)?.end(scene, &what)?;
         before.check().map_err(|error| format!("{what}: {error}"))?;
     }
     Ok(())
@@ -150,11 +186,9 @@ fn any_process_is_killed_at_any_time(scene: &Scene) -> Outcome {
     let whole = began.elapsed();
     let mut first = None;
     for _ in 0..scene.repeat.min(200) {
-        let id = scene.id();
-        let mut words = scene.runtime.run_words(&bundle.directory, &id);
-        words.insert(2, "--detach".into());
-        let mut run = Running::start(&words, &[])?;
-        let until = Instant::now() + whole * u32::try_from(random(100)?)? / 100;
+        let began = Instant::now();
+        let run = Creation::start(scene, &[], &["run", "--detach"], &bundle.directory)?;
+        let until = began + whole * u32::try_from(random(100)?)? / 100;
         thread::sleep(until.saturating_duration_since(Instant::now()));
         let family = processes::descendants(std::process::id().cast_signed());
         let ours: Vec<_> = family.iter().filter(|process| process.command.starts_with("podhull")).collect();
@@ -166,10 +200,7 @@ fn any_process_is_killed_at_any_time(scene: &Scene) -> Outcome {
                 let _ = kill_process(pid, Signal::KILL);
             }
         }
-        run.wait_open(Duration::from_secs(60)).map_err(|error| format!("{victim} was killed: {error}"))?;
-        let deleted = scene.call(&["delete", "--force", &id])?;
-        ensure!(deleted.status == 0, "{victim} was killed: {:?}", deleted.stderr);
-        scene.sweep().map_err(|error| format!("{victim} was killed: {error}"))?;
+        run.end(scene, &format!("{victim} was killed"))?;
         before.check().map_err(|error| format!("{victim} was killed: {error}"))?;
         // After the first of it, which fills caches of the kernel's own.
         if first.is_none() {
