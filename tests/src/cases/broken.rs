@@ -69,13 +69,9 @@ fn a_state_that_cannot_be_read(scene: &Scene) -> Outcome {
     let newer = |text: &str| text.replace("\"version\":1,", "\"version\":99,");
     let cut = |text: &str| text[..text.len() / 2].to_owned();
     let another_s = |text: &str| text.replace("\"id\":\"", "\"id\":\"x");
-    let cases: [(&dyn Fn(&str) -> String, &str); 4] = [
-        (&newer, "newer podhull"),
-        (&cut, "EOF"),
-        (&|_: &str| "\0\u{1}".into(), "line 1"),
-        (&another_s, "it is that of"),
-    ];
-    for (change, what) in cases {
+    let binary = |_: &str| "\0\u{1}".to_owned();
+    let changes: [&dyn Fn(&str) -> String; 4] = [&newer, &cut, &binary, &another_s];
+    for (change, what) in changes.into_iter().zip(["newer podhull", "EOF", "line 1", "it is that of"]) {
         let before = Leaks::watch();
         let container = Container::make(scene, &scene.debian()?.sh("exec sleep 1000"), &["run", "-d"])?;
         let file = PathBuf::from("/run/podhull").join(&container.id).join("state.json");
