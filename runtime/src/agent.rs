@@ -8,7 +8,7 @@ use std::time::Duration;
 use podhull_protocol::{
     AgentClient, ConfigureNetworkRequest, ContainerStatsRequest, ContainerStatsResponse, CreateContainerRequest,
     CreatePodRequest, DeleteContainerRequest, DeleteProcessRequest, Event, EventsRequest, ExecProcessRequest,
-    GrowRequest, PauseContainerRequest, ResizeTerminalRequest, ResumeContainerRequest, SharedMemory,
+    GrowRequest, HostSocket, PauseContainerRequest, ResizeTerminalRequest, ResumeContainerRequest, SharedMemory,
     SignalContainerRequest, SignalProcessRequest, StartContainerRequest, UpdateContainerRequest, event,
 };
 use ttrpc::r#async::ClientStreamReceiver;
@@ -308,8 +308,10 @@ pub fn container(
     rootfs: String,
     stdio: podhull_protocol::Stdio,
     memory: Vec<SharedMemory>,
+    sockets: Vec<HostSocket>,
 ) -> CreateContainerRequest {
-    CreateContainerRequest { id: id.into(), spec, rootfs, stdio: Some(stdio).into(), memory, ..Default::default() }
+    let (id, stdio) = (id.into(), Some(stdio).into());
+    CreateContainerRequest { id, spec, rootfs, stdio, memory, sockets, ..Default::default() }
 }
 
 #[cfg(test)]

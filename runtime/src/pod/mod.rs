@@ -15,6 +15,7 @@ mod resources;
 mod session;
 mod shadow;
 mod size;
+mod sockets;
 mod start;
 mod update;
 mod view;

@@ -24,6 +24,7 @@ mod process;
 mod programs;
 mod races;
 mod resources;
+mod sockets;
 mod stdio;
 mod systemd;
 mod terminal;
@@ -46,6 +47,7 @@ pub const ALL: &[&[Case]] = &[
     terminal::CASES,
     stdio::CASES,
     files::CASES,
+    sockets::CASES,
     bad_input::CASES,
     broken::CASES,
     races::CASES,

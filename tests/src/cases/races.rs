@@ -92,6 +92,8 @@ struct Creation {
     id: String,
     child: Child,
     output: PathBuf,
+    /// Whether it succeeded.
+    ended: Option<bool>,
 }
 
 impl Creation {
@@ -105,16 +107,18 @@ impl Creation {
         let mut child = Command::new(words.next().ok_or("no program")?);
         child.args(words).arg("-b").arg(bundle).arg(&id);
         let child = child.stdin(Stdio::null()).stdout(file.try_clone()?).stderr(file).process_group(0).spawn()?;
-        Ok(Self { id, child, output })
+        Ok(Self { id, child, output, ended: None })
     }
 
     /// Waits for the command; returns whether it succeeded, and what it said.
     fn wait(&mut self) -> Outcome<(bool, String)> {
-        let pidfd = pidfd_open(Pid::from_child(&self.child), PidfdFlags::empty())?;
-        let ready = poll(&mut [PollFd::new(&pidfd, PollFlags::IN)], Some(&Timespec::try_from(DEADLINE)?))?;
-        let said = fs::read_to_string(&self.output)?;
-        ensure!(ready == 1, "it did not end; it said {said:?}");
-        Ok((self.child.wait()?.success(), said))
+        if self.ended.is_none() {
+            let pidfd = pidfd_open(Pid::from_child(&self.child), PidfdFlags::empty())?;
+            let ready = poll(&mut [PollFd::new(&pidfd, PollFlags::IN)], Some(&Timespec::try_from(DEADLINE)?))?;
+            ensure!(ready == 1, "it did not end; it said {:?}", fs::read_to_string(&self.output)?);
+            self.ended = Some(self.child.wait()?.success());
+        }
+        Ok((self.ended == Some(true), fs::read_to_string(&self.output)?))
     }
 
     /// Deletes what there is of it.
