@@ -118,8 +118,12 @@ impl Machine {
         mount(tag, target, "virtiofs", MountFlags::empty(), None).map_err(failed)?;
         // Each request is a way to the host and back, whatever it carries: a library is read in a few, not in dozens.
         let device = rustix::fs::stat(target).map_err(failed)?.st_dev;
-        let (major, minor) = (rustix::fs::major(device), rustix::fs::minor(device));
-        write(format!("/sys/class/bdi/{major}:{minor}/read_ahead_kb"), READ_AHEAD_KIB)
+        let bdi = format!("/sys/class/bdi/{}:{}", rustix::fs::major(device), rustix::fs::minor(device));
+        // By default it may have a hundredth of what may be written late, as a file system of nobody knows whom: in a small
+        // machine each writer would sleep most of the time.
+        write(format!("{bdi}/strict_limit"), "0")?;
+        write(format!("{bdi}/max_ratio"), "100")?;
+        write(format!("{bdi}/read_ahead_kb"), READ_AHEAD_KIB)
     }
 
     /// Brings the first `count` CPUs online, as far as there are as many, and takes all others offline; 0 leaves them as they

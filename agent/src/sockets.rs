@@ -42,7 +42,8 @@ impl Sockets {
         for socket in sockets {
             let path = directory.join(podhull_protocol::socket_name(socket.token));
             let failed = |source: io::Error| PodError::Socket { path: path.clone(), source };
-            match rustix::fs::mkdirat(CWD, directory, Mode::from_raw_mode(0o700)) {
+            // A container in a user namespace goes through it.
+            match rustix::fs::mkdirat(CWD, directory, Mode::from_raw_mode(0o711)) {
                 Ok(()) | Err(Errno::EXIST) => {}
                 Err(errno) => return Err(failed(errno.into())),
             }

@@ -42,7 +42,7 @@ const COMMANDS: [&[&str]; 11] = [
 ];
 
 /// What may be said of a container that another command changes meanwhile.
-const EXPECTED: [&str; 12] = [
+const EXPECTED: [&str; 13] = [
     "does not exist",
     "container not running",
     "container not paused",
@@ -50,6 +50,7 @@ const EXPECTED: [&str; 12] = [
     "cannot start",
     "is not running",
     "is paused",
+    "paused container",
     "paused state",
     "has stopped",
     "is stopped",
