@@ -51,8 +51,6 @@ pub enum MachineError {
     Format { path: &'static str, what: &'static str },
     #[error("mount the share {tag:?} on {target}: {source}")]
     Share { tag: String, target: &'static str, source: Errno },
-    #[error("CPU {cpu} does not exist: the machine has {present}")]
-    NoSuchCpu { cpu: u32, present: String },
     #[error("listen for kernel events: {0}")]
     Uevents(io::Error),
     #[error("the machine has {have} bytes of memory after {seconds} s, not {want}", seconds = MEMORY_DEADLINE.as_secs())]
@@ -120,21 +118,26 @@ impl Machine {
         mount(tag, target, "virtiofs", MountFlags::empty(), None).map_err(failed)?;
         // Each request is a way to the host and back, whatever it carries: a library is read in a few, not in dozens.
         let device = rustix::fs::stat(target).map_err(failed)?.st_dev;
-        let (major, minor) = (rustix::fs::major(device), rustix::fs::minor(device));
-        write(format!("/sys/class/bdi/{major}:{minor}/read_ahead_kb"), READ_AHEAD_KIB)
+        let bdi = format!("/sys/class/bdi/{}:{}", rustix::fs::major(device), rustix::fs::minor(device));
+        // By default it may have a hundredth of what may be written late, as a file system of nobody knows whom: in a small
+        // machine each writer would sleep most of the time.
+        write(format!("{bdi}/strict_limit"), "0")?;
+        write(format!("{bdi}/max_ratio"), "100")?;
+        write(format!("{bdi}/read_ahead_kb"), READ_AHEAD_KIB)
     }
 
-    /// Brings CPUs online until `count` are, and says how many are then. Takes milliseconds a CPU; not for the agent's thread.
+    /// Brings the first `count` CPUs online, as far as there are as many, and takes all others offline; 0 leaves them as they
+    /// are. Says how many are online then. Takes milliseconds a CPU; not for the agent's thread.
     pub fn online_cpus(self, count: u32) -> Result<u32, MachineError> {
-        for cpu in 1..count {
+        // The first one is always online, and has no such file.
+        for cpu in 1..if count == 0 { 0 } else { u32::MAX } {
             let path = format!("/sys/devices/system/cpu/cpu{cpu}/online");
+            let wanted = if cpu < count { "1" } else { "0" };
             match std::fs::read(&path) {
-                Ok(state) if state.starts_with(b"1") => {}
-                Ok(_) => write(path, "1")?,
-                Err(_) => {
-                    let present = read("/sys/devices/system/cpu/present")?.trim().to_owned();
-                    return Err(MachineError::NoSuchCpu { cpu, present });
-                }
+                Ok(state) if state.starts_with(wanted.as_bytes()) => {}
+                Ok(_) => write(path, wanted)?,
+                // CPUs are created in order.
+                Err(_) => break,
             }
         }
         let online = read("/sys/devices/system/cpu/online")?;

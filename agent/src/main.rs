@@ -20,6 +20,7 @@ mod readiness;
 mod reaper;
 mod serve;
 mod service;
+mod sockets;
 mod spec;
 mod stdio;
 mod vsock;

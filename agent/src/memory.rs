@@ -32,7 +32,8 @@ impl Memory {
         let failed = |source| PodError::Memory { name: name.into(), source };
         let path = self.directory.join(name);
         for directory in [&self.directory, &path] {
-            match rustix::fs::mkdirat(CWD, directory, Mode::from_raw_mode(0o700)) {
+            // A container in a user namespace goes through it.
+            match rustix::fs::mkdirat(CWD, directory, Mode::from_raw_mode(0o711)) {
                 Ok(()) | Err(Errno::EXIST) => {}
                 Err(errno) => return Err(failed(errno)),
             }

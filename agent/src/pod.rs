@@ -22,6 +22,7 @@ use crate::machine::{Machine, MachineError, MemoryState};
 use crate::memory::Memory;
 use crate::network::{Configure, Description, NetworkError, PodNetwork};
 use crate::reaper::Reaper;
+use crate::sockets::Sockets;
 use crate::stdio::{self, StdioError, Streams};
 
 /// Longest name of a container.
@@ -48,6 +49,8 @@ pub enum PodError {
     NoContainer(String),
     #[error("root filesystem {0:?}: expected a relative path without \"..\"")]
     RootfsPath(String),
+    #[error("socket {path}: {source}")]
+    Socket { path: PathBuf, source: std::io::Error },
     #[error("shared memory {name:?}: {source}")]
     Memory { name: String, source: Errno },
     #[error("the lease of the container or process was not connected in time")]
@@ -79,9 +82,7 @@ impl PodError {
                 ttrpc::Code::INVALID_ARGUMENT
             }
             Self::Stdio(StdioError::TokenTwice(_)) => ttrpc::Code::INVALID_ARGUMENT,
-            Self::Machine(MachineError::EntropyLength(_) | MachineError::NoSuchCpu { .. }) => {
-                ttrpc::Code::INVALID_ARGUMENT
-            }
+            Self::Machine(MachineError::EntropyLength(_)) => ttrpc::Code::INVALID_ARGUMENT,
             Self::Network(NetworkError::Missing { .. }) => ttrpc::Code::NOT_FOUND,
             Self::Network(error) if error.is_invalid() => ttrpc::Code::INVALID_ARGUMENT,
             Self::Exists(_) => ttrpc::Code::ALREADY_EXISTS,
@@ -97,6 +98,7 @@ impl PodError {
             },
             Self::NoLease
             | Self::Memory { .. }
+            | Self::Socket { .. }
             | Self::CpuTask(_)
             | Self::Machine(_)
             | Self::Network(_)
@@ -119,6 +121,8 @@ enum Entry {
 pub struct Pod {
     share: PathBuf,
     memory: Memory,
+    /// Where sockets of the host are.
+    sockets: PathBuf,
     cgroups: Hierarchy,
     machine: Option<Machine>,
     reaper: Reaper,
@@ -141,6 +145,7 @@ impl Pod {
     ) -> Self {
         Self {
             share,
+            sockets: memory.with_file_name(podhull_protocol::SOCKETS),
             memory: Memory::new(memory),
             cgroups,
             machine,
@@ -222,6 +227,7 @@ impl Pod {
             }
             self.memory.make(&memory.name, memory.bytes, memory.mode)?;
         }
+        let sockets = Sockets::make(&self.sockets, &request.sockets, &self.streams)?;
         let lease = self.lease(stdio.lease)?;
         let streams = self.streams_of(stdio)?;
         let mut reservation = self.reserve(&request.id)?;
@@ -235,6 +241,7 @@ impl Pod {
         let asked = container::Request { id, spec: &request.spec, rootfs, streams, shared: &shared, network };
         let (container, lease) = tokio::join!(Container::create(asked, self.surroundings()), lease);
         let container = Arc::new(container?);
+        container.keep(Some(sockets));
         let pid = container.pid().as_raw_nonzero().get();
         reservation.becomes = Some(container.clone());
         drop(reservation);

@@ -14,13 +14,16 @@ use rustix::net::Shutdown;
 use rustix::pipe::PipeFlags;
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
-use tokio::sync::{oneshot, watch};
+use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinSet;
 
 use crate::readiness;
 
 /// Streams that came before the call that announces them; more are turned away.
 const MAX_UNCLAIMED: usize = 64;
+
+/// Streams of one token that wait to be received.
+const MAX_IN_STORE: usize = 8;
 
 /// How long a stream may wait for its call, a call for its stream, and a new stream for its token.
 const MEETING_DEADLINE: Duration = Duration::from_secs(30);
@@ -52,6 +55,8 @@ pub struct Streams {
 enum Slot {
     Arrived(OwnedFd),
     Awaited(oneshot::Sender<OwnedFd>),
+    /// Any number of streams has this token.
+    All(mpsc::Sender<OwnedFd>),
 }
 
 impl Streams {
@@ -89,6 +94,13 @@ impl Streams {
                     let _ = call.send(stream);
                     return;
                 }
+                Some(Slot::All(taker)) => {
+                    // More than it wants are turned away, and so is one that comes when it is gone.
+                    if !matches!(taker.try_send(stream), Err(mpsc::error::TrySendError::Closed(_))) {
+                        slots.insert(token, Slot::All(taker));
+                    }
+                    return;
+                }
                 // Two streams of one token: neither can be trusted to be the right one.
                 Some(Slot::Arrived(_)) => return,
                 None if slots.values().filter(|slot| matches!(slot, Slot::Arrived(_))).count() >= MAX_UNCLAIMED => {
@@ -121,6 +133,18 @@ impl Streams {
             }
         }
         Ok(Claim { token, receiver, streams: self.clone() })
+    }
+
+    /// All streams of this token, from now on and for as long as they are received.
+    pub fn claim_all(&self, token: u64) -> Result<mpsc::Receiver<OwnedFd>, StdioError> {
+        let (sender, receiver) = mpsc::channel(MAX_IN_STORE);
+        let mut slots = self.slots.lock().unwrap_or_else(PoisonError::into_inner);
+        slots.retain(|_, slot| !matches!(slot, Slot::All(taker) if taker.is_closed()));
+        if slots.contains_key(&token) {
+            return Err(StdioError::TokenTwice(token));
+        }
+        slots.insert(token, Slot::All(sender));
+        Ok(receiver)
     }
 }
 
@@ -396,7 +420,20 @@ async fn wait_readable<A: std::os::fd::AsRawFd + AsFd>(
     }
 }
 
-async fn write_all<B: AsFd + std::os::fd::AsRawFd>(to: &AsyncFd<B>, mut bytes: &[u8]) -> io::Result<()> {
+/// Moves bytes both ways, until both sides have said all they have to say or one is gone.
+pub async fn relay(one: &AsyncFd<OwnedFd>, two: &AsyncFd<OwnedFd>) {
+    let way = async |from: &AsyncFd<OwnedFd>, to: &AsyncFd<OwnedFd>| {
+        if copy(from, to, None).await.is_err() {
+            // Who takes no more is gone for good.
+            let _ = rustix::net::shutdown(from, Shutdown::Read);
+        }
+        let _ = rustix::net::shutdown(to, Shutdown::Write);
+    };
+    tokio::join!(way(one, two), way(two, one));
+}
+
+/// Writes all of it.
+pub async fn write_all<B: AsFd + std::os::fd::AsRawFd>(to: &AsyncFd<B>, mut bytes: &[u8]) -> io::Result<()> {
     while !bytes.is_empty() {
         let count = to.async_io(Interest::WRITABLE, |fd| Ok(rustix::io::write(fd, bytes)?)).await?;
         bytes = &bytes[count..];

@@ -8,7 +8,7 @@ use std::time::Duration;
 use podhull_protocol::{
     AgentClient, ConfigureNetworkRequest, ContainerStatsRequest, ContainerStatsResponse, CreateContainerRequest,
     CreatePodRequest, DeleteContainerRequest, DeleteProcessRequest, Event, EventsRequest, ExecProcessRequest,
-    GrowRequest, PauseContainerRequest, ResizeTerminalRequest, ResumeContainerRequest, SharedMemory,
+    GrowRequest, HostSocket, PauseContainerRequest, ResizeTerminalRequest, ResumeContainerRequest, SharedMemory,
     SignalContainerRequest, SignalProcessRequest, StartContainerRequest, UpdateContainerRequest, event,
 };
 use ttrpc::r#async::ClientStreamReceiver;
@@ -75,7 +75,7 @@ pub struct Exit {
 /// What a guest is to take into use.
 #[derive(Debug, Clone, Copy)]
 pub struct Growth {
-    /// CPUs that are to be online.
+    /// CPUs that are to be online; 0: as many as are.
     pub cpus: u32,
     /// Bytes of memory to wait for; 0: none.
     pub memory_bytes: u64,
@@ -211,11 +211,12 @@ impl Agent {
             .map_err(|e| AgentError::of("DeleteContainer", e))
     }
 
-    /// Takes new devices, CPUs and memory into use.
-    pub async fn grow(&self, growth: Growth) -> Result<(), AgentError> {
+    /// Takes new devices, CPUs and memory into use, and CPUs that are too many out of use; returns how many are online.
+    pub async fn grow(&self, growth: Growth) -> Result<u32, AgentError> {
         let Growth { cpus, memory_bytes, rescan } = growth;
         let request = GrowRequest { cpus, memory_bytes, rescan, ..Default::default() };
-        self.client.grow(with_duration(WORK), &request).await.map(drop).map_err(|e| AgentError::of("Grow", e))
+        let grown = self.client.grow(with_duration(WORK), &request).await;
+        grown.map(|response| response.cpus_online).map_err(|e| AgentError::of("Grow", e))
     }
 
     /// Makes the pod's network what it says, whatever it was before.
@@ -307,8 +308,10 @@ pub fn container(
     rootfs: String,
     stdio: podhull_protocol::Stdio,
     memory: Vec<SharedMemory>,
+    sockets: Vec<HostSocket>,
 ) -> CreateContainerRequest {
-    CreateContainerRequest { id: id.into(), spec, rootfs, stdio: Some(stdio).into(), memory, ..Default::default() }
+    let (id, stdio) = (id.into(), Some(stdio).into());
+    CreateContainerRequest { id, spec, rootfs, stdio, memory, sockets, ..Default::default() }
 }
 
 #[cfg(test)]

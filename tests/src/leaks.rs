@@ -18,7 +18,7 @@ const SETTLE: Duration = Duration::from_secs(5);
 const WATCHED: [&str; 4] = ["/run", "/tmp", "/dev/shm", "/var/lib/podhull"];
 
 /// What a runtime or its caller makes once, for all its containers.
-const MADE_ONCE: [&str; 11] = [
+const MADE_ONCE: [&str; 12] = [
     "/run/podhull",
     "/run/podhull/pods",
     "/run/runc",
@@ -28,6 +28,7 @@ const MADE_ONCE: [&str; 11] = [
     "/run/containers/networks",
     "/run/lock",
     "/run/systemd/transient",
+    "/run/systemd/show-status",
     "/run/lock/netavark.lock",
     "/dev/shm/libpod_lock",
 ];

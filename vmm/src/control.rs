@@ -46,10 +46,12 @@ pub enum Request {
         /// Devices that need no file descriptor.
         devices: Vec<Device>,
     },
-    /// Creates vCPUs up to this many, the first included. The guest brings them online itself.
+    /// Creates vCPUs up to this many, the first included, or as many as the machine may have. The guest brings them online, and
+    /// takes them offline, itself.
     SetCpus(u32),
     /// Sets how much memory the guest should have, in bytes; it plugs or unplugs at its own pace. Rounded up to the
-    /// block size of the memory device; at least the memory the machine began with, at most its maximum.
+    /// block size of the memory device; less than the memory the machine began with counts as that; at most its maximum. A
+    /// machine without a memory device gets one, which the guest sees after a rescan.
     SetMemory(u64),
 }
 

@@ -238,11 +238,9 @@ impl Machine {
         Ok(())
     }
 
-    /// Creates vCPUs until there are `count`; they wait for the guest to start them.
+    /// Creates vCPUs until there are `count`, or as many as there may be; they wait for the guest to start them.
     pub fn set_cpus(&mut self, count: u32) -> Result<(), BuildError> {
-        if count > self.cpus_max.into() {
-            return Err(BuildError::Config(format!("{count} CPUs; this machine may have {}", self.cpus_max)));
-        }
+        let count = count.min(self.cpus_max.into());
         while (self.vcpus.len() as u32) < count {
             let id = self.vcpus.len() as u8;
             let fd = self.create_vcpu(id)?;

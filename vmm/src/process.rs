@@ -373,14 +373,16 @@ impl Process {
     }
 
     fn set_memory(&mut self, bytes: u64) -> Result<(), Line> {
-        let begun = self.memory_bytes;
-        let more = bytes
-            .checked_sub(begun)
-            .ok_or_else(|| format!("{bytes} bytes of memory are less than the {begun} that the machine began with"))?;
+        let more = bytes.saturating_sub(self.memory_bytes);
+        if self.memory.is_none() && more > 0 {
+            let mut batch = Batch::default();
+            batch.device(Device::Memory, &self.machine, false)?;
+            self.add(batch)?;
+        }
         match &self.memory {
             Some(memory) => memory.resize(more).map_err(line),
             None if more == 0 => Ok(()),
-            None => Err("the machine has no memory device".into()),
+            None => Err(format!("{bytes} bytes of memory; this machine may have {}", self.memory_bytes)),
         }
     }
 }

@@ -29,3 +29,17 @@ pub const SHARE_DIR: &str = "/share";
 
 /// Where the memory that containers of a pod share is in the guest.
 pub const MEMORY_DIR: &str = "/run/memory";
+
+/// Name, beside [`MEMORY_DIR`], of the directory with sockets in place of the host's.
+pub const SOCKETS: &str = "sockets";
+
+/// Where sockets of the guest are that stand for the host's.
+pub const SOCKETS_DIR: &str = "/run/sockets";
+
+/// Name of one of them in it.
+pub fn socket_name(token: u64) -> String {
+    format!("{token:016x}")
+}
+
+/// Most groups of a client that the host is told.
+pub const MAX_GROUPS: usize = 64;

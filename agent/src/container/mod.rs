@@ -42,6 +42,7 @@ use crate::cgroup::{Cgroup, CgroupError, Hierarchy};
 use crate::events::Events;
 use crate::network::{Configure, NetworkError, PodNetwork};
 use crate::reaper::{ExitStatus, Reaper};
+use crate::sockets::Sockets;
 use crate::spec::{Process, Resources, Spec};
 use crate::stdio::{Claim, ContainerEnds, Pumps, StdioError};
 use affinity::AffinityError;
@@ -246,6 +247,8 @@ pub struct Container {
     start_deadline: Duration,
     executed: Executed,
     deleted: AtomicBool,
+    /// In place of sockets of the host, until it is deleted.
+    sockets: Mutex<Option<Sockets>>,
     /// Held by the one thread that lists the processes.
     listing: Arc<tokio::sync::Mutex<()>>,
 }
@@ -316,6 +319,7 @@ impl Container {
             start_deadline: READY_DEADLINE + hooks,
             executed: Executed::default(),
             deleted: AtomicBool::new(false),
+            sockets: Mutex::default(),
             listing: Arc::default(),
         })
     }
@@ -459,9 +463,15 @@ impl Container {
         }
     }
 
+    /// Keeps its sockets, instead of those it has.
+    pub fn keep(&self, sockets: Option<Sockets>) {
+        *self.sockets.lock().unwrap_or_else(PoisonError::into_inner) = sockets;
+    }
+
     /// Kills what is left and removes the cgroup. The exits are reported before, unless nobody takes the output.
     pub async fn delete(&self) -> Result<(), ContainerError> {
         self.deleted.store(true, Ordering::Relaxed);
+        self.keep(None);
         self.cgroup.remove().await?;
         let mut last = tokio::task::JoinSet::new();
         for process in self.executed.all() {

@@ -126,7 +126,7 @@ async fn statistics_have_the_limits_and_what_met_them() {
     }
     let agent = Agent::start().await;
     let resources =
-        json!({"cpu": {"quota": 5000, "period": 50_000}, "memory": {"limit": 64 << 20}, "pids": {"limit": 20}});
+        json!({"cpu": {"quota": 25_000, "period": 50_000}, "memory": {"limit": 64 << 20}, "pids": {"limit": 20}});
     let line = "head -c 8000000 /dev/zero > /dev/shm/x; (exec tail /dev/zero); while :; do :; done";
     agent.idle("a", &agent.rootfs(), &with(shell(line), [("/linux/resources", resources)])).await;
     let begin = std::time::Instant::now();

@@ -144,7 +144,7 @@ impl Arguments {
             None => from_flags(&flags),
         };
         let resources = Resources::read(document.map_err(Failure::Update)?).map_err(|e| in_words(&e.to_string()))?;
-        pod::update(&context.root, &self.id, &resources).map_err(|e| in_words(&e.to_string()))?;
+        pod::update(&context.root, &self.id, &resources, &context.log).map_err(|e| in_words(&e.to_string()))?;
         Ok(0)
     }
 

@@ -37,13 +37,11 @@ impl Control {
     }
 
     /// Creates vCPUs.
-    #[allow(dead_code, reason = "for updates of a running pod")]
     pub async fn set_cpus(&mut self, cpus: u32) -> Result<(), MachineError> {
         self.request(&Request::SetCpus(cpus), &[]).await
     }
 
     /// Sets how much memory the guest should have.
-    #[allow(dead_code, reason = "for updates of a running pod")]
     pub async fn set_memory(&mut self, bytes: u64) -> Result<(), MachineError> {
         self.request(&Request::SetMemory(bytes), &[]).await
     }

@@ -89,7 +89,8 @@ impl Boot<'_> {
     /// Adds what no program waits for.
     pub async fn add_helpers(&self, session: &Session<'_>) -> Result<(), RunError> {
         self.channel.add(Vec::new(), &[], vec![Device::Entropy, Device::Balloon]).await?;
-        session.agent.grow(Growth { cpus: self.size.cpus, memory_bytes: 0, rescan: true }).await?;
+        // CPUs may be others meanwhile.
+        session.agent.grow(Growth { cpus: 0, memory_bytes: 0, rescan: true }).await?;
         let Size { cpus, memory, .. } = self.size;
         session.log.debug(|| format!("{}: {cpus} CPUs, {memory} bytes of memory", session.id));
         Ok(())

@@ -6,10 +6,12 @@ use std::path::Path;
 
 use super::hooks::{self, HookError, Point};
 use super::network::{self, WireError};
+use super::resize;
 use super::size::SizeError;
 use crate::agent::{Agent, AgentError};
 use crate::cgroup::CgroupError;
 use crate::log::Log;
+use crate::machine::MachineError;
 use crate::state::{self, Known, StateError, Status};
 
 /// Why a command was not carried out. Callers match on some of the words.
@@ -50,6 +52,9 @@ pub enum CommandError {
     /// What was seen cannot be passed on.
     #[error(transparent)]
     Output(std::io::Error),
+    /// The machine's process.
+    #[error(transparent)]
+    Machine(#[from] MachineError),
     /// A limit that this host cannot keep.
     #[error(transparent)]
     Size(#[from] SizeError),
@@ -161,6 +166,7 @@ pub fn delete(root: &Path, id: &str, force: bool, log: &Log) -> Result<(), Comma
     if !known.destroy()? {
         return if force { Ok(()) } else { Err(StateError::Missing(id.into()).into()) };
     }
+    resize::leave(root, &state, log);
     if let Some(hooks) = &state.hooks
         && let Err(error) = hooks::run(hooks, Point::Deleted, &state, None)
     {
@@ -172,7 +178,14 @@ pub fn delete(root: &Path, id: &str, force: bool, log: &Log) -> Result<(), Comma
 /// Asks the agent of a container's pod one thing.
 pub fn ask<T>(known: &Known, question: impl AsyncFnOnce(Agent) -> Result<T, AgentError>) -> Result<T, CommandError> {
     let pod = known.pod()?;
-    event_loop()?.block_on(async { Ok(question(Agent::dial(pod.as_fd())?).await?) })
+    let answer = event_loop()?.block_on(async { question(Agent::dial(pod.as_fd())?).await });
+    answer.map_err(|error| match error {
+        // It ended on the way.
+        AgentError::Connect(_) | AgentError::Gone(_) if known.status() == Status::Stopped => {
+            CommandError::NotRunning(known.state.id.clone(), Status::Stopped)
+        }
+        error => error.into(),
+    })
 }
 
 /// For what waits on more than one thing.

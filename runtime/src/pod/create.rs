@@ -11,12 +11,14 @@ use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 
+use super::command::CommandError;
 use super::hooks::{self, HookError, Point};
 use super::join::{self, JoinError, Joined};
 use super::link::{Begin, News};
 use super::network::{self, WireError, Wiring};
+use super::resize;
 use super::shadow::Shadow;
-use super::size::{Size, SizeError};
+use super::size::{Demand, Size, SizeError};
 use super::view::namespaces;
 use crate::bundle::{Bundle, BundleError};
 use crate::cgroup::{CgroupError, Manager, PATIENCE, Placement};
@@ -92,6 +94,9 @@ pub enum CreateError {
     /// Its network.
     #[error(transparent)]
     Wire(#[from] WireError),
+    /// The size of the machine it is to be in.
+    #[error(transparent)]
+    Resize(#[from] CommandError),
     /// The pid file cannot be written.
     #[error("cannot write the pid file {0}: {1}")]
     PidFile(PathBuf, #[source] io::Error),
@@ -265,6 +270,7 @@ impl<'a> Pod<'a> {
         state.machine = machine.as_ref().map(|machine| Machine::of(machine.pid()));
         state.member_of = member_of;
         state.place(placement.as_ref());
+        state.demand = Demand::of(spec);
         let hooks = spec.hooks().clone().unwrap_or_default();
         let made = Made { create, state, placement, hooks, begun: false };
         let pod = Self { machine, shares_network, shadow, made };
@@ -291,6 +297,9 @@ impl<'a> Pod<'a> {
             }
             Some(_) if self.shares_network => {}
             Some(pod) => network::refuse_own(&pidfd, &pod.pod)?,
+        }
+        if self.made.state.member_of.is_some() {
+            resize::join(self.made.create.root, &self.made.state, self.made.create.log)?;
         }
         self.shadow.go_on();
         Ok(())
@@ -420,6 +429,7 @@ impl Made<'_> {
         if let Some(Err(error)) = self.state.member_of.as_ref().map(|pod| pod.leave(id)) {
             log.debug(|| format!("{id}: {error}"));
         }
+        resize::leave(self.create.root, &self.state, log);
         // Nothing is left of it. That a hook fails then changes nothing.
         if self.begun
             && let Err(error) = self.run_hooks(Point::Deleted, None)

@@ -148,6 +148,18 @@ fn settle(known: &Known, shadow: &Shadow, pid_file: Option<&Path>) -> Result<(),
 /// Executes the program and lives as long as it; returns its exit status.
 pub fn exec(exec: Exec<'_>) -> Result<u8, ExecError> {
     signals::block();
+    execute(&exec).map_err(|error| match error {
+        // It ended on the way.
+        ExecError::Agent(AgentError::Connect(_) | AgentError::Gone(_)) | ExecError::Stdio(StdioError::Connect(..))
+            if exec.known.status() == Status::Stopped =>
+        {
+            ExecError::NotRunning(exec.known.state.id.clone())
+        }
+        error => error,
+    })
+}
+
+fn execute(exec: &Exec<'_>) -> Result<u8, ExecError> {
     let Exec { known, config, creator, log, .. } = exec;
     let id = known.state.id.as_str();
     let pod = known.pod()?;

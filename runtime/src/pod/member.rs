@@ -10,6 +10,7 @@ use super::link::{Given, News};
 use super::mounts;
 use super::session::{Outcome, Session};
 use super::size::memory_limit;
+use super::sockets::{Socket, Sockets};
 use super::start::{Run, RunError};
 use super::view::{View, namespaces};
 use crate::agent::{self, Agent, AgentError};
@@ -56,7 +57,8 @@ pub fn run(run: &Run<'_>, given: Given) -> Result<u8, RunError> {
     });
     let spec = bundle.config.document();
     let rootfs = mounts::root_in_share(run.id);
-    let mut request = agent::container(run.id, spec, rootfs, stdio.announcement(), mounts.memory);
+    let told = mounts.sockets.iter().map(Socket::told).collect();
+    let mut request = agent::container(run.id, spec, rootfs, stdio.announcement(), mounts.memory, told);
     request.shared = shared.collect();
     let view = View {
         root: mounts.root,
@@ -68,6 +70,8 @@ pub fn run(run: &Run<'_>, given: Given) -> Result<u8, RunError> {
     drop(bundle);
     // No path of the host from here on.
     made.entered = Some(view.enter()?);
+    made.sockets = Sockets::start(mounts.sockets, sockets.as_fd()).map_err(RunError::Sockets)?;
+    let connections = made.connections();
     run.creator.tell(&News::Entered)?;
 
     let runtime =
@@ -89,6 +93,7 @@ pub fn run(run: &Run<'_>, given: Given) -> Result<u8, RunError> {
             biased;
             lived = live => lived,
             signalled = session.signals(&signals) => signalled,
+            never = connections => match never {},
         }
     });
     // Threads that still wait for input must not hold up the end; they end with the process.

@@ -11,6 +11,7 @@ use rustix::fs::{FileType, Mode, OFlags, ResolveFlags, Stat};
 use rustix::io::Errno;
 use rustix::mount::{OpenTreeFlags, open_tree};
 
+use super::sockets::Socket;
 use super::view::Place;
 use crate::bundle::Bundle;
 use crate::spec::{has_option, is_bind};
@@ -47,6 +48,9 @@ pub enum MountError {
         /// Why.
         errno: Errno,
     },
+    /// A socket cannot be stood for.
+    #[error("socket {0:?}: {1}")]
+    Socket(PathBuf, #[source] std::io::Error),
     /// More than a message can carry.
     #[error("mounts: {0} bind mounts are more than {MAX_BINDS}")]
     TooMany(usize),
@@ -75,6 +79,8 @@ pub struct Prepared {
     pub places: Vec<(PathBuf, Place)>,
     /// Memory of the guest in place of a tmpfs of the host.
     pub memory: Vec<SharedMemory>,
+    /// Sockets of the host, in whose places the guest has its own.
+    pub sockets: Vec<Socket>,
 }
 
 /// Clones the mounts of the root filesystem and of each bind mount, and writes into the specification where the guest
@@ -89,6 +95,7 @@ pub fn prepare(id: &str, bundle: &mut Bundle) -> Result<Prepared, MountError> {
     let mut sources = Vec::with_capacity(binds.len());
     let mut files = Vec::new();
     let mut memory = Vec::new();
+    let mut host_sockets = Vec::new();
     for (index, mount) in binds {
         let path = mount.source().clone().unwrap_or_default();
         let fail = |errno| MountError::Source { index, path: path.clone(), errno };
@@ -111,6 +118,13 @@ pub fn prepare(id: &str, bundle: &mut Bundle) -> Result<Prepared, MountError> {
             all_read_only: last(["rro", "rrw"]) == Some("rro"),
         };
         let clone = || tree.clone(source.as_fd()).map_err(|errno| MountError::Clone { path: path.clone(), errno });
+        if FileType::from_raw_mode(stat.st_mode) == FileType::Socket {
+            let socket = Socket::new(clone()?, &stat).map_err(|error| MountError::Socket(path.clone(), error))?;
+            places[index].1 = Place::Files(clone()?);
+            sources.push((index, socket.path()));
+            host_sockets.push(socket);
+            continue;
+        }
         resources.push((Resource::Mount { path: format!("{id}/mounts/{index}") }, clone()?));
         places[index].1 = Place::Files(clone()?);
         sources.push((index, format!("{}/{id}/mounts/{index}", podhull_protocol::SHARE_DIR)));
@@ -129,7 +143,7 @@ pub fn prepare(id: &str, bundle: &mut Bundle) -> Result<Prepared, MountError> {
     for (index, source) in sources {
         bundle.config.set_mount_source(index, &source);
     }
-    Ok(Prepared { resources, root, places, memory })
+    Ok(Prepared { resources, root, places, memory, sockets: host_sockets })
 }
 
 /// POSIX shared memory that Podman and others make on the host, an empty tmpfs for each pod, and bind to the same place in all

@@ -1,13 +1,15 @@
 //! A container's shadow: from a bundle to an exit status, and nothing left behind on any way out.
 
 use std::cell::Cell;
+use std::convert::Infallible;
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
-use podhull_protocol::{CreatePodRequest, SharedMemory};
+use podhull_protocol::{CreatePodRequest, HostSocket, SharedMemory};
 use podhull_vmm::control::{Device, MachineConfig, Resource, SHARE_TAG};
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
@@ -20,7 +22,8 @@ use super::member;
 use super::mounts::{self, MountError};
 use super::resources::{self, IMAGE, KERNEL, ResourceError, library_file};
 use super::session::{Outcome, Session, Step};
-use super::size::{Size, SizeError, memory_limit};
+use super::size::{Demand, Size, SizeError, memory_limit};
+use super::sockets::{Socket, Sockets};
 use super::view::{self, Entered, View, ViewError, namespaces};
 use crate::agent::{self, Agent, AgentError, Exit};
 use crate::bundle::{Bundle, BundleError};
@@ -105,6 +108,9 @@ pub enum RunError {
     /// Who asked for the container is gone.
     #[error(transparent)]
     Link(#[from] LinkError),
+    /// Nobody can connect to sockets of the host.
+    #[error("cannot serve the container's sockets: {0}")]
+    Sockets(#[source] io::Error),
     /// The pod's machine could not be given the container's files.
     #[error("pod {0:?}: {1}")]
     Share(String, #[source] podhull_vmm::jail::JailError),
@@ -176,7 +182,8 @@ pub fn run(run: &Run<'_>) -> Result<u8, RunError> {
     machine.extend(mounts.resources);
     let (config, fds) = machine_config(size, machine);
     bundle.config.clear_namespace_paths();
-    let request = pod_request(run.id, &bundle, &stdio, mounts.memory)?;
+    let told = mounts.sockets.iter().map(Socket::told).collect();
+    let request = pod_request(run.id, &bundle, &stdio, mounts.memory, told)?;
     let view = View {
         root: mounts.root,
         places: mounts.places,
@@ -187,6 +194,8 @@ pub fn run(run: &Run<'_>) -> Result<u8, RunError> {
     drop(bundle);
     // No path of the host from here on.
     made.entered = Some(view.enter()?);
+    made.sockets = Sockets::start(mounts.sockets, pod.as_fd()).map_err(RunError::Sockets)?;
+    let connections = made.connections();
     run.creator.tell(&News::Entered)?;
 
     run.log.debug(|| format!("{}: starting its machine", run.id));
@@ -206,7 +215,11 @@ pub fn run(run: &Run<'_>) -> Result<u8, RunError> {
         let make = boot.make(&session, start, request, &orders);
         let reached = |step| made.reached(step, run.creator, &begin);
         let live = session.live(make, boot.add_helpers(&session), &orders, begin.foreground, reached);
-        supervise(&session, &boot, &signals, &files, live).await
+        tokio::select! {
+            biased;
+            lived = supervise(&session, &boot, &signals, &files, live) => lived,
+            never = connections => match never {},
+        }
     });
     // Threads that still wait for input must not hold up the end; they end with the process.
     runtime.shutdown_background();
@@ -234,13 +247,15 @@ impl Run<'_> {
         state.member_of = begin.pod.clone();
         state.hooks = spec.hooks().as_ref().and_then(hooks::later);
         state.place(placement.as_ref());
+        state.demand = Demand::of(spec);
         let mut directory = Directory::create(self.root, self.id)?;
         directory.write(&state)?;
+        directory.write_groups(&state)?;
         if state.cgroup.is_some() {
             // It says where the groups are: it goes after them, by who asked for the container or comes later.
             directory.keep();
         }
-        Ok(Made { directory, state, entered: None })
+        Ok(Made { directory, state, entered: None, sockets: None })
     }
 
     /// The status to exit with.
@@ -261,9 +276,22 @@ pub struct Made {
     pub state: State,
     /// Its namespaces, once this process is in them.
     pub entered: Option<Entered>,
+    /// Sockets of the host among its files.
+    pub sockets: Option<Arc<Sockets>>,
 }
 
 impl Made {
+    /// Serves the sockets for as long as it is polled.
+    pub fn connections(&self) -> impl Future<Output = Infallible> + use<> {
+        let sockets = self.sockets.clone();
+        async {
+            if let Some(sockets) = sockets {
+                sockets.serve().await;
+            }
+            std::future::pending().await
+        }
+    }
+
     /// Writes down how far the container is, and tells who asked for it.
     pub fn reached(&mut self, step: Step, creator: &Creator, begin: &Begin) -> Result<(), RunError> {
         match step {
@@ -274,6 +302,9 @@ impl Made {
                 view::drop_privileges().map_err(RunError::Privileges)?;
                 (self.state.status, self.state.kept) = (Status::Created, begin.kept);
                 self.directory.write(&self.state)?;
+                if let Some(sockets) = &self.sockets {
+                    sockets.begin();
+                }
                 creator.tell(&News::Made)?;
                 if begin.kept {
                     self.directory.keep();
@@ -343,13 +374,13 @@ const GRACE: std::time::Duration = std::time::Duration::from_millis(500);
 fn machine_config(size: Size, machine: Vec<(Resource, OwnedFd)>) -> (MachineConfig, Vec<OwnedFd>) {
     let (resources, fds) = machine.into_iter().unzip();
     let mut devices = vec![Device::Share];
-    if size.memory_max > size.memory_base {
+    if size.memory > size.memory_base {
         devices.push(Device::Memory);
     }
     let config = MachineConfig {
         memory_bytes: size.memory_base,
         memory_max_bytes: size.memory_max,
-        cpus_max: size.cpus,
+        cpus_max: size.cpus_max,
         extra_cmdline: String::new(),
         resources,
         devices,
@@ -362,12 +393,19 @@ fn pod_request(
     bundle: &Bundle,
     stdio: &Stdio,
     memory: Vec<SharedMemory>,
+    sockets: Vec<HostSocket>,
 ) -> Result<CreatePodRequest, RunError> {
     let mut entropy = vec![0; ENTROPY];
     // Up to 256 bytes are never cut short (random(4)).
     rustix::rand::getrandom(&mut entropy, GetRandomFlags::empty()).map_err(RunError::Random)?;
-    let container =
-        agent::container(id, bundle.config.document(), mounts::root_in_share(id), stdio.announcement(), memory);
+    let container = agent::container(
+        id,
+        bundle.config.document(),
+        mounts::root_in_share(id),
+        stdio.announcement(),
+        memory,
+        sockets,
+    );
     Ok(CreatePodRequest {
         protocol_version: podhull_protocol::VERSION,
         entropy,

@@ -162,7 +162,8 @@ fn link_type(kind: LinuxNamespaceType) -> Option<LinkNameSpaceType> {
     }
 }
 
-fn file_system(name: &str, options: &[(&str, &str)], attributes: MountAttrFlags) -> Result<OwnedFd, Errno> {
+/// A new file system, not attached to anything.
+pub fn file_system(name: &str, options: &[(&str, &str)], attributes: MountAttrFlags) -> Result<OwnedFd, Errno> {
     let context = fsopen(name, FsOpenFlags::FSOPEN_CLOEXEC)?;
     for (key, value) in options {
         fsconfig_set_string(context.as_fd(), *key, *value)?;

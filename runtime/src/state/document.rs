@@ -8,6 +8,7 @@ use oci_spec::runtime::Hooks;
 use serde::{Deserialize, Serialize};
 
 use crate::cgroup::{Cgroup, CgroupError, Placement};
+use crate::pod::Demand;
 
 /// Version of `state.json`. Raised when a reader of the version before could misread it.
 pub const VERSION: u32 = 1;
@@ -51,6 +52,9 @@ pub struct State {
     /// Hooks of the specification that come after the container was made.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub hooks: Option<Hooks>,
+    /// What it asks for of the size of its machine.
+    #[serde(default)]
+    pub demand: Demand,
     /// Its control group, and that of its machine's process.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub cgroup: Option<Cgroup>,
@@ -153,6 +157,7 @@ impl State {
             machine: None,
             member_of: None,
             hooks: None,
+            demand: Demand::default(),
             cgroup: None,
             machine_cgroup: None,
         }
@@ -167,7 +172,12 @@ impl State {
 
     /// Removes its control groups, as far as there are any; what is still in them is killed, and may take `patience` to end.
     pub fn remove_cgroups(&self, patience: Duration) -> Result<(), CgroupError> {
-        self.cgroup.iter().chain(&self.machine_cgroup).try_for_each(|group| group.remove(patience))
+        self.cgroups().try_for_each(|group| group.remove(patience))
+    }
+
+    /// Its control groups.
+    pub fn cgroups(&self) -> impl Iterator<Item = &Cgroup> {
+        self.cgroup.iter().chain(&self.machine_cgroup)
     }
 
     /// The pod the container is in; none while it is not known.

@@ -13,8 +13,8 @@ use rustix::io::Errno;
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 
 use super::document::{Process, VERSION, start_time};
-use super::{DOCUMENT, Membership, PODS, State, StateError, Status, check_id, same_file};
-use crate::cgroup::PATIENCE;
+use super::{DOCUMENT, GROUPS, Membership, PODS, State, StateError, Status, check_id, same_file};
+use crate::cgroup::{Cgroup, PATIENCE};
 
 /// Longest `state.json`: annotations are the caller's.
 const MAX_DOCUMENT: u64 = 4 << 20;
@@ -142,6 +142,11 @@ impl Membership {
     }
 }
 
+/// Waits until no other command changes the machine of a pod; until this is dropped no other does.
+pub fn take_turn_of_pod(root: &Path, pod: &str) -> Result<OwnedFd, StateError> {
+    take_turn(&open_pod(root, pod)?, &root.join(PODS).join(pod))
+}
+
 /// The directory of a pod, with its sockets.
 pub fn open_pod(root: &Path, pod: &str) -> Result<OwnedFd, StateError> {
     check_id(pod)?;
@@ -154,6 +159,9 @@ pub fn remove(root: &Path, id: &str) -> Result<(), StateError> {
     let Some(directory) = open(&root.join(id)) else { return Ok(()) };
     if let Some(holder) = holder(&directory) {
         kill(&holder, "that holds the container")?;
+    }
+    for group in read_groups(&directory) {
+        group.remove(PATIENCE)?;
     }
     remove_from(root, id, directory).map(drop)
 }
@@ -209,6 +217,13 @@ pub fn is_kept(container: &Path) -> bool {
     let Some(directory) = open(container) else { return false };
     // A document that cannot be read is no reason to remove what may be somebody's container.
     container.join(DOCUMENT).exists() && read(&directory, container).map_or(true, |state| state.kept)
+}
+
+/// The control groups of a container whose document says nothing.
+fn read_groups(directory: &OwnedFd) -> Vec<Cgroup> {
+    let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    let Ok(file) = rustix::fs::openat(directory, GROUPS, flags, Mode::empty()) else { return Vec::new() };
+    serde_json::from_reader(fs::File::from(file).take(MAX_DOCUMENT)).unwrap_or_default()
 }
 
 /// `path` is the directory's.

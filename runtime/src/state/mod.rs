@@ -2,8 +2,10 @@
 //!
 //! ```text
 //! <root>/<id>/state.json       the container; see [`State`]
+//! <root>/<id>/groups.json      its control groups once more, for who cannot read that
 //! <root>/<id>/lock             locked by the command that changes what the container does
 //! <root>/pods/<id>/vsock.sock  the way into the guest
+//! <root>/pods/<id>/lock        locked by the command that changes the size of the machine
 //! <root>/@<random>/            a container's directory in the making
 //! ```
 //!
@@ -25,10 +27,11 @@ use podhull_vmm::jail::remove_tree;
 use rustix::fs::{AtFlags, FlockOperation, Mode, OFlags, RenameFlags};
 use rustix::io::Errno;
 use rustix::rand::GetRandomFlags;
+use serde::Serialize;
 
 use crate::cgroup::CgroupError;
 pub use document::{Machine, Membership, Process, State, Status};
-pub use known::{Known, list, open_pod, remove};
+pub use known::{Known, list, open_pod, remove, take_turn_of_pod};
 
 /// Directory of the pods; not a container's id.
 const PODS: &str = "pods";
@@ -165,6 +168,12 @@ impl Directory {
     pub fn write(&self, state: &State) -> Result<(), StateError> {
         write(self.container.as_fd(), &self.container(), state)
     }
+
+    /// Writes down where the control groups are to be.
+    pub fn write_groups(&self, state: &State) -> Result<(), StateError> {
+        let groups: Vec<_> = state.cgroups().collect();
+        if groups.is_empty() { Ok(()) } else { write_file(self.container.as_fd(), &self.container(), GROUPS, &groups) }
+    }
 }
 
 /// Removes a directory that turned out to be useless.
@@ -190,16 +199,22 @@ impl Drop for Directory {
 /// Name of the document in a container's directory.
 const DOCUMENT: &str = "state.json";
 
+/// Name of the document that only has its control groups.
+const GROUPS: &str = "groups.json";
+
 /// `path` is the directory's, for errors.
 fn write(container: BorrowedFd<'_>, path: &Path, state: &State) -> Result<(), StateError> {
-    let fail = |error: io::Error| StateError::Write(path.join(DOCUMENT), error);
-    let text = serde_json::to_vec(state).map_err(|e| fail(e.into()))?;
-    let new = format!("{DOCUMENT}.{}", unique().map_err(fail)?);
+    write_file(container, path, DOCUMENT, state)
+}
+
+fn write_file(container: BorrowedFd<'_>, path: &Path, name: &str, what: impl Serialize) -> Result<(), StateError> {
+    let fail = |error: io::Error| StateError::Write(path.join(name), error);
+    let text = serde_json::to_vec(&what).map_err(|e| fail(e.into()))?;
+    let new = format!("{name}.{}", unique().map_err(fail)?);
     let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::CLOEXEC;
     let file = rustix::fs::openat(container, &new, flags, Mode::from_raw_mode(0o600)).map_err(|e| fail(e.into()))?;
-    let written = File::from(file)
-        .write_all(&text)
-        .and_then(|()| Ok(rustix::fs::renameat(container, &new, container, DOCUMENT)?));
+    let written =
+        File::from(file).write_all(&text).and_then(|()| Ok(rustix::fs::renameat(container, &new, container, name)?));
     written.map_err(|error| {
         let _ = rustix::fs::unlinkat(container, &new, AtFlags::empty());
         fail(error)

@@ -21,7 +21,15 @@ pub const SOCKET: &str = "vsock.sock";
 
 /// Connects, and names the stream by its token.
 pub fn connect(pod: BorrowedFd<'_>, token: u64) -> io::Result<UnixStream> {
-    let mut stream = dial(pod, STDIO_PORT)?;
+    name(dial(pod, STDIO_PORT)?, token)
+}
+
+/// The same for a thread whose working directory is the pod's.
+pub fn connect_here(token: u64) -> io::Result<UnixStream> {
+    name(ask_for(UnixStream::connect(SOCKET)?, STDIO_PORT)?, token)
+}
+
+fn name(mut stream: UnixStream, token: u64) -> io::Result<UnixStream> {
     stream.set_write_timeout(Some(DEADLINE))?;
     stream.write_all(&token.to_le_bytes())?;
     stream.set_write_timeout(None)?;
@@ -30,7 +38,10 @@ pub fn connect(pod: BorrowedFd<'_>, token: u64) -> io::Result<UnixStream> {
 
 /// Connects to a port of the guest through the socket in the pod's directory.
 pub fn dial(pod: BorrowedFd<'_>, port: u32) -> io::Result<UnixStream> {
-    let mut stream = in_directory(pod, || UnixStream::connect(SOCKET))?;
+    ask_for(in_directory(pod, || UnixStream::connect(SOCKET))?, port)
+}
+
+fn ask_for(mut stream: UnixStream, port: u32) -> io::Result<UnixStream> {
     stream.set_read_timeout(Some(DEADLINE))?;
     stream.set_write_timeout(Some(DEADLINE))?;
     stream.write_all(format!("CONNECT {port}\n").as_bytes())?;

@@ -21,10 +21,11 @@ use rustix::io::Errno;
 use rustix::rand::GetRandomFlags;
 use tokio::sync::mpsc;
 
-pub use connect::{SOCKET, connect_packets, dial};
+pub use connect::{SOCKET, connect_here, connect_packets, dial};
 use console::Console;
 pub use proxy::Proxy;
 use pump::Progress;
+pub use pump::STACK;
 use terminal::Terminal;
 
 /// What can go wrong with standard streams.
@@ -359,7 +360,7 @@ fn duplicate(fd: BorrowedFd<'_>) -> Result<OwnedFd, Errno> {
 }
 
 /// A random number that is not zero.
-fn token() -> Result<u64, StdioError> {
+pub fn token() -> Result<u64, StdioError> {
     let mut bytes = [0; 8];
     rustix::rand::getrandom(&mut bytes, GetRandomFlags::empty()).map_err(StdioError::Random)?;
     Ok(u64::from_ne_bytes(bytes) | 1)

@@ -5,7 +5,7 @@ use std::path::Path;
 use std::process::Command;
 
 use super::podhull;
-use crate::bundle::DEBIAN;
+use crate::bundle::make_busybox_root;
 use crate::docker::{self, Docker};
 use crate::leaks::Leaks;
 use crate::podman::{self, Podman};
@@ -44,10 +44,11 @@ fn type_all(page: &str, rewrite: impl Fn(&str) -> String) -> Outcome {
     Ok(())
 }
 
-/// An archive of the Debian, as registries would give it.
+/// An archive of what commands of the pages need, which is far less than the image they name has.
 fn archive(directory: &Path) -> Outcome<String> {
-    let archive = directory.join("debian.tar");
-    let status = Command::new("tar").args(["-C", DEBIAN, "-cf"]).arg(&archive).arg(".").status()?;
+    let (root, archive) = (directory.join("image"), directory.join("image.tar"));
+    make_busybox_root(&root)?;
+    let status = Command::new("tar").arg("-C").arg(root).arg("-cf").arg(&archive).arg(".").status()?;
     ensure!(status.success(), "tar: {status}");
     Ok(archive.to_string_lossy().into_owned())
 }

@@ -1,6 +1,7 @@
 //! All tests, one module for each topic; the quick ones first.
 
 mod bad_input;
+mod broken;
 mod cgroups;
 mod command_line;
 mod commands;
@@ -9,6 +10,7 @@ mod docker;
 mod docs;
 mod exit_codes;
 mod files;
+mod growth;
 mod hooks;
 mod isolation;
 mod lifecycle;
@@ -19,7 +21,10 @@ mod podman;
 mod pods;
 mod privileged;
 mod process;
+mod programs;
+mod races;
 mod resources;
+mod sockets;
 mod stdio;
 mod systemd;
 mod terminal;
@@ -42,12 +47,17 @@ pub const ALL: &[&[Case]] = &[
     terminal::CASES,
     stdio::CASES,
     files::CASES,
+    sockets::CASES,
     bad_input::CASES,
+    broken::CASES,
+    races::CASES,
     crashes::CASES,
     resources::CASES,
+    growth::CASES,
     load::CASES,
     pods::CASES,
     network::CASES,
+    programs::CASES,
     podman::CASES,
     docker::CASES,
     docs::CASES,

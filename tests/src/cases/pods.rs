@@ -44,6 +44,11 @@ fn in_those_of(bundle: Bundle, other: &Container, shared: &[(&str, &str)]) -> Bu
 
 const POD: &[(&str, &str)] = &[("network", "net"), ("ipc", "ipc"), ("uts", "uts")];
 
+/// A bundle whose container shares what containers of a pod share.
+pub fn in_the_pod_of(bundle: Bundle, other: &Container) -> Bundle {
+    in_those_of(bundle, other, POD)
+}
+
 fn first<'a>(scene: &'a Scene, script: &str) -> Outcome<Container<'a>> {
     let container = Container::make(scene, &scene.debian()?.sh(script), &["run", "-d"])?;
     container.expect_output("ready")?;

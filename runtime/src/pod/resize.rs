@@ -1,0 +1,93 @@
+//! Another size for a pod's machine, when what its containers ask for together is another.
+
+use std::os::fd::AsFd;
+use std::path::Path;
+
+use super::command::{CommandError, event_loop};
+use super::size::{Demand, Size};
+use crate::agent::{Agent, Growth};
+use crate::log::Log;
+use crate::machine::Control;
+use crate::state::{self, State};
+
+/// The machine of a pod, which no other command changes meanwhile.
+pub struct Machine<'a> {
+    pod: String,
+    root: &'a Path,
+    /// Of its containers, but the one that is changed.
+    others: Vec<Demand>,
+    log: &'a Log,
+    /// Held to the end.
+    _turn: std::os::fd::OwnedFd,
+}
+
+impl<'a> Machine<'a> {
+    /// The machine of a container that is about to be changed; none if it is gone.
+    pub fn of(root: &'a Path, container: &State, log: &'a Log) -> Result<Option<Self>, CommandError> {
+        let Some(pod) = container.pod() else { return Ok(None) };
+        let turn = state::take_turn_of_pod(root, &pod.pod)?;
+        // Only now: who had its turn before may have added one.
+        let there = state::list(root)?.into_iter().map(|known| known.state);
+        let others = there.filter(|state| state.id != container.id && state.pod().as_ref() == Some(&pod));
+        let others = others.map(|state| state.demand).collect();
+        Ok(Some(Self { pod: pod.pod, root, others, log, _turn: turn }))
+    }
+
+    /// The size it is to have with a container that asks for this.
+    pub fn size_with(&self, demand: &Demand) -> Result<Size, CommandError> {
+        self.size_of(Some(demand))
+    }
+
+    fn size_of(&self, demand: Option<&Demand>) -> Result<Size, CommandError> {
+        let demands: Vec<_> = self.others.iter().chain(demand).collect();
+        Ok(Size::of(&demands)?)
+    }
+
+    /// Makes room for the container, or takes its room away if it is gone.
+    fn fit(&self, before: Option<&Demand>, after: Option<&Demand>) -> Result<(), CommandError> {
+        let (before, after) = (self.size_of(before)?, self.size_of(after)?);
+        if after.is(before) { Ok(()) } else { self.resize(after) }
+    }
+
+    /// Gives it a size. Memory and CPUs that are more are there on return; memory that is less goes at the guest's pace, and
+    /// what is in use stays.
+    pub fn resize(&self, size: Size) -> Result<(), CommandError> {
+        let Size { cpus, memory, .. } = size;
+        let pod = state::open_pod(self.root, &self.pod)?;
+        let online = event_loop()?.block_on(async {
+            let mut control = Control::dial(pod.as_fd())?;
+            control.set_cpus(cpus).await?;
+            control.set_memory(memory).await?;
+            let growth = Growth { cpus, memory_bytes: memory, rescan: true };
+            Ok::<_, CommandError>(Agent::dial(pod.as_fd())?.grow(growth).await?)
+        })?;
+        self.log.debug(|| format!("pod {}: {online} CPUs, {memory} bytes of memory", self.pod));
+        if online < cpus {
+            let pod = &self.pod;
+            self.log.warning(&format!("pod {pod}: its virtual machine cannot have more than {online} CPUs, of {cpus}"));
+        }
+        Ok(())
+    }
+}
+
+/// Makes room for a container that joins a pod.
+pub fn join(root: &Path, container: &State, log: &Log) -> Result<(), CommandError> {
+    match Machine::of(root, container, log)? {
+        Some(machine) => machine.fit(None, Some(&container.demand)),
+        None => Ok(()),
+    }
+}
+
+/// Takes the room of a container away that has left its pod. The pod may end at the same time.
+pub fn leave(root: &Path, container: &State, log: &Log) {
+    if container.member_of.is_none() {
+        return;
+    }
+    let left = Machine::of(root, container, log).and_then(|machine| match machine {
+        Some(machine) if !machine.others.is_empty() => machine.fit(Some(&container.demand), None),
+        _ => Ok(()),
+    });
+    if let Err(error) = left {
+        log.debug(|| format!("{}: {error}", container.id));
+    }
+}

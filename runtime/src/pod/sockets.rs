@@ -1,0 +1,265 @@
+//! Sockets of the host among a container's files. A socket belongs to the kernel that made it: the guest has one of its own in its
+//! place, and for each of its clients a stream comes here, from which it goes on to the socket that is meant.
+//!
+//! A thread of the shadow's makes all connections. It keeps what that takes: to connect as who the client is, with a permission that
+//! the guest's kernel has checked, at the same owner and mode. It is there before the container is, so that no limit on processes
+//! holds it up; everything else happens in the event loop.
+
+use std::io;
+use std::os::fd::{BorrowedFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::sync::{Arc, mpsc};
+use std::time::Duration;
+
+use podhull_protocol::{HostSocket, MAX_GROUPS};
+use rustix::fs::{CWD, Mode, OFlags, Stat};
+use rustix::mount::{MountAttrFlags, MountPropagationFlags, MoveMountFlags, mount_change, move_mount};
+use rustix::net::sockopt::{Timeout, set_socket_timeout};
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
+use rustix::process::{Gid, Uid, fchdir};
+use rustix::thread::{
+    CapabilitySet, CapabilitySets, UnshareFlags, set_thread_groups, set_thread_res_gid, set_thread_res_uid,
+    unshare_unsafe,
+};
+use tokio::io::{AsyncReadExt, copy_bidirectional};
+use tokio::sync::{Notify, Semaphore, oneshot};
+use tokio::task::JoinSet;
+
+use super::view::file_system;
+use crate::stdio;
+
+/// Streams in store for each socket: as many clients can come at once without waiting for us.
+const IN_STORE: usize = 2;
+
+/// Connections of one container at a time.
+const MAX_CONNECTIONS: usize = 256;
+
+/// How long a program of the host may take to accept a connection.
+const DEADLINE: Duration = Duration::from_secs(10);
+
+/// What the thread may do: to be any user, and to pass where the guest let the client pass.
+const CAPABILITIES: CapabilitySet =
+    CapabilitySet::SETUID.union(CapabilitySet::SETGID).union(CapabilitySet::DAC_OVERRIDE);
+
+/// A socket of the host.
+pub struct Socket {
+    /// The socket itself, as a detached mount.
+    mount: OwnedFd,
+    /// What the guest is told.
+    told: HostSocket,
+}
+
+impl Socket {
+    /// A socket that is bound into a container.
+    pub fn new(mount: OwnedFd, stat: &Stat) -> io::Result<Self> {
+        let told = HostSocket {
+            token: stdio::token().map_err(io::Error::other)?,
+            uid: stat.st_uid,
+            gid: stat.st_gid,
+            mode: stat.st_mode & 0o7777,
+            ..Default::default()
+        };
+        Ok(Self { mount, told })
+    }
+
+    /// What the guest is told of it.
+    pub fn told(&self) -> HostSocket {
+        self.told.clone()
+    }
+
+    /// Where the guest has its own.
+    pub fn path(&self) -> String {
+        format!("{}/{}", podhull_protocol::SOCKETS_DIR, podhull_protocol::socket_name(self.told.token))
+    }
+}
+
+/// Who has connected in the guest.
+struct Client {
+    uid: u32,
+    gid: u32,
+    groups: Vec<u32>,
+}
+
+enum What {
+    /// A stream into the guest, named by a token.
+    Stream(u64),
+    /// A connection to the socket with this number.
+    Connection(usize, Client),
+}
+
+struct Order {
+    what: What,
+    answer: oneshot::Sender<io::Result<UnixStream>>,
+}
+
+/// The sockets of a container, and the thread that connects to them.
+pub struct Sockets {
+    tokens: Vec<u64>,
+    orders: mpsc::Sender<Order>,
+    begun: Notify,
+    /// For streams in store and for connections.
+    room: Arc<Semaphore>,
+}
+
+impl Sockets {
+    /// Starts the thread, if there is something for it to do. The process must be in the mount namespace it stays in, and have
+    /// its privileges yet. `pod` is the pod's directory.
+    pub fn start(sockets: Vec<Socket>, pod: BorrowedFd<'_>) -> io::Result<Option<Arc<Self>>> {
+        if sockets.is_empty() {
+            return Ok(None);
+        }
+        let tokens: Vec<_> = sockets.iter().map(|socket| socket.told.token).collect();
+        let room = Arc::new(Semaphore::new(MAX_CONNECTIONS + IN_STORE * tokens.len()));
+        let pod = pod.try_clone_to_owned()?;
+        let (orders, received) = mpsc::channel();
+        let (sender, ready) = mpsc::channel();
+        let run = move || {
+            let place = match enter(sockets) {
+                Ok(place) => place,
+                Err(error) => return drop(sender.send(Err(error))),
+            };
+            let _ = sender.send(Ok(()));
+            serve(&received, &pod, &place);
+        };
+        std::thread::Builder::new().name("sockets".into()).stack_size(stdio::STACK).spawn(run)?;
+        ready.recv().unwrap_or_else(|_| Err(io::Error::other("the thread panicked")))?;
+        Ok(Some(Arc::new(Self { tokens, orders, begun: Notify::new(), room })))
+    }
+
+    /// The container is made, and its sockets are there.
+    pub fn begin(&self) {
+        self.begun.notify_one();
+    }
+
+    /// Serves for as long as it is polled, unless the guest takes no more streams.
+    pub async fn serve(self: Arc<Self>) {
+        self.begun.notified().await;
+        let mut stores = JoinSet::new();
+        for (index, token) in self.tokens.iter().enumerate() {
+            for _ in 0..IN_STORE {
+                stores.spawn(self.clone().store(index, *token));
+            }
+        }
+        while stores.join_next().await.is_some() {}
+    }
+
+    /// Keeps one stream in store, until there are none to be had.
+    async fn store(self: Arc<Self>, index: usize, token: u64) {
+        let mut connections = JoinSet::new();
+        while let Ok(room) = self.room.clone().acquire_owned().await {
+            while connections.try_join_next().is_some() {}
+            let Ok(mut stream) = self.order(What::Stream(token)).await else { break };
+            let Ok(client) = Client::read(&mut stream).await else { break };
+            let sockets = self.clone();
+            connections.spawn(async move {
+                let _room = room;
+                // A client whose server is not there sees a connection that ends.
+                if let Ok(mut server) = sockets.order(What::Connection(index, client)).await {
+                    let _ = copy_bidirectional(&mut stream, &mut server).await;
+                }
+            });
+        }
+        while connections.join_next().await.is_some() {}
+    }
+
+    async fn order(&self, what: What) -> io::Result<tokio::net::UnixStream> {
+        let (answer, answered) = oneshot::channel();
+        let gone = || io::Error::from(io::ErrorKind::BrokenPipe);
+        self.orders.send(Order { what, answer }).map_err(|_| gone())?;
+        let stream = answered.await.map_err(|_| gone())??;
+        stream.set_nonblocking(true)?;
+        tokio::net::UnixStream::from_std(stream)
+    }
+}
+
+impl Client {
+    /// What the guest says of it, before anything else.
+    async fn read(stream: &mut tokio::net::UnixStream) -> io::Result<Self> {
+        let (uid, gid) = (stream.read_u32_le().await?, stream.read_u32_le().await?);
+        let count = stream.read_u32_le().await?;
+        if count as usize > MAX_GROUPS {
+            return Err(io::ErrorKind::InvalidData.into());
+        }
+        let mut groups = Vec::new();
+        for _ in 0..count {
+            groups.push(stream.read_u32_le().await?);
+        }
+        // It is nobody's number, and would change nothing.
+        let all = [uid, gid].into_iter().chain(groups.iter().copied());
+        match { all }.any(|number| number == u32::MAX) {
+            true => Err(io::ErrorKind::InvalidData.into()),
+            false => Ok(Self { uid, gid, groups }),
+        }
+    }
+}
+
+/// Puts the sockets where nobody else can put anything, and gives up what connecting does not take. The thread alone is there.
+fn enter(sockets: Vec<Socket>) -> io::Result<OwnedFd> {
+    // SAFETY: the mount namespace, root and working directory of this thread alone; no descriptor table is unshared.
+    unsafe { unshare_unsafe(UnshareFlags::FS | UnshareFlags::NEWNS) }?;
+    mount_change("/", MountPropagationFlags::PRIVATE | MountPropagationFlags::REC)?;
+    let flags =
+        MountAttrFlags::MOUNT_ATTR_NOSUID | MountAttrFlags::MOUNT_ATTR_NODEV | MountAttrFlags::MOUNT_ATTR_NOEXEC;
+    let place = file_system("tmpfs", &[("size", "64k"), ("mode", "0755")], flags)?;
+    let attach = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH;
+    move_mount(&place, "", CWD, "/", attach)?;
+    for (index, socket) in sockets.iter().enumerate() {
+        let name = index.to_string();
+        rustix::fs::openat(&place, &name, OFlags::CREATE | OFlags::WRONLY | OFlags::CLOEXEC, Mode::RUSR)?;
+        move_mount(&socket.mount, "", &place, &name, attach)?;
+    }
+    rustix::thread::set_no_new_privs(true)?;
+    set_effective(CAPABILITIES)?;
+    Ok(place)
+}
+
+fn set_effective(effective: CapabilitySet) -> rustix::io::Result<()> {
+    let inheritable = CapabilitySet::empty();
+    rustix::thread::set_capabilities(None, CapabilitySets { effective, permitted: CAPABILITIES, inheritable })
+}
+
+/// Carries out what the event loop orders, until that is gone.
+fn serve(orders: &mpsc::Receiver<Order>, pod: &OwnedFd, place: &OwnedFd) {
+    for Order { what, answer } in orders {
+        let result = match what {
+            What::Stream(token) => fchdir(pod).map_err(Into::into).and_then(|()| stdio::connect_here(token)),
+            What::Connection(index, client) => {
+                fchdir(place).map_err(Into::into).and_then(|()| as_client(&client, || connect(index)))
+            }
+        };
+        // Who asked may be gone.
+        let _ = answer.send(result);
+    }
+}
+
+/// Does something as another user of the host, as which the thread may pass where it may itself. It never goes on as another:
+/// coming back takes nothing that could be missing.
+fn as_client<T>(client: &Client, action: impl FnOnce() -> io::Result<T>) -> io::Result<T> {
+    let become_client = || -> rustix::io::Result<()> {
+        let groups: Vec<_> = client.groups.iter().map(|group| Gid::from_raw(*group)).collect();
+        set_thread_groups(&groups)?;
+        set_thread_res_gid(None, Some(Gid::from_raw(client.gid)), None)?;
+        set_thread_res_uid(None, Some(Uid::from_raw(client.uid)), None)?;
+        // They went with the user.
+        set_effective(CAPABILITIES)
+    };
+    let result = become_client().map_err(io::Error::from).and_then(|()| action());
+    let come_back = || -> rustix::io::Result<()> {
+        set_thread_res_uid(None, Some(Uid::ROOT), None)?;
+        set_effective(CAPABILITIES)?;
+        set_thread_res_gid(None, Some(Gid::ROOT), None)?;
+        set_thread_groups(&[])
+    };
+    if come_back().is_err() {
+        std::process::abort();
+    }
+    result
+}
+
+/// Connects to a socket in the working directory.
+fn connect(index: usize) -> io::Result<UnixStream> {
+    let socket = rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None)?;
+    set_socket_timeout(&socket, Timeout::Send, Some(DEADLINE))?;
+    rustix::net::connect(&socket, &SocketAddrUnix::new(index.to_string())?)?;
+    Ok(socket.into())
+}

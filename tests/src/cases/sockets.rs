@@ -1,0 +1,150 @@
+//! Sockets of the host that are bound into a container, as that of a container engine or of a CSI driver.
+
+use std::path::{Path, PathBuf};
+
+use serde_json::json;
+
+use super::oci;
+use crate::container::Container;
+use crate::leaks::Leaks;
+use crate::run::{DEADLINE, Running};
+use crate::suite::{Case, Scene};
+use crate::{Outcome, ensure, ensure_eq};
+
+pub const CASES: &[Case] = &[
+    oci("sockets::a_server_of_the_host_is_reached", a_server_of_the_host_is_reached),
+    oci("sockets::the_server_sees_who_connects", the_server_sees_who_connects),
+    oci("sockets::one_whose_server_is_gone", one_whose_server_is_gone),
+];
+
+/// Serves each client until its end of file, then says who it was, how much it sent, and sends that back.
+const SERVER: &str = "
+import os, socket, struct, sys, threading
+server = socket.socket(socket.AF_UNIX)
+server.bind(sys.argv[1])
+os.chmod(sys.argv[1], int(sys.argv[2], 8))
+os.chown(sys.argv[1], 0, int(sys.argv[3]))
+server.listen(64)
+print('ready', flush=True)
+def serve(client):
+    with client:
+        _, uid, gid = struct.unpack('3i', client.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+        data = bytearray()
+        while part := client.recv(65536): data += part
+        client.sendall(f'{uid} {gid} {len(data)}\\n'.encode() + data)
+while True:
+    threading.Thread(target=serve, args=(server.accept()[0],), daemon=True).start()
+";
+
+/// Sends so many bytes, then nothing more, and compares what comes back; prints its first line.
+const CLIENT: &str = "
+import socket, sys, threading
+def ask(length):
+    data = bytes(i % 251 for i in range(length))
+    with socket.socket(socket.AF_UNIX) as client:
+        client.connect('/run/host.sock')
+        def send():
+            client.sendall(data)
+            client.shutdown(socket.SHUT_WR)
+        threading.Thread(target=send).start()
+        answer = bytearray()
+        while part := client.recv(65536): answer += part
+    line, _, back = bytes(answer).partition(b'\\n')
+    assert back == data, (length, len(back))
+    return line.decode()
+if sys.argv[1] == 'many':
+    answers = [None] * 20
+    def one(i): answers[i] = ask(1000 + i)
+    threads = [threading.Thread(target=one, args=(i,)) for i in range(20)]
+    [t.start() for t in threads]; [t.join() for t in threads]
+    print(answers == [f'0 0 {1000 + i}' for i in range(20)])
+else:
+    print(ask(int(sys.argv[1])))
+";
+
+fn serve(path: &Path, mode: &str, group: &str) -> Outcome<Running> {
+    let words = ["python3", "-c", SERVER, &path.to_string_lossy(), mode, group].map(Into::into);
+    let mut server = Running::start(&words, &[])?;
+    server.expect_line("ready")?;
+    Ok(server)
+}
+
+fn stop(server: Running) -> Outcome {
+    server.signal(rustix::process::Signal::KILL)?;
+    server.wait().map(drop)
+}
+
+fn place(scene: &Scene) -> Outcome<PathBuf> {
+    Ok(scene.make_directory("sockets")?.join("host.sock"))
+}
+
+fn a_server_of_the_host_is_reached(scene: &Scene) -> Outcome {
+    let before = Leaks::watch();
+    let path = place(scene)?;
+    let server = serve(&path, "600", "0")?;
+    let bundle =
+        scene.debian()?.bind(&path, "/run/host.sock", &["rbind"]).sh("stat -c %F:%a /run/host.sock; exec sleep 1000");
+    let container = Container::make(scene, &bundle, &["run", "-d"])?;
+    container.expect_output("socket:600")?;
+    let ask = |length: &str| container.call(&["exec", &container.id, "python3", "-c", CLIENT, length])?.output();
+    for length in ["0", "5", "1000000"] {
+        ensure_eq!(ask(length)?, format!("0 0 {length}\n"), "answer");
+    }
+    for _ in 0..scene.repeat.div_ceil(10).min(5) {
+        ensure_eq!(ask("many")?, "True\n", "answers to twenty at once");
+    }
+    container.end()?;
+    stop(server)?;
+    before.check()
+}
+
+/// As who it is in the container, which is what a server decides by what a client may; and not everybody may connect.
+fn the_server_sees_who_connects(scene: &Scene) -> Outcome {
+    let path = place(scene)?;
+    let server = serve(&path, "660", "2000")?;
+    let container = Container::make(
+        scene,
+        &scene.debian()?.bind(&path, "/run/host.sock", &["rbind"]).sh("exec sleep 1000"),
+        &["run", "-d"],
+    )?;
+    let ask = |options: &[&str]| {
+        container.call(&[&["exec"], options, &[&container.id, "python3", "-c", CLIENT, "7"]].concat())
+    };
+    ensure_eq!(ask(&[])?.output()?, "0 0 7\n", "as root");
+    ensure_eq!(ask(&["--user", "1000:2000"])?.output()?, "1000 2000 7\n", "by its group");
+    ensure_eq!(ask(&["--user", "1000:1000", "-g", "2000"])?.output()?, "1000 1000 7\n", "by a further group");
+    let refused = ask(&["--user", "1000:1000"])?;
+    ensure!(refused.status != 0 && refused.stderr.contains("Permission denied"), "as another: {:?}", refused.stderr);
+    container.end()?;
+    // In a user namespace root is somebody else on the host.
+    let maps = json!([{ "containerID": 0, "hostID": 100_000, "size": 65536 }]);
+    std::os::unix::fs::chown(&path, Some(101_000), Some(100_000))?;
+    let bundle = scene
+        .debian()?
+        .set("/linux/uidMappings", maps.clone())
+        .set("/linux/gidMappings", maps)
+        .push("/linux/namespaces", json!({ "type": "user" }))
+        .set("/process/user", json!({ "uid": 1000, "gid": 0 }))
+        .bind(&path, "/run/host.sock", &["rbind"])
+        .args(&["python3", "-c", CLIENT, "9"]);
+    ensure_eq!(scene.run(&bundle)?.output()?, "101000 100000 9\n", "in a user namespace");
+    stop(server)
+}
+
+fn one_whose_server_is_gone(scene: &Scene) -> Outcome {
+    let path = place(scene)?;
+    stop(serve(&path, "666", "0")?)?;
+    let script = "
+import socket
+with socket.socket(socket.AF_UNIX) as client:
+    try:
+        client.connect('/run/host.sock')
+        client.settimeout(60)
+        print('ended' if client.recv(1) == b'' else 'answered')
+    except (ConnectionRefusedError, ConnectionResetError):
+        print('ended')";
+    let bundle = scene.debian()?.bind(&path, "/run/host.sock", &["rbind"]).python(script);
+    let found = scene.start(&bundle)?.wait_within(DEADLINE)?.output()?;
+    ensure_eq!(found, "ended\n", "a connection to nobody");
+    Ok(())
+}
