@@ -11,8 +11,8 @@ use rustix::process::{Pid, Signal, WaitOptions, kill_process, waitpid};
 
 use crate::{Outcome, ensure, processes};
 
-/// The kernel takes mounts and cgroups of a process that was killed down in its own time, after it was reaped.
-const SETTLE: Duration = Duration::from_secs(5);
+/// The kernel takes mounts and cgroups of a process that was killed down in its own time, after it was reaped. What leaks stays.
+const SETTLE: Duration = Duration::from_secs(20);
 
 /// Where files may appear while containers run.
 const WATCHED: [&str; 4] = ["/run", "/tmp", "/dev/shm", "/var/lib/podhull"];

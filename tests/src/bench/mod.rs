@@ -1,11 +1,12 @@
 //! What podhull costs, measured beside what it is compared with, in one run on one host.
 //!
-//! [`start`] times runs and boots, [`exits`] counts exits of the virtual CPU, [`memory`] weighs an idle pod, [`files`] moves
+//! [`start`] times runs and boots, [`commands`] what callers do with a container, [`exits`] counts exits of the virtual CPU, [`memory`] weighs an idle pod, [`files`] moves
 //! data through the shared file system, [`sizes`] looks at what is installed. Each returns panels of figures ([`report`]),
 //! which become a table, JSON and a chart ([`chart`]). Contenders take turns within each round, so that what else the host
 //! does meets all of them alike; a figure is the median of its rounds.
 
 pub mod chart;
+pub mod commands;
 pub mod exits;
 pub mod files;
 pub mod memory;
@@ -31,14 +32,15 @@ const ROUNDS: usize = 15;
 
 const HELP: &str = "podhull-bench [--out DIR] [FILTER...]: measures podhull beside runc, crun and QEMU's microvm; as root.
 Prints a table; writes bench.json and bench.svg into DIR (the working directory). With FILTERs, only measurements whose name
-contains one of them: start, exits, memory, files, sizes. A missed target is said, and is no failure.
+contains one of them: start, commands, exits, memory, files, sizes. A missed target is said, and is no failure.
 PODHULL_RUNTIME: the podhull to measure (podhull). PODHULL_BENCH_ROUNDS: rounds (15); fewer are for trying.";
 
 /// A measurement: its name for the command line, and what it returns.
 type Measurement = (&'static str, fn(&Bench) -> Outcome<Vec<Panel>>);
 
-const MEASUREMENTS: [Measurement; 5] = [
+const MEASUREMENTS: [Measurement; 6] = [
     ("start", start::measure),
+    ("commands", commands::measure),
     ("exits", exits::measure),
     ("memory", memory::measure),
     ("files", files::measure),
