@@ -186,6 +186,9 @@ impl Pod {
             None => None,
         };
         self.made.set(memory).map_err(|_| PodError::PodExists)?;
+        if request.names != 0 {
+            self.network.ask_over(self.streams.claim(request.names)?).await;
+        }
         // Every device that there is has been found.
         let configure = Configure { machine: self.machine, scanned: true, wanted };
         let container = match request.container.into_option() {

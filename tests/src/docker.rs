@@ -3,17 +3,16 @@
 use std::ffi::OsString;
 use std::fs;
 use std::path::PathBuf;
-use std::process::Command;
 use std::time::Instant;
 
 use rustix::process::Signal;
 
-use crate::bundle::make_busybox_root;
 use crate::leaks::Leaks;
+use crate::netns::Netns;
 use crate::run::{DEADLINE, Ended, Running};
 use crate::suite::Scene;
 use crate::terminal::shell_line;
-use crate::{Outcome, ensure};
+use crate::{Outcome, ensure, image};
 
 /// Nothing is left but what Docker makes once for itself; if that is not empty it stays, and is an error.
 pub fn check(before: &Leaks) -> Outcome {
@@ -30,21 +29,30 @@ pub struct Docker {
 }
 
 impl Docker {
-    /// Starts the daemon with the program under test as its default runtime, and makes an image `busybox` for it.
-    pub fn start(scene: &Scene, options: &[&str]) -> Outcome<Self> {
-        let runtime = scene.runtime.name();
-        let added = format!("{runtime}={}", scene.runtime.program().display());
-        let add = if runtime == "runc" { [].as_slice() } else { &["--add-runtime", &added] };
-        let docker = Self::with_config(scene, "{}", &[add, &["--default-runtime", runtime], options].concat())?;
-        docker.make_image()?;
+    /// Starts the daemon with the program under test as its default runtime, on a host with this network, and gives it the
+    /// image of [`image::NAME`].
+    pub fn start(scene: &Scene, netns: &Netns) -> Outcome<Self> {
+        let docker = Self::start_with(scene, netns, &[])?;
+        let archive = image::busybox(scene)?;
+        docker.call(&["load", "-q", "-i", &archive.to_string_lossy()])?.output()?;
         Ok(docker)
     }
 
+    /// The same with further options, and without an image.
+    pub fn start_with(scene: &Scene, netns: &Netns, options: &[&str]) -> Outcome<Self> {
+        let runtime = scene.runtime.name();
+        let added = format!("{runtime}={}", scene.runtime.program().display());
+        let add = if runtime == "runc" { [].as_slice() } else { &["--add-runtime", &added] };
+        Self::with_config(scene, netns, "{}", &[add, &["--default-runtime", runtime], options].concat())
+    }
+
     /// Starts the daemon with this as its configuration file.
-    pub fn with_config(scene: &Scene, config: &str, options: &[&str]) -> Outcome<Self> {
+    pub fn with_config(scene: &Scene, netns: &Netns, config: &str, options: &[&str]) -> Outcome<Self> {
         let directory = scene.make_directory("docker")?;
         let path = |name: &str| directory.join(name);
-        let mut words: Vec<OsString> = vec!["dockerd".into()];
+        let mut net = OsString::from("--net=");
+        net.push(&netns.path);
+        let mut words: Vec<OsString> = vec!["nsenter".into(), net, "dockerd".into()];
         for (option, value) in [
             ("--data-root", path("data")),
             ("--exec-root", path("exec")),
@@ -55,7 +63,7 @@ impl Docker {
         }
         fs::write(path("daemon.json"), config)?;
         words.extend(
-            ["--storage-driver", "vfs", "--exec-opt", "native.cgroupdriver=cgroupfs", "--host"].map(Into::into),
+            ["--storage-driver", "overlay2", "--exec-opt", "native.cgroupdriver=cgroupfs", "--host"].map(Into::into),
         );
         words.push(format!("unix://{}", path("socket").display()).into());
         words.extend(options.iter().map(Into::into));
@@ -69,18 +77,6 @@ impl Docker {
         Ok(docker)
     }
 
-    fn make_image(&self) -> Outcome {
-        let root = self.directory.join("root");
-        make_busybox_root(&root)?;
-        let archive = self.directory.join("root.tar");
-        let status = Command::new("tar").arg("-C").arg(&root).arg("-cf").arg(&archive).arg(".").status()?;
-        ensure!(status.success(), "tar: {status}");
-        let change = "ENV PATH=/bin";
-        self.call(&["import", "--change", change, &archive.to_string_lossy(), "busybox"])?.output()?;
-        fs::remove_dir_all(&root)?;
-        Ok(())
-    }
-
     /// The whole command line of its client.
     pub fn words(&self, words: &[&str]) -> Vec<OsString> {
         let socket = format!("unix://{}", self.directory.join("socket").display());
@@ -91,7 +87,12 @@ impl Docker {
 
     /// Runs the client to its end.
     pub fn call(&self, words: &[&str]) -> Outcome<Ended> {
-        Running::start(&self.words(words), &[])?.wait()
+        self.call_with(&[], words)
+    }
+
+    /// The same with an environment.
+    pub fn call_with(&self, environment: &[(&str, OsString)], words: &[&str]) -> Outcome<Ended> {
+        Running::start(&self.words(words), environment)?.wait()
     }
 
     /// The client's command line for a shell.

@@ -18,7 +18,7 @@ const SETTLE: Duration = Duration::from_secs(20);
 const WATCHED: [&str; 4] = ["/run", "/tmp", "/dev/shm", "/var/lib/podhull"];
 
 /// What a runtime or its caller makes once, for all its containers.
-const MADE_ONCE: [&str; 12] = [
+const MADE_ONCE: [&str; 19] = [
     "/run/podhull",
     "/run/podhull/pods",
     "/run/runc",
@@ -26,6 +26,13 @@ const MADE_ONCE: [&str; 12] = [
     "/run/youki",
     "/run/containers",
     "/run/containers/networks",
+    "/run/containers/networks/aardvark.lock",
+    "/run/containers/networks/firewall",
+    "/run/containers/networks/firewall/firewall-driver",
+    "/run/containers/networks/firewall/firewall-reload.lock",
+    "/run/containers/networks/firewall/networks",
+    "/run/containers/networks/firewall/ports",
+    "/run/containers/networks/ipam.db",
     "/run/lock",
     "/run/systemd/transient",
     "/run/systemd/show-status",

@@ -3,17 +3,31 @@
 use std::ffi::OsString;
 use std::path::PathBuf;
 
-use crate::Outcome;
+use rustix::mount::{UnmountFlags, unmount};
+
 use crate::bundle::DEBIAN;
 use crate::leaks::Leaks;
+use crate::netns::Netns;
 use crate::run::{Ended, Running};
 use crate::suite::Scene;
 use crate::terminal::shell_line;
+use crate::{Outcome, image};
 
 /// Nothing is left but what Podman makes once for itself; if that is not empty it stays, and is an error.
 pub fn check(before: &Leaks) -> Outcome {
-    for own in ["podman_probe", "libpod_parent/conmon", "libpod_parent"] {
-        let _ = std::fs::remove_dir(std::path::Path::new("/sys/fs/cgroup").join(own));
+    // Its network namespaces are in a mount that it shares with whoever makes others there.
+    if before.since().iter().any(|thing| thing.starts_with("mount ") && thing.contains(" /run/netns ")) {
+        // Not if one is left.
+        let _ = unmount("/run/netns", UnmountFlags::empty());
+    }
+    for own in [
+        "sys/fs/cgroup/podman_probe",
+        "sys/fs/cgroup/libpod_parent/conmon",
+        "sys/fs/cgroup/libpod_parent",
+        "run/netns",
+        "run/containers/networks/aardvark-dns",
+    ] {
+        let _ = std::fs::remove_dir(std::path::Path::new("/").join(own));
     }
     before.check()
 }
@@ -22,24 +36,44 @@ pub fn check(before: &Leaks) -> Outcome {
 pub struct Podman<'a> {
     scene: &'a Scene,
     storage: PathBuf,
+    /// Where its networks are.
+    netns: Option<&'a Netns>,
 }
 
 impl<'a> Podman<'a> {
     /// Podman as it is on a fresh host.
     pub fn new(scene: &'a Scene) -> Outcome<Self> {
-        let podman = Self { scene, storage: scene.make_directory("podman")? };
+        let podman = Self { scene, storage: scene.make_directory("podman")?, netns: None };
         // What it makes once for itself.
         podman.call(&["info"])?.output()?;
         Ok(podman)
     }
 
+    /// The same with an image ([`image::NAME`]), on a host that has this network.
+    pub fn with_network(scene: &'a Scene, netns: &'a Netns) -> Outcome<Self> {
+        let podman = Self { scene, storage: scene.make_directory("podman")?, netns: Some(netns) };
+        let archive = image::busybox(scene)?;
+        podman.call(&["load", "-i", &archive.to_string_lossy()])?.output()?;
+        Ok(podman)
+    }
+
     /// The whole command line.
     pub fn words(&self, words: &[&str]) -> Vec<OsString> {
-        let mut all: Vec<OsString> = vec!["podman".into()];
-        for (option, value) in [("--root", "root"), ("--runroot", "run"), ("--tmpdir", "tmp")] {
+        let mut all: Vec<OsString> = match self.netns {
+            Some(netns) => {
+                let mut net = OsString::from("--net=");
+                net.push(&netns.path);
+                vec!["nsenter".into(), net, "podman".into()]
+            }
+            None => vec!["podman".into()],
+        };
+        for (option, value) in
+            [("--root", "root"), ("--runroot", "run"), ("--tmpdir", "tmp"), ("--network-config-dir", "networks")]
+        {
             all.extend([option.into(), self.storage.join(value).into()]);
         }
-        all.extend(["--storage-driver", "vfs", "--cgroup-manager", "cgroupfs", "--runtime"].map(Into::into));
+        all.extend(image::DRIVER.iter().map(Into::into));
+        all.extend(["--cgroup-manager", "cgroupfs", "--runtime"].map(Into::into));
         all.push(self.scene.runtime.program().into());
         all.extend(words.iter().map(Into::into));
         all

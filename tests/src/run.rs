@@ -116,6 +116,8 @@ impl Gathered {
 /// A program that runs, its outputs gathered.
 pub struct Running {
     child: Child,
+    /// Its command line, for the trace.
+    words: String,
     stdin: Option<ChildStdin>,
     stdout: Gathered,
     stderr: Gathered,
@@ -137,7 +139,16 @@ impl Running {
         let pipes = (child.stdout.take(), child.stderr.take());
         let (Some(stdout), Some(stderr)) = pipes else { return Err("no pipes".into()) };
         let stdin = child.stdin.take();
-        Ok(Self { child, stdin, stdout: Gathered::from(stdout), stderr: Gathered::from(stderr), read: 0, started })
+        let words = words.iter().map(|word| word.to_string_lossy()).collect::<Vec<_>>().join(" ");
+        Ok(Self {
+            child,
+            words,
+            stdin,
+            stdout: Gathered::from(stdout),
+            stderr: Gathered::from(stderr),
+            read: 0,
+            started,
+        })
     }
 
     /// Process id of the program.
@@ -212,6 +223,9 @@ impl Running {
         }
         let status = self.child.wait()?;
         let took = self.started.elapsed();
+        if std::env::var_os("PODHULL_TEST_TRACE").is_some() {
+            println!("     {:6.2} s  {}", took.as_secs_f64(), self.words);
+        }
         for (name, gathered) in [("stdout", &self.stdout), ("stderr", &self.stderr)] {
             let left = until.saturating_duration_since(Instant::now()).max(Duration::from_secs(5));
             let ended = gathered.wait(left, |received| received.ended.then_some(()));

@@ -141,6 +141,7 @@ fn run(filters: &[String]) -> Outcome<bool> {
             "PODHULL_RUNTIME: the program under test (podhull). With another, tests of virtual machines are left out."
         );
         println!("PODHULL_TEST_REPEAT: how often what must never fail is tried (10).");
+        println!("PODHULL_TEST_TRACE: if set, how long each program took that a test waited for.");
         println!("PODHULL_TEST_PART: K/N, only every Nth test from the Kth on, to share them among hosts.");
         return Ok(true);
     }

@@ -7,11 +7,13 @@ mod generated {
     include!(concat!(env!("OUT_DIR"), "/mod.rs"));
 }
 
+pub mod names;
+
 pub use generated::agent::*;
 pub use generated::agent_ttrpc::{Agent, AgentClient, create_agent};
 
 /// Version of the protocol. Both sides compare it in the first call and refuse to go on if it differs.
-pub const VERSION: u32 = 3;
+pub const VERSION: u32 = 4;
 
 /// Port of the guest on which the agent serves ttrpc.
 pub const AGENT_PORT: u32 = 1024;

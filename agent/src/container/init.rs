@@ -278,8 +278,9 @@ fn enter_root(config: &Config, spec: &Spec, namespaces: Namespaces) -> Result<Op
         return Ok(None);
     }
     let root = Rootfs::prepare(&config.rootfs, &spec.linux.rootfs_propagation)?;
+    let mut unfinished = Vec::new();
     for mount in &spec.mounts {
-        mounts::mount(&root, mount)?;
+        unfinished.extend(mounts::mount(&root, mount)?);
     }
     let own_dev = devices::wanted(spec);
     if own_dev {
@@ -296,6 +297,9 @@ fn enter_root(config: &Config, spec: &Spec, namespaces: Namespaces) -> Result<Op
     }
     paths::make_readonly(&root, &spec.linux.readonly_paths)?;
     paths::mask(&root, &spec.linux.masked_paths)?;
+    for mount in unfinished {
+        mount.finish()?;
+    }
     root.finish(&spec.linux.rootfs_propagation, spec.root.as_ref().is_some_and(|root| root.readonly))?;
     root.pivot()?;
     Ok(terminal)

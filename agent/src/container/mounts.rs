@@ -81,8 +81,24 @@ impl MountError {
     }
 }
 
-/// Makes one mount.
-pub fn mount(root: &Rootfs, mount: &Mount) -> Result<(), MountError> {
+/// A mount that can be written to until all of the container's files are there: other mounts and devices lie in it.
+#[must_use]
+pub struct Unfinished {
+    mount: OwnedFd,
+    destination: PathBuf,
+}
+
+impl Unfinished {
+    /// Makes it read-only, as was asked for.
+    pub fn finish(self) -> Result<(), MountError> {
+        let readonly = Attributes { set: attribute::RDONLY, clear: 0 };
+        set_attributes(&self.mount, readonly, None, false)
+            .map_err(|source| MountError::Attributes { destination: self.destination, source })
+    }
+}
+
+/// Makes one mount, and says if there is something left to do about it.
+pub fn mount(root: &Rootfs, mount: &Mount) -> Result<Option<Unfinished>, MountError> {
     let destination = &mount.destination;
     if !destination.is_absolute() {
         return Err(MountError::Relative(destination.clone()));
@@ -90,25 +106,31 @@ pub fn mount(root: &Rootfs, mount: &Mount) -> Result<(), MountError> {
     if !mount.uid_mappings.is_empty() || !mount.gid_mappings.is_empty() {
         return Err(MountError::IdMapped { destination: destination.clone() });
     }
-    let options = MountOptions::parse(&mount.options)
+    let mut options = MountOptions::parse(&mount.options)
         .map_err(|source| MountError::Option { destination: destination.clone(), source })?;
     let bind = options.bind.or((mount.kind == "bind").then_some(false));
+    let late =
+        bind.is_none() && !options.remount && mount.kind == "tmpfs" && options.attributes.set & attribute::RDONLY != 0;
+    if late {
+        options.attributes.set &= !attribute::RDONLY;
+    }
     let one = One { root, destination, kind: &mount.kind, options: &options };
     if options.remount {
-        return one.remount();
+        return one.remount().map(|()| None);
     }
     let (tree, target) = match (bind, mount.kind.as_str()) {
         (Some(recursive), _) => one.bind(Path::new(&mount.source), recursive)?,
         (None, "cgroup" | "cgroup2") => one.cgroup()?,
         (None, kind) => one.filesystem(kind, &mount.source)?,
     };
+    let unfinished = if late { Some(one.unfinished(&tree)?) } else { None };
     root.attach(tree, &target).map_err(|source| one.failed(source))?;
     for (kind, recursive) in &options.propagation {
         root.open_raw(destination, OFlags::PATH)
             .and_then(|tree| set_attributes(tree, Attributes::default(), Some(*kind), *recursive))
             .map_err(|source| MountError::Propagation { destination: destination.clone(), source })?;
     }
-    Ok(())
+    Ok(unfinished)
 }
 
 struct One<'a> {
@@ -125,6 +147,11 @@ impl One<'_> {
 
     fn rootfs(&self, source: RootfsError) -> MountError {
         MountError::Rootfs { destination: self.destination.into(), source }
+    }
+
+    fn unfinished(&self, tree: &OwnedFd) -> Result<Unfinished, MountError> {
+        let mount = rustix::io::fcntl_dupfd_cloexec(tree, 0).map_err(|source| self.failed(source))?;
+        Ok(Unfinished { mount, destination: self.destination.into() })
     }
 
     fn directory(&self) -> Result<OwnedFd, MountError> {

@@ -72,6 +72,8 @@ pub enum DescriptionError {
     Neighbour { number: usize, what: &'static str },
     #[error("neighbour {number}: no interface {name:?} is described")]
     NeighbourInterface { number: usize, name: String },
+    #[error("resolver {0:?}: expected an address of 4 bytes in 127.0.0.0/8")]
+    Resolver(Vec<u8>),
     #[error("sysctl {0:?}: expected a path that begins with \"net/\", and a value of at most {MAX_SYSCTL_VALUE} bytes")]
     Sysctl(String),
 }
@@ -85,6 +87,8 @@ pub struct Network {
     pub neighbours: Vec<(String, Neighbour)>,
     /// Paths below `/proc/sys`, and values.
     pub sysctls: Vec<(String, String)>,
+    /// Where a program on the host answers questions for names.
+    pub resolver: Option<Ipv4Addr>,
 }
 
 #[derive(Debug)]
@@ -257,6 +261,11 @@ impl Network {
             }
             network.sysctls.push((key.clone(), value.clone()));
         }
+        network.resolver = match maybe_ip(&request.resolver) {
+            Some(None) => None,
+            Some(Some(IpAddr::V4(resolver))) if resolver.is_loopback() => Some(resolver),
+            _ => return Err(DescriptionError::Resolver(request.resolver.iter().take(16).copied().collect())),
+        };
         // A map has no order, and some follow from others: "all" before the interfaces.
         network.sysctls.sort();
         Ok(network)
@@ -526,7 +535,7 @@ mod tests {
     }
 
     #[test]
-    fn neighbours_last_and_sysctls_are_of_the_network() {
+    fn neighbours_last_and_sysctls_and_resolvers_are_of_the_network() {
         let with = |neighbour: wire::Neighbour| of(|r| r.neighbours = vec![neighbour]);
         let good = wire::Neighbour {
             interface: "eth0".into(),
@@ -545,6 +554,12 @@ mod tests {
             wire::Neighbour { flags: 256, ..good.clone() },
         ] {
             assert!(matches!(with(bad.clone()), Err(DescriptionError::Neighbour { .. })), "{bad:?}");
+        }
+        let resolver = |bytes: &[u8]| of(|r| r.resolver = bytes.into());
+        assert_eq!(resolver(&[]).unwrap().resolver, None);
+        assert_eq!(resolver(&[127, 0, 0, 11]).unwrap().resolver, Some(Ipv4Addr::new(127, 0, 0, 11)));
+        for bad in [&[10, 0, 0, 1][..], &[127, 0, 0], &[0; 16]] {
+            assert!(matches!(resolver(bad), Err(DescriptionError::Resolver(_))), "{bad:?}");
         }
         let sysctl = |key: &str| of(|r| drop(r.sysctl.insert(key.into(), "1".into())));
         assert!(sysctl("net/ipv4/conf/eth0/rp_filter").is_ok());

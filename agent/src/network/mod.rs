@@ -7,12 +7,14 @@
 mod addresses;
 mod description;
 mod links;
+mod names;
 mod neighbours;
 mod netlink;
 mod routes;
+mod translate;
 
 use std::io;
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv4Addr};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -21,8 +23,10 @@ use podhull_protocol::ConfigureNetworkRequest;
 
 use crate::container::setns;
 use crate::machine::{Machine, MachineError};
+use crate::stdio::Claim;
 use description::{DescriptionError, Network, Route};
 use links::{Devices, Placed};
+use names::Sockets;
 use netlink::{NetlinkError, Socket};
 
 /// How long an interface may take to appear: its driver has bound when the scan of the bus returns.
@@ -45,6 +49,10 @@ pub enum NetworkError {
     Neighbour { name: String, ip: IpAddr, step: &'static str, source: NetlinkError },
     #[error("network: {step}: {source}")]
     Netlink { step: &'static str, source: NetlinkError },
+    #[error("network: take questions for the resolver at {resolver}: {source}")]
+    Listen { resolver: Ipv4Addr, source: io::Error },
+    #[error("network: there is no stream to ask the resolver at {0} over")]
+    NoStream(Ipv4Addr),
     #[error("network: sysctl {key}: write {value:?}: {source}")]
     Sysctl { key: String, value: String, source: io::Error },
     #[error("network: {0}")]
@@ -90,8 +98,18 @@ impl NetworkError {
 /// Where the pod's network is, and what it should be.
 #[derive(Default)]
 pub struct PodNetwork {
-    /// Held while it is changed. The namespace if it is not the agent's own.
-    namespace: tokio::sync::Mutex<Option<Arc<OwnedFd>>>,
+    /// Held while it is changed.
+    place: tokio::sync::Mutex<Place>,
+}
+
+#[derive(Default)]
+struct Place {
+    /// If it is not the agent's own.
+    namespace: Option<Arc<OwnedFd>>,
+    /// Over which the host is asked for names, if it can be, until that is done.
+    names: Option<Claim>,
+    /// Whether it is.
+    asks: bool,
 }
 
 /// Sockets of a change.
@@ -126,34 +144,55 @@ pub struct Configure {
 }
 
 impl PodNetwork {
+    /// Names can be asked for over this stream.
+    pub async fn ask_over(&self, stream: Claim) {
+        self.place.lock().await.names = Some(stream);
+    }
+
     /// Makes the network what is described, wherever it is.
     pub async fn configure(&self, configure: Configure) -> Result<(), NetworkError> {
-        let namespace = self.namespace.lock().await;
-        apply(configure, namespace.clone()).await
+        let mut place = self.place.lock().await;
+        let namespace = place.namespace.clone();
+        place.apply(configure, namespace).await
     }
 
     /// Makes a container's network namespace the pod's, and there what is described.
     pub async fn settle_in(&self, namespace: OwnedFd, configure: Configure) -> Result<(), NetworkError> {
-        let mut place = self.namespace.lock().await;
+        let mut place = self.place.lock().await;
         let namespace = Arc::new(namespace);
-        apply(configure, Some(namespace.clone())).await?;
-        *place = Some(namespace);
+        place.apply(configure, Some(namespace.clone())).await?;
+        place.namespace = Some(namespace);
         Ok(())
     }
 }
 
-/// On a thread of its own, which may enter another namespace and wait.
-async fn apply(configure: Configure, namespace: Option<Arc<OwnedFd>>) -> Result<(), NetworkError> {
-    let Configure { machine, scanned, wanted: Some(wanted) } = configure else { return Ok(()) };
-    let (sender, done) = tokio::sync::oneshot::channel();
-    let work = move || {
-        // If nobody waits any more the work is done all the same.
-        let _ = sender.send(change(machine, scanned, namespace.as_deref(), &wanted.0));
-    };
-    std::thread::Builder::new().name("network".into()).spawn(work).map_err(NetworkError::Thread)?;
-    done.await.map_err(|_| NetworkError::Thread(io::Error::other("it panicked")))?
+impl Place {
+    /// On a thread of its own, which may enter another namespace and wait.
+    async fn apply(&mut self, configure: Configure, namespace: Option<Arc<OwnedFd>>) -> Result<(), NetworkError> {
+        let Configure { machine, scanned, wanted: Some(wanted) } = configure else { return Ok(()) };
+        let resolver = wanted.0.resolver.filter(|_| !self.asks);
+        let (sender, done) = tokio::sync::oneshot::channel();
+        let work = move || {
+            let changed = change(machine, scanned, namespace.as_deref(), &wanted.0);
+            let sockets = changed.and_then(|()| resolver.map(Sockets::open).transpose());
+            // If nobody waits any more the work is done all the same.
+            let _ = sender.send(sockets);
+        };
+        std::thread::Builder::new().name("network".into()).spawn(work).map_err(NetworkError::Thread)?;
+        let sockets = done.await.map_err(|_| NetworkError::Thread(io::Error::other("it panicked")))??;
+        if let (Some(sockets), Some(resolver)) = (sockets, resolver) {
+            let none = NetworkError::NoStream(resolver);
+            let Some(claim) = self.names.take() else { return Err(none) };
+            let stream = claim.stream().await.ok_or(none)?;
+            // It ends with the host's side; then nobody answers, as on the host.
+            tokio::spawn(names::serve(sockets, stream));
+            self.asks = true;
+        }
+        Ok(())
+    }
 }
 
+/// In the namespace that this thread is in afterwards.
 fn change(
     machine: Option<Machine>,
     scanned: bool,

@@ -9,7 +9,7 @@ use netlink_packet_core::{DefaultNla, Emitable, NetlinkBuffer, NetlinkHeader, Nl
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::net::netlink::SocketAddrNetlink;
-use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType};
+use rustix::net::{AddressFamily, Protocol, RecvFlags, SendFlags, SocketFlags, SocketType};
 
 /// What one answer may hold: the kernel fills at most 32 KiB.
 const BUFFER: usize = 64 * 1024;
@@ -19,7 +19,7 @@ const DUMPS: u32 = 10;
 
 /// Flags of messages (`linux/netlink.h`).
 const NLM_F_REQUEST: u16 = libc::NLM_F_REQUEST as u16;
-const NLM_F_ACK: u16 = libc::NLM_F_ACK as u16;
+pub const NLM_F_ACK: u16 = libc::NLM_F_ACK as u16;
 const NLM_F_DUMP: u16 = libc::NLM_F_DUMP as u16;
 const NLM_F_DUMP_INTR: u16 = libc::NLM_F_DUMP_INTR as u16;
 const NLM_F_CAPPED: u16 = 0x100;
@@ -150,6 +150,13 @@ impl<'a> Attributes<'a> {
     }
 }
 
+/// What it stands for in the kernel ends with it.
+impl From<Socket> for OwnedFd {
+    fn from(socket: Socket) -> Self {
+        socket.fd
+    }
+}
+
 /// A socket in the network namespace of the thread that opened it.
 pub struct Socket {
     fd: OwnedFd,
@@ -166,14 +173,19 @@ impl Socket {
         Self::open_with(1)
     }
 
+    /// One that speaks with nftables.
+    pub fn of_netfilter() -> Result<Self, NetlinkError> {
+        Self::open_as(Some(rustix::net::netlink::NETFILTER), 0)
+    }
+
     fn open_with(groups: u32) -> Result<Self, NetlinkError> {
-        let fd = rustix::net::socket_with(
-            AddressFamily::NETLINK,
-            SocketType::RAW,
-            SocketFlags::CLOEXEC | SocketFlags::NONBLOCK,
-            // The first protocol, `NETLINK_ROUTE`.
-            None,
-        )?;
+        // The first protocol, `NETLINK_ROUTE`.
+        Self::open_as(None, groups)
+    }
+
+    fn open_as(protocol: Option<Protocol>, groups: u32) -> Result<Self, NetlinkError> {
+        let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+        let fd = rustix::net::socket_with(AddressFamily::NETLINK, SocketType::RAW, flags, protocol)?;
         // Refusals with their reasons, and without our own request.
         for option in [libc::NETLINK_EXT_ACK, libc::NETLINK_CAP_ACK] {
             let on: libc::c_int = 1;
@@ -198,6 +210,32 @@ impl Socket {
                 }
             }
         }
+    }
+
+    /// Has the kernel do several things, of which it acknowledges those that are asked to be: all of them or none, if the first
+    /// and the last say so (`NFNL_MSG_BATCH_BEGIN`).
+    pub fn batch(&self, all: &[(u16, u16, Message)]) -> Result<(), NetlinkError> {
+        let mut packet = Vec::new();
+        for (kind, flags, message) in all {
+            packet.extend(self.packet(*kind, *flags, message).1);
+            packet.resize(packet.len().next_multiple_of(4), 0);
+        }
+        rustix::net::sendto(&self.fd, &packet, SendFlags::empty(), &SocketAddrNetlink::new(0, 0))?;
+        let mut pending = all.iter().filter(|(_, flags, _)| flags & NLM_F_ACK != 0).count();
+        let (mut buffer, mut result) = (vec![0; BUFFER], Ok(()));
+        while pending > 0 {
+            let Some(answer) = self.receive(&mut buffer)? else {
+                // One refusal for all of them: none of the others was looked at.
+                return result.and(Err(NetlinkError::Malformed));
+            };
+            for (header, payload) in messages(answer) {
+                if i32::from(header.message_type) == libc::NLMSG_ERROR {
+                    result = result.and(outcome(header, payload));
+                    pending = pending.saturating_sub(1);
+                }
+            }
+        }
+        result
     }
 
     /// All that there is of a kind; a message that `read` makes nothing of is left out.
@@ -251,6 +289,12 @@ impl Socket {
     }
 
     fn send(&self, kind: u16, flags: u16, message: &Message) -> Result<u32, NetlinkError> {
+        let (sequence, packet) = self.packet(kind, flags, message);
+        rustix::net::sendto(&self.fd, &packet, SendFlags::empty(), &SocketAddrNetlink::new(0, 0))?;
+        Ok(sequence)
+    }
+
+    fn packet(&self, kind: u16, flags: u16, message: &Message) -> (u32, Vec<u8>) {
         let sequence = self.sequence.get().wrapping_add(1);
         self.sequence.set(sequence);
         let body = message.bytes();
@@ -263,8 +307,7 @@ impl Socket {
         let mut packet = vec![0; begin];
         header.emit(&mut packet);
         packet.extend(body);
-        rustix::net::sendto(&self.fd, &packet, SendFlags::empty(), &SocketAddrNetlink::new(0, 0))?;
-        Ok(sequence)
+        (sequence, packet)
     }
 
     /// The next packet of the kernel; none if there is none now.

@@ -11,6 +11,7 @@ mod exec;
 mod harness;
 mod life;
 mod mounts;
+mod names;
 mod namespaces;
 mod network;
 mod process;

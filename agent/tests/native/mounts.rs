@@ -36,6 +36,23 @@ async fn a_root_is_read_only_if_asked_for() {
 }
 
 #[tokio::test(flavor = "current_thread")]
+async fn a_read_only_tmpfs_has_what_the_container_has_in_it() {
+    let agent = Agent::start().await;
+    let mut spec =
+        shell("touch /dev/x /late/x; ls -d /dev/pts/ptmx /dev/null /late/inner; touch /late/inner/x && echo inner");
+    let mounts = spec["mounts"].as_array_mut().unwrap();
+    let dev = mounts.iter_mut().find(|mount| mount["destination"] == "/dev").unwrap();
+    dev["options"].as_array_mut().unwrap().push(json!("ro"));
+    mount(&mut spec, "/late", "tmpfs", "tmpfs", &["ro"]);
+    mount(&mut spec, "/late/inner", "tmpfs", "tmpfs", &[]);
+    let rootfs = agent.rootfs();
+    std::fs::create_dir(agent.root_path(&rootfs).join("late")).unwrap();
+    let outcome = agent.run_in(&rootfs, &spec, b"").await;
+    assert_eq!(outcome.stdout, "/dev/null\n/dev/pts/ptmx\n/late/inner\ninner\n", "{outcome:?}");
+    assert_eq!(outcome.stderr.matches("Read-only file system").count(), 2, "{outcome:?}");
+}
+
+#[tokio::test(flavor = "current_thread")]
 async fn masked_paths_are_empty_and_readonly_paths_are_kept() {
     let agent = Agent::start().await;
     let rootfs = agent.rootfs();

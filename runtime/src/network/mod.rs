@@ -12,6 +12,7 @@
 mod link;
 mod netlink;
 mod redirect;
+mod resolver;
 mod scan;
 mod tap;
 
@@ -24,7 +25,8 @@ use rustix::thread::ThreadNameSpaceType;
 
 use link::Link;
 use netlink::Netlink;
-use redirect::End;
+use redirect::{Beside, End};
+pub use resolver::RESOLVER;
 use tap::Tap;
 
 /// Most interfaces of a pod.
@@ -62,7 +64,9 @@ pub enum NetworkError {
     #[error("cannot make a tap device for network interface {0}: {1}; does {file} work?", file = tap::CLONE)]
     Tap(String, #[source] io::Error),
     /// It cannot be joined.
-    #[error("cannot join a tap device to network interface {0}: {1}; is nftables with nft_fwd_netdev in the kernel?")]
+    #[error(
+        "cannot join a tap device to network interface {0}: {1}; is nftables with nft_fwd_netdev and nft_dup_netdev in the kernel?"
+    )]
     Join(String, #[source] io::Error),
 }
 
@@ -108,12 +112,14 @@ pub fn connect(namespace: impl AsFd, joined: Joined) -> Result<Option<Network>, 
         if found.links.len() > MAX_INTERFACES {
             return Err(NetworkError::TooMany(found.links.len()));
         }
+        let mut found = found;
+        let beside = found.look_for_a_resolver()?;
         let mut connections = Vec::new();
         for link in &found.links {
             let known = joined == Joined::Some
                 && redirect::is_joined(link.index).map_err(|error| NetworkError::Join(link.name.clone(), error))?;
             if !known {
-                connections.push(Connection::new(&netlink, link)?);
+                connections.push(Connection::new(&netlink, link, beside)?);
             }
         }
         Ok(Some(Network { description: found.description, connections, warnings: found.warnings }))
@@ -129,13 +135,12 @@ pub fn first(namespace: impl AsFd) -> Result<Option<String>, NetworkError> {
 }
 
 impl Connection {
-    fn new(netlink: &Netlink, link: &Link) -> Result<Self, NetworkError> {
+    fn new(netlink: &Netlink, link: &Link, beside: Beside) -> Result<Self, NetworkError> {
         let mtu = link.mtu.min(tap::MTU_MAX);
         let tap = Tap::create(netlink, mtu).map_err(|error| NetworkError::Tap(link.name.clone(), error))?;
         let interface = End { index: link.index, name: &link.name };
-        let rule = redirect::join(interface, End { index: tap.index, name: &tap.name }).map_err(|error| match error
-            .kind()
-        {
+        let joined = redirect::join(interface, End { index: tap.index, name: &tap.name }, beside);
+        let rule = joined.map_err(|error| match error.kind() {
             io::ErrorKind::AlreadyExists => NetworkError::Taken(link.name.clone()),
             _ => NetworkError::Join(link.name.clone(), error),
         })?;

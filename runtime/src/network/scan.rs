@@ -6,6 +6,8 @@ use podhull_protocol::{Address, ConfigureNetworkRequest, Interface, Neighbour, R
 
 use super::link::{Fate, Link};
 use super::netlink::{Netlink, attributes, number};
+use super::redirect::Beside;
+use super::resolver::{self, RESOLVER};
 use super::{NetworkError, tap};
 
 // rtnetlink.h: what the libc crate has not.
@@ -78,6 +80,21 @@ pub fn scan(netlink: &Netlink) -> Result<Found, NetworkError> {
 }
 
 impl Found {
+    /// Whether the container has a resolver in its namespace, which then keeps its part of what arrives there.
+    pub fn look_for_a_resolver(&mut self) -> Result<Beside, NetworkError> {
+        if !resolver::is_there().map_err(|error| NetworkError::Scan("sockets", error))? {
+            return Ok(Beside::Nobody);
+        }
+        self.description.resolver = RESOLVER.octets().into();
+        match resolver::keep_ports() {
+            Ok(()) => Ok(Beside::Resolver),
+            Err(error) => {
+                self.warnings.push(format!("the container gets no names from outside its network: {error}"));
+                Ok(Beside::Nobody)
+            }
+        }
+    }
+
     fn add(&mut self, link: Link) -> Result<(), NetworkError> {
         // The guest knows its interfaces by their addresses.
         if let Some(other) = self.links.iter().find(|other| other.mac == link.mac) {

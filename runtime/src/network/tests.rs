@@ -238,7 +238,7 @@ fn frames_cross_both_ways_and_nobody_else_sees_them() {
         let network = {
             let netlink = Netlink::open(None).unwrap();
             let link = scan::scan(&netlink).unwrap().links.into_iter().find(|link| link.name == "eth0").unwrap();
-            Connection::new(&netlink, &link).unwrap()
+            Connection::new(&netlink, &link, Beside::Nobody).unwrap()
         };
         let (tap, peer) = (File::from(network.tap), host.frames("peer"));
 
@@ -262,6 +262,61 @@ fn frames_cross_both_ways_and_nobody_else_sees_them() {
         assert!(cross(&peer, &question, &peer, answer).is_some(), "the rule is still there");
         drop(tap);
         assert!(host.taps().is_empty());
+    });
+}
+
+/// A datagram from 10.0.0.1 to 10.0.0.2, in its frame.
+fn datagram(from: u16, to: u16, text: &[u8]) -> Vec<u8> {
+    let udp = 8 + text.len() as u16;
+    let mut ip =
+        [&[0x45, 0][..], &(20 + udp).to_be_bytes(), &[0, 0, 0, 0, 64, 17, 0, 0, 10, 0, 0, 1, 10, 0, 0, 2]].concat();
+    let sum: u32 = ip.chunks(2).map(|pair| u32::from(u16::from_be_bytes([pair[0], pair[1]]))).sum();
+    let sum = !((sum & 0xffff) + (sum >> 16)) as u16;
+    ip[10..12].copy_from_slice(&sum.to_be_bytes());
+    let ports = [from.to_be_bytes(), to.to_be_bytes(), udp.to_be_bytes(), [0, 0]].concat();
+    [&OUR_MAC[..], &PEER_MAC, &[8, 0], &ip, &ports, text].concat()
+}
+
+#[test]
+fn a_resolver_gets_the_answers_to_what_it_asks_and_no_more() {
+    apart(|host| {
+        host.veth("eth0", "peer");
+        host.up("lo");
+        host.address("eth0", &[10, 0, 0, 2], 24, &[10, 0, 0, 2]);
+        let link = |netlink: &Netlink| scan::scan(netlink).unwrap().links.into_iter().find(|link| link.name == "eth0");
+        let found = || scan::scan(&Netlink::open(None).unwrap()).unwrap().look_for_a_resolver().unwrap();
+        assert_eq!(found(), Beside::Nobody);
+        let _resolver = std::net::UdpSocket::bind((RESOLVER, 0)).unwrap();
+        assert_eq!(found(), Beside::Resolver);
+        let Network { description, .. } = connect(host.namespace(), Joined::None).unwrap().unwrap();
+        assert_eq!(description.resolver, RESOLVER.octets());
+
+        let netlink = Netlink::open(None).unwrap();
+        let network = Connection::new(&netlink, &link(&netlink).unwrap(), Beside::Resolver).unwrap();
+        let (tap, peer) = (File::from(network.tap), host.frames("peer"));
+        // It does not choose its port.
+        let asks = std::net::UdpSocket::bind("0.0.0.0:0").unwrap();
+        let port = asks.local_addr().unwrap().port();
+        assert!((61000..=61999).contains(&port), "{port}");
+        let is = |text: &'static [u8]| move |packet: &[u8]| packet.ends_with(text);
+        assert!(cross(&peer, &datagram(53, 40000, b"the machine's"), &tap, is(b"the machine's")).is_some());
+        assert!(cross(&peer, &datagram(54, port, b"no answer"), &tap, is(b"no answer")).is_some());
+        // Interfaces are up by now.
+        (&peer).write_all(&datagram(53, port, b"its own")).unwrap();
+        let mut answer = [0; 64];
+        asks.set_read_timeout(Some(std::time::Duration::from_secs(10))).unwrap();
+        assert_eq!(asks.recv(&mut answer).unwrap(), 7);
+        assert_eq!(&answer[..7], b"its own");
+        assert!(next(&tap, is(b"its own")).is_none(), "the machine has got it");
+        // ARP: 10.0.0.1 is at the peer. Both are told.
+        let mut told = [&OUR_MAC[..], &PEER_MAC, &[8, 6, 0, 1, 8, 0, 6, 4, 0, 2], &PEER_MAC, &[10, 0, 0, 1]].concat();
+        told.extend([&OUR_MAC[..], &[10, 0, 0, 2]].concat());
+        // A question of the namespace's own brings it to listen.
+        asks.send_to(b"question", "10.0.0.1:53").unwrap();
+        let is_told = |packet: &[u8]| packet.get(TAP_HEADER..).is_some_and(|frame| frame.starts_with(&told));
+        assert!(cross(&peer, &told, &tap, is_told).is_some());
+        asks.send_to(b"another", "10.0.0.1:53").unwrap();
+        assert!(next(&peer, is(b"another")).is_some(), "the namespace did not learn the address");
     });
 }
 

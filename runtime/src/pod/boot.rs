@@ -7,6 +7,7 @@ use podhull_protocol::CreatePodRequest;
 use podhull_vmm::control::Device;
 
 use super::link::Orders;
+use super::names::Names;
 use super::network::Wiring;
 use super::session::Session;
 use super::size::Size;
@@ -58,8 +59,12 @@ impl Boot<'_> {
 
         // Not before: the guest sets its clock by it.
         request.realtime_ns = realtime();
+        let mut names = Names::new()?;
+        request.names = names.token();
+        names.begin(session.pod)?;
         let pod = async { Ok(session.agent.create_pod(&request).await?) };
-        let (flow, release, ()) = tokio::try_join!(session.streams(), pod, self.add_cpus_and_memory())?;
+        let names = async { Ok(names.serve().await?) };
+        let (flow, release, (), ()) = tokio::try_join!(session.streams(), pod, self.add_cpus_and_memory(), names)?;
         log.debug(|| format!("{id}: container created on Linux {release}"));
         if self.size.cpus > 1 || self.grows() {
             // Programs look once, when they start, at how many CPUs and how much memory there are, and size thread pools

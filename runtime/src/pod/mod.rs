@@ -9,6 +9,7 @@ mod join;
 mod link;
 mod member;
 mod mounts;
+mod names;
 mod network;
 mod resize;
 mod resources;

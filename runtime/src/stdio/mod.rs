@@ -19,7 +19,7 @@ use std::thread::JoinHandle;
 use rustix::fs::FileType;
 use rustix::io::Errno;
 use rustix::rand::GetRandomFlags;
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, oneshot};
 
 pub use connect::{SOCKET, connect_here, connect_packets, dial};
 use console::Console;
@@ -333,6 +333,22 @@ impl Direction {
         let _ = sender.send(Report::Drained);
         Ok(())
     }
+}
+
+/// Begins to connect a stream of its own to the agent behind the socket in a pod's directory, by its token.
+pub fn begin_connect(
+    name: &'static str,
+    pod: BorrowedFd<'_>,
+    token: u64,
+) -> Result<oneshot::Receiver<io::Result<UnixStream>>, StdioError> {
+    let (sender, receiver) = oneshot::channel();
+    let pod = duplicate(pod).map_err(StdioError::Duplicate)?;
+    let connect = move || {
+        // Who waits for it may have given up.
+        let _ = sender.send(connect::connect(pod.as_fd(), token));
+    };
+    thread(name, connect).map_err(StdioError::Thread)?;
+    Ok(receiver)
 }
 
 fn thread(name: &'static str, run: impl FnOnce() + Send + 'static) -> io::Result<()> {

@@ -1,66 +1,110 @@
-//! Docker calls the runtime by its path, through containerd's shim for runc.
+//! Docker calls the runtime by its path, through containerd's shim for runc. Its daemon is in a network namespace that stands
+//! for the host's.
 
 use std::fs;
 
 use super::oci;
 use crate::docker::{Docker, check};
+use crate::image;
 use crate::leaks::Leaks;
+use crate::netns::Netns;
 use crate::run::Running;
 use crate::suite::{Case, Scene};
 use crate::terminal::{Tmux, shell_line};
 use crate::{Outcome, ensure, ensure_eq};
 
-pub const CASES: &[Case] = &[oci("docker::containers_without_a_network", containers_without_a_network)];
+pub const CASES: &[Case] = &[oci("docker::containers", containers)];
 
-fn containers_without_a_network(scene: &Scene) -> Outcome {
+/// Serves files of the container, and ends when it is asked to.
+const SERVE: &str =
+    "trap 'echo bye; exit 3' TERM; echo hello; echo data > /file; httpd -p 80 -h /; while :; do sleep 0.1; done";
+
+fn containers(scene: &Scene) -> Outcome {
+    let host = Netns::new(scene, "host")?;
     let before = Leaks::watch();
-    let docker = Docker::start(scene, &["--bridge", "none", "--iptables=false", "--ip6tables=false"])?;
-    let run = |options: &[&str], command: &[&str]| {
-        docker.call(&[&["run", "--network", "none"], options, &["busybox"], command].concat())
-    };
-    ensure_eq!(run(&["--rm"], &["echo", "hello"])?.output()?, "hello\n", "output");
-    let ended = run(&["--rm"], &["sh", "-c", "echo out; echo err >&2; exit 7"])?.expect_status(7)?;
-    ensure_eq!((&*ended.stdout, &*ended.stderr), ("out\n", "err\n"), "outputs");
-    run(&["--rm"], &["no-such-program"])?.expect_status(127)?;
+    let docker = Docker::start(scene, &host)?;
+    in_the_foreground(&docker)?;
+    in_the_background(scene, &host, &docker)?;
+    in_a_terminal(scene, &docker)?;
+    built(scene, &docker)?;
+    docker.end()?;
+    check(&before)
+}
 
-    let script = "trap 'echo bye; exit 3' TERM; echo hello; echo data > /file; while :; do sleep 0.1; done";
-    run(&["-d", "--name", "first", "--memory", "64m", "--pids-limit", "50"], &["sh", "-c", script])?.output()?;
-    ensure_eq!(docker.call(&["exec", "first", "cat", "/file"])?.output()?, "data\n", "output of what was executed");
-    docker.call(&["exec", "first", "sh", "-c", "exit 4"])?.expect_status(4)?;
-    let limit = docker.call(&["exec", "first", "cat", "/sys/fs/cgroup/memory.max"])?.output()?;
-    ensure_eq!(limit, "67108864\n", "limit of memory");
+fn in_the_foreground(docker: &Docker) -> Outcome {
+    let script = "echo out; echo err >&2; exit 7";
+    let ended = docker.call(&["run", "--rm", image::NAME, "sh", "-c", script])?.expect_status(7)?;
+    ensure_eq!((&*ended.stdout, &*ended.stderr), ("out\n", "err\n"), "outputs");
+    docker.call(&["run", "--rm", image::NAME, "no-such-program"])?.expect_status(127)?;
+    let mut cat = Running::start(&docker.words(&["run", "--rm", "-i", "--network", "none", image::NAME, "cat"]), &[])?;
+    cat.send(b"through\n")?;
+    cat.expect_line("through")?;
+    cat.wait()?.expect_status(0)?;
+    Ok(())
+}
+
+fn in_the_background(scene: &Scene, host: &Netns, docker: &Docker) -> Outcome {
+    let options = ["--memory", "64m", "--pids-limit", "50", "-p", "8080:80", "-v", "kept:/data"];
+    let command = [image::NAME, "sh", "-c", SERVE];
+    docker.call(&[&["run", "-d", "--name", "first"], &options[..], &command].concat())?.output()?;
+    ensure_eq!(get(host, "http://127.0.0.1:8080/file")?, "data\n", "published port");
+    let script = "cat /sys/fs/cgroup/memory.max; echo kept > /data/file; exit 4";
+    let ended = docker.call(&["exec", "first", "sh", "-c", script])?.expect_status(4)?;
+    ensure_eq!(ended.stdout, "67108864\n", "limit of memory");
     let copy = scene.directory.join("copy");
     docker.call(&["cp", "first:/file", &copy.to_string_lossy()])?.output()?;
     ensure_eq!(fs::read_to_string(&copy)?, "data\n", "copied out");
     docker.call(&["cp", &copy.to_string_lossy(), "first:/copy"])?.output()?;
-    ensure_eq!(docker.call(&["exec", "first", "cat", "/copy"])?.output()?, "data\n", "copied in");
+    ensure_eq!(get(host, "http://127.0.0.1:8080/copy")?, "data\n", "copied in");
     let top = docker.call(&["top", "first"])?.output()?;
     ensure!(top.lines().count() >= 2, "top {top:?}");
-    {
-        let tmux = Tmux::start(&scene.directory, 100, 30)?;
-        let exec = docker.words(&["exec", "-it", "-e", "PS1=inside> ", "first", "sh"]);
-        tmux.type_line(&format!("clear; {}; echo status $?", shell_line(&exec)))?;
-        tmux.expect("inside> ")?;
-        tmux.type_line("stty size; exit 5")?;
-        tmux.expect("\n30 100\n")?;
-        tmux.expect("\nstatus 5\n")?;
-    }
+    let stats = docker.call(&["stats", "--no-stream", "--format", "{{.PIDs}} {{.MemUsage}}", "first"])?.output()?;
+    let mut fields = stats.split_whitespace();
+    ensure!(fields.next().is_some_and(|pids| pids.parse::<u32>().is_ok_and(|pids| pids > 0)), "stats {stats:?}");
+    ensure!(fields.next().is_some_and(|memory| memory != "0B") && stats.ends_with(" / 64MiB\n"), "stats {stats:?}");
+
     docker.call(&["stop", "-t", "60", "first"])?.output()?;
     ensure_eq!(docker.call(&["logs", "first"])?.output()?, "hello\nbye\n", "logs");
     ensure_eq!(docker.call(&["wait", "first"])?.output()?, "3\n", "exit status");
-    docker.call(&["restart", "first"])?.output()?;
+    docker.call(&["start", "first"])?.output()?;
+    docker.call(&["restart", "-t", "0", "first"])?.output()?;
+    ensure_eq!(get(host, "http://127.0.0.1:8080/data/file")?, "kept\n", "file of the volume after a restart");
     docker.call(&["kill", "first"])?.output()?;
-    ensure_eq!(docker.call(&["wait", "first"])?.output()?, "137\n", "exit status of the second run");
+    ensure_eq!(docker.call(&["wait", "first"])?.output()?, "137\n", "exit status of the last run");
     docker.call(&["rm", "first"])?.output()?;
+    Ok(())
+}
 
-    let mut cat = Running::start(&docker.words(&["run", "--rm", "-i", "--network", "none", "busybox", "cat"]), &[])?;
-    cat.send(b"through\n")?;
-    cat.expect_line("through")?;
-    cat.wait()?.expect_status(0)?;
-    run(&["-d", "--name", "second", "-v", "kept:/data"], &["sh", "-c", "echo kept > /data/file; exec sleep 1000"])?
-        .output()?;
-    docker.call(&["rm", "-f", "second"])?.output()?;
-    ensure_eq!(run(&["--rm", "-v", "kept:/data"], &["cat", "/data/file"])?.output()?, "kept\n", "named volume");
-    docker.end()?;
-    check(&before)
+/// What a web server of a published port answers, as soon as it does.
+fn get(host: &Netns, url: &str) -> Outcome<String> {
+    let words =
+        ["curl", "-s", "-f", "--max-time", "60", "--retry", "20", "--retry-all-errors", "--retry-delay", "1", url];
+    host.run(&words)?.output()
+}
+
+fn in_a_terminal(scene: &Scene, docker: &Docker) -> Outcome {
+    let tmux = Tmux::start(&scene.directory, 100, 30)?;
+    let run = ["run", "--rm", "-it", "--name", "terminal", "-e", "PS1=inside> ", image::NAME, "sh"];
+    tmux.type_line(&format!("clear; {}; echo status $?", shell_line(&docker.words(&run))))?;
+    tmux.expect("inside> ")?;
+    tmux.type_line("clear; stty size")?;
+    tmux.expect("\n30 100\n")?;
+    let exec = ["exec", "-t", "terminal", "sh", "-c", "tty; exit 6"];
+    let ended = docker.call(&exec)?.expect_status(6)?;
+    ensure_eq!(ended.stdout, "/dev/pts/1\r\n", "terminal of what was executed");
+    tmux.type_line("exit 5")?;
+    tmux.expect("\nstatus 5\n")
+}
+
+/// With the builder that runs each step as a container.
+fn built(scene: &Scene, docker: &Docker) -> Outcome {
+    let context = scene.make_directory("context")?;
+    fs::write(context.join("word"), "copied\n")?;
+    let steps =
+        "RUN echo $(id -un) > /who\nCOPY word /word\nUSER other\nRUN cat /who /word > /tmp/all\nCMD cat /tmp/all";
+    fs::write(context.join("Dockerfile"), format!("FROM {}\n{steps}\n", image::NAME))?;
+    let words = ["build", "--network", "none", "-q", "-t", "built", &context.to_string_lossy()];
+    docker.call_with(&[("DOCKER_BUILDKIT", "0".into())], &words)?.output()?;
+    ensure_eq!(docker.call(&["run", "--rm", "built"])?.output()?, "root\ncopied\n", "output of what was built");
+    Ok(())
 }

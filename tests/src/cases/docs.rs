@@ -1,17 +1,13 @@
 //! What the documentation tells people to type does what it says.
 
-use std::fs;
-use std::path::Path;
-use std::process::Command;
-
 use super::podhull;
-use crate::bundle::make_busybox_root;
 use crate::docker::{self, Docker};
 use crate::leaks::Leaks;
+use crate::netns::Netns;
 use crate::podman::{self, Podman};
 use crate::run::Running;
 use crate::suite::{Case, Scene};
-use crate::{Outcome, ensure, ensure_eq};
+use crate::{Outcome, ensure, ensure_eq, image};
 
 pub const CASES: &[Case] = &[podhull("docs::podman", podman_page), podhull("docs::docker", docker_page)];
 
@@ -44,22 +40,15 @@ fn type_all(page: &str, rewrite: impl Fn(&str) -> String) -> Outcome {
     Ok(())
 }
 
-/// An archive of what commands of the pages need, which is far less than the image they name has.
-fn archive(directory: &Path) -> Outcome<String> {
-    let (root, archive) = (directory.join("image"), directory.join("image.tar"));
-    make_busybox_root(&root)?;
-    let status = Command::new("tar").arg("-C").arg(root).arg("-cf").arg(&archive).arg(".").status()?;
-    ensure!(status.success(), "tar: {status}");
-    Ok(archive.to_string_lossy().into_owned())
-}
+/// What the pages load from a registry: there is none here, and of a Debian they need no more than busybox has.
+const IMAGE: &str = "docker.io/library/debian:latest";
 
 fn podman_page(scene: &Scene) -> Outcome {
     let page = include_str!("../../../docs/podman.md");
     let podman = Podman::new(scene)?;
     let before = Leaks::watch();
-    let archive = archive(&scene.directory)?;
-    podman.call(&["import", &archive, "docker.io/library/debian"])?.output()?;
-    fs::remove_file(&archive)?;
+    let archive = image::busybox_as(scene, IMAGE)?;
+    podman.call(&["load", "-i", &archive.to_string_lossy()])?.output()?;
     // The same Podman, with the storage of this test.
     let own = podman.shell_words();
     type_all(page, |line| line.replace("podman --runtime /usr/bin/podhull", &own))?;
@@ -70,10 +59,10 @@ fn docker_page(scene: &Scene) -> Outcome {
     let page = include_str!("../../../docs/docker.md");
     let before = Leaks::watch();
     let config = blocks(page, "json").into_iter().next().ok_or("no configuration on the page")?;
-    let docker = Docker::with_config(scene, config, &[])?;
-    let archive = archive(&scene.directory)?;
-    docker.call(&["import", &archive, "debian"])?.output()?;
-    fs::remove_file(&archive)?;
+    let host = Netns::new(scene, "host")?;
+    let docker = Docker::with_config(scene, &host, config, &[])?;
+    let archive = image::busybox_as(scene, IMAGE)?;
+    docker.call(&["load", "-i", &archive.to_string_lossy()])?.output()?;
     let own = docker.shell_words();
     type_all(page, |line| if line.starts_with("docker ") { line.replacen("docker", &own, 1) } else { line.into() })?;
     docker.end()?;

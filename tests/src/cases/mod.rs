@@ -5,6 +5,7 @@ mod broken;
 mod cgroups;
 mod command_line;
 mod commands;
+mod containerd;
 mod crashes;
 mod docker;
 mod docs;
@@ -18,6 +19,7 @@ mod load;
 mod namespaces;
 mod network;
 mod podman;
+mod podman_networks;
 mod pods;
 mod privileged;
 mod process;
@@ -58,7 +60,9 @@ pub const ALL: &[&[Case]] = &[
     pods::CASES,
     network::CASES,
     programs::CASES,
+    containerd::CASES,
     podman::CASES,
+    podman_networks::CASES,
     docker::CASES,
     docs::CASES,
     systemd::CASES,

@@ -16,17 +16,16 @@ pub const CASES: &[Case] = &[
     oci("podman::removed_as_often_as_it_runs", removed_as_often_as_it_runs),
     oci("podman::looked_at_and_copied_to_and_from", looked_at_and_copied_to_and_from),
     oci("podman::exec_in_a_terminal_and_attach", exec_in_a_terminal_and_attach),
-    oci("podman::volumes_secrets_and_an_init", volumes_secrets_and_an_init),
+    oci("podman::volumes_and_secrets", volumes_and_secrets),
     oci("podman::pods_share_localhost_and_ipc", pods_share_localhost_and_ipc),
 ];
 
 fn run_in_the_foreground(scene: &Scene) -> Outcome {
     let podman = Podman::new(scene)?;
     let before = Leaks::watch();
-    ensure_eq!(podman.run(&["--rm"], &["echo", "hello"])?.output()?, "hello\n", "output");
-    let ended = podman.run(&["--rm"], &["sh", "-c", "echo out; echo err >&2; exit 7"])?.expect_status(7)?;
+    let script = "echo out; echo err >&2; { sh -c 'kill -9 $$'; } 2>/dev/null; exit $?";
+    let ended = podman.run(&["--rm"], &["sh", "-c", script])?.expect_status(137)?;
     ensure_eq!((&*ended.stdout, &*ended.stderr), ("out\n", "err\n"), "outputs");
-    podman.run(&["--rm"], &["sh", "-c", "sh -c 'kill -9 $$'; exit $?"])?.expect_status(137)?;
     let missing = podman.run(&["--rm"], &["no-such-program"])?.expect_status(127)?;
     ensure!(
         missing.stderr.contains("executable file `no-such-program` not found in $PATH")
@@ -69,33 +68,45 @@ fn run_in_the_background(scene: &Scene) -> Outcome {
 fn what_a_container_may(scene: &Scene) -> Outcome {
     let podman = Podman::new(scene)?;
     let before = Leaks::watch();
-    for (options, script, expected) in [
-        (&["--user", "1000:2000"][..], "echo $(id -u) $(id -g)", "1000 2000"),
-        (&["--read-only"], "touch /x 2>&1", "touch: cannot touch '/x': Read-only file system"),
-        (&["--cap-drop", "all", "--cap-add", "chown"], "grep CapEff /proc/self/status", "CapEff:\t0000000000000001"),
-        (
-            &["--memory", "64m", "--pids-limit", "33"],
-            "cat /sys/fs/cgroup/memory.max /sys/fs/cgroup/pids.max",
-            "67108864\n33",
-        ),
-        (&["--cpus", "0.5"], "cat /sys/fs/cgroup/cpu.max", "50000 100000"),
-        (&["--ulimit", "nofile=123:456"], "ulimit -n; ulimit -Hn", "123\n456"),
-        (&["--hostname", "h"], "hostname", "h"),
-        (&["--env", "A=b c"], "echo $A", "b c"),
-        (&["--workdir", "/usr"], "pwd", "/usr"),
-        (&["--tmpfs", "/t:size=1m"], "df --output=size /t | tail -n 1 | tr -d ' '", "1024"),
+    // Several at once: each container takes Podman seconds.
+    for asked in [
+        &[
+            (&["--user", "1000:2000"][..], "echo $(id -u) $(id -g)", "1000 2000"),
+            (&["--read-only"], "touch /x 2>&1", "touch: cannot touch '/x': Read-only file system"),
+            (
+                &["--cap-drop", "all", "--cap-add", "chown"],
+                "grep CapBnd /proc/self/status",
+                "CapBnd:\t0000000000000001",
+            ),
+            (&["--security-opt", "no-new-privileges"], "grep NoNewPrivs /proc/self/status", "NoNewPrivs:\t1"),
+            (&["--memory", "64m"], "cat /sys/fs/cgroup/memory.max", "67108864"),
+            (&["--pids-limit", "33"], "cat /sys/fs/cgroup/pids.max", "33"),
+            (&["--cpus", "0.5"], "cat /sys/fs/cgroup/cpu.max", "50000 100000"),
+            (&["--ulimit", "nofile=123:456"], "echo $(ulimit -n) $(ulimit -Hn)", "123 456"),
+            (&["--hostname", "h"], "hostname", "h"),
+            (&["--env", "A=b c"], "echo $A", "b c"),
+            (&["--workdir", "/usr"], "pwd", "/usr"),
+            (&["--tmpfs", "/t:size=1m"], "df --output=size /t | tail -n 1 | tr -d ' '", "1024"),
+            (&["--shm-size", "2m"], "df --output=size /dev/shm | tail -n 1 | tr -d ' '", "2048"),
+            (&["--add-host", "other:1.2.3.4"], "grep -o '1.2.3.4.*other' /etc/hosts", "1.2.3.4\tother"),
+        ][..],
+        &[
+            (&["--init"], "grep -cE 'catatonit|podman-init' /proc/1/comm", "1"),
+            (
+                &["--cap-drop", "all", "--cap-add", "chown"],
+                "grep CapEff /proc/self/status",
+                "CapEff:\t0000000000000001",
+            ),
+            (&["--security-opt", "seccomp=unconfined"], "grep -w Seccomp /proc/self/status", "Seccomp:\t0"),
+        ],
     ] {
-        let options = [&["--rm"], options].concat();
-        let ended = podman.run(&options, &["sh", "-c", script])?;
-        ensure_eq!(ended.stdout.trim(), expected, "{options:?}: {:?}", ended.stderr);
+        let options: Vec<&str> =
+            ["--rm"].into_iter().chain(asked.iter().flat_map(|(options, ..)| *options).copied()).collect();
+        let script: Vec<&str> = asked.iter().map(|(_, script, _)| *script).collect();
+        let ended = podman.run(&options, &["sh", "-c", &script.join("; ")])?;
+        let expected: Vec<&str> = asked.iter().map(|(.., expected)| *expected).collect();
+        ensure_eq!(ended.stdout.lines().collect::<Vec<_>>(), expected, "{script:?}: {:?}", ended.stderr);
     }
-    let volume = scene.make_directory("volume")?;
-    std::fs::write(volume.join("from-host"), "host\n")?;
-    let mount = format!("{}:/v", volume.display());
-    let found =
-        podman.run(&["--rm", "-v", &mount], &["sh", "-c", "cat /v/from-host; echo guest >/v/from-guest"])?.output()?;
-    ensure_eq!(found, "host\n", "file of the host");
-    ensure_eq!(std::fs::read_to_string(volume.join("from-guest"))?, "guest\n", "file of the container");
     check(&before)
 }
 
@@ -177,29 +188,25 @@ fn exec_in_a_terminal_and_attach(scene: &Scene) -> Outcome {
     check(&before)
 }
 
-fn volumes_secrets_and_an_init(scene: &Scene) -> Outcome {
+fn volumes_and_secrets(scene: &Scene) -> Outcome {
     let podman = Podman::new(scene)?;
     let before = Leaks::watch();
-    podman.call(&["volume", "create", "kept"])?.output()?;
-    podman.run(&["--rm", "-v", "kept:/data"], &["sh", "-c", "echo kept > /data/file"])?.output()?;
-    let read =
-        podman.run(&["--rm", "-v", "kept:/data:ro"], &["sh", "-c", "cat /data/file; touch /data/x || echo ro"])?;
-    ensure_eq!(read.output()?, "kept\nro\n", "the named volume");
-    podman.call(&["volume", "rm", "kept"])?.output()?;
+    let directory = scene.make_directory("volume")?;
+    std::fs::write(directory.join("from-host"), "host\n")?;
+    let mount = format!("{}:/v", directory.display());
+    let script = "echo kept > /data/file; cat /v/from-host; echo guest > /v/from-guest";
+    let found = podman.run(&["--rm", "-v", "kept:/data", "-v", &mount], &["sh", "-c", script])?.output()?;
+    ensure_eq!(found, "host\n", "file of the host");
+    ensure_eq!(std::fs::read_to_string(directory.join("from-guest"))?, "guest\n", "file of the container");
 
     let secret = scene.directory.join("secret");
-    std::fs::write(&secret, "hush")?;
+    std::fs::write(&secret, "hush\n")?;
     podman.call(&["secret", "create", "word", &secret.to_string_lossy()])?.output()?;
-    ensure_eq!(podman.run(&["--rm", "--secret", "word"], &["cat", "/run/secrets/word"])?.output()?, "hush", "secret");
+    let script = "cat /data/file; touch /data/x || echo ro; cat /run/secrets/word";
+    let read = podman.run(&["--rm", "-v", "kept:/data:ro", "--secret", "word"], &["sh", "-c", script])?;
+    ensure_eq!(read.output()?, "kept\nro\nhush\n", "the named volume, and the secret");
     podman.call(&["secret", "rm", "word"])?.output()?;
-
-    let first = podman.run(&["--rm", "--init"], &["cat", "/proc/1/comm"])?.output()?;
-    ensure!(first.trim() == "catatonit" || first.trim() == "podman-init", "first process {first:?}");
-    let shm =
-        podman.run(&["--rm", "--shm-size", "2m"], &["sh", "-c", "df --output=size /dev/shm | tail -n 1"])?.output()?;
-    ensure_eq!(shm.trim(), "2048", "size of /dev/shm");
-    let hosts = podman.run(&["--rm", "--add-host", "other:1.2.3.4"], &["grep", "other", "/etc/hosts"])?.output()?;
-    ensure_eq!(hosts.split_whitespace().collect::<Vec<_>>(), ["1.2.3.4", "other"], "hosts");
+    podman.call(&["volume", "rm", "kept"])?.output()?;
     check(&before)
 }
 

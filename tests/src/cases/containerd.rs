@@ -1,0 +1,72 @@
+//! containerd calls the runtime through its shim for runc, by `BinaryName`.
+
+use super::oci;
+use crate::containerd::{Containerd, check};
+use crate::leaks::Leaks;
+use crate::run::DEADLINE;
+use crate::suite::{Case, Scene};
+use crate::terminal::{Tmux, shell_line};
+use crate::{Outcome, ensure, ensure_eq};
+
+pub const CASES: &[Case] = &[oci("containerd::tasks", tasks)];
+
+/// The status of a task, as `ctr task list` has it.
+fn status(containerd: &Containerd, id: &str) -> Outcome<String> {
+    let list = containerd.call(&["task", "list"])?.output()?;
+    let line =
+        list.lines().find(|line| line.split_whitespace().next() == Some(id)).ok_or(format!("no {id}: {list}"))?;
+    Ok(line.split_whitespace().nth(2).unwrap_or_default().to_owned())
+}
+
+fn tasks(scene: &Scene) -> Outcome {
+    let before = Leaks::watch();
+    let containerd = Containerd::start(scene)?;
+    let ended =
+        containerd.run(&["--rm"], "first", &["sh", "-c", "echo out; echo err >&2; exit 7"])?.expect_status(7)?;
+    ensure_eq!((&*ended.stdout, ended.stderr.contains("err\n")), ("out\n", true), "outputs {:?}", ended.stderr);
+    let missing = containerd.run(&["--rm"], "missing", &["no-such-program"])?.expect_status(1)?;
+    let expected = "\"no-such-program\": executable file not found in $PATH";
+    ensure!(missing.stderr.contains(expected), "stderr {:?}", missing.stderr);
+    {
+        let tmux = Tmux::start(&scene.directory, 100, 30)?;
+        let run = containerd.run_words(&["--rm", "-t", "--env", "PS1=inside> "], "terminal", &["sh"]);
+        tmux.type_line(&format!("clear; {}; echo status $?", shell_line(&run)))?;
+        tmux.expect("inside> ")?;
+        tmux.type_line("stty size; exit 5")?;
+        tmux.expect("\n30 100\n")?;
+        tmux.expect("\nstatus 5\n")?;
+    }
+
+    let script = "trap 'exit 3' TERM; while :; do sleep 0.1; echo x >> /ticks; done";
+    containerd.run(&["-d", "--memory-limit", "67108864"], "second", &["sh", "-c", script])?.output()?;
+    ensure_eq!(status(&containerd, "second")?, "RUNNING", "status");
+    let exec =
+        |id: &str, command: &[&str]| containerd.call(&[&["task", "exec", "--exec-id", id, "second"], command].concat());
+    let ended = exec("e1", &["sh", "-c", "ls /ticks; exit 4"])?.expect_status(4)?;
+    ensure_eq!(ended.stdout, "/ticks\n", "output of what was executed");
+    let metrics = containerd.call(&["task", "metrics", "second"])?.output()?;
+    let metric = |name: &str| {
+        let line = metrics.lines().find(|line| line.split_whitespace().next() == Some(name));
+        line.and_then(|line| line.split_whitespace().nth(1)?.parse::<u64>().ok()).ok_or(format!("no {name}: {metrics}"))
+    };
+    ensure!(metric("memory.usage")? > 0 && metric("pids.current")? > 0, "metrics {metrics}");
+    ensure_eq!(metric("memory.usage_limit")?, 64 << 20, "limit in the metrics");
+    let processes = containerd.call(&["task", "ps", "second"])?.output()?;
+    ensure!(processes.lines().count() >= 2, "processes {processes:?}");
+
+    containerd.call(&["task", "pause", "second"])?.output()?;
+    ensure_eq!(status(&containerd, "second")?, "PAUSED", "status after pause");
+    containerd.call(&["task", "resume", "second"])?.output()?;
+    ensure_eq!(status(&containerd, "second")?, "RUNNING", "status after resume");
+    containerd.call(&["task", "kill", "--signal", "SIGTERM", "second"])?.output()?;
+    let until = std::time::Instant::now() + DEADLINE;
+    while status(&containerd, "second")? != "STOPPED" {
+        ensure!(std::time::Instant::now() < until, "it does not stop");
+    }
+    let deleted = containerd.call(&["task", "delete", "second"])?;
+    ensure!(deleted.stderr.contains("non-zero exit code 3"), "exit status: {:?}", deleted.stderr);
+    containerd.call(&["container", "delete", "second"])?.output()?;
+    ensure_eq!(containerd.call(&["container", "list", "-q"])?.output()?, "", "containers");
+    containerd.end()?;
+    check(&before)
+}

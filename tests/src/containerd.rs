@@ -1,0 +1,98 @@
+//! containerd with its shim for runc, which calls the program under test.
+
+use std::ffi::OsString;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use rustix::process::Signal;
+
+use crate::leaks::Leaks;
+use crate::run::{DEADLINE, Ended, Running};
+use crate::suite::Scene;
+use crate::{Outcome, ensure, image};
+
+/// Nothing is left but what containerd makes once for itself; if that is not empty it stays, and is an error.
+pub fn check(before: &Leaks) -> Outcome {
+    for own in [
+        "run/containerd/runc/default/pods",
+        "run/containerd/runc/default",
+        "run/containerd/runc",
+        "run/containerd/fifo",
+        "run/containerd/s",
+        "run/containerd",
+        "sys/fs/cgroup/default",
+    ] {
+        let _ = fs::remove_dir(Path::new("/").join(own));
+    }
+    before.check()
+}
+
+/// A daemon of its own, with all its directories in the test's. Dropping it ends it.
+pub struct Containerd {
+    daemon: Option<Running>,
+    directory: PathBuf,
+    runtime: String,
+}
+
+impl Containerd {
+    /// Starts it, and gives it the image of [`image::WHOLE_NAME`].
+    pub fn start(scene: &Scene) -> Outcome<Self> {
+        let directory = scene.make_directory("containerd")?;
+        let path = |name: &str| directory.join(name).display().to_string();
+        // What is for Kubernetes, and storage that this host does not have, takes its time.
+        let config = format!(
+            "version = 2\nroot = {:?}\nstate = {:?}\n\
+             disabled_plugins = [\"io.containerd.grpc.v1.cri\", \"io.containerd.nri.v1.nri\", \
+             \"io.containerd.snapshotter.v1.btrfs\", \"io.containerd.snapshotter.v1.zfs\", \
+             \"io.containerd.snapshotter.v1.devmapper\", \"io.containerd.snapshotter.v1.blockfile\", \
+             \"io.containerd.internal.v1.opt\"]\n[grpc]\naddress = {:?}\n",
+            path("root"),
+            path("state"),
+            path("socket"),
+        );
+        fs::write(path("config.toml"), config)?;
+        let words = ["containerd", "--config", &path("config.toml")].map(Into::into);
+        let runtime = scene.runtime.program().display().to_string();
+        let containerd = Self { daemon: Some(Running::start(&words, &[])?), directory, runtime };
+        let until = Instant::now() + DEADLINE;
+        while containerd.call(&["version"])?.status != 0 {
+            let said = containerd.daemon.as_ref().map(Running::stderr).unwrap_or_default();
+            ensure!(Instant::now() < until, "containerd does not answer: {said}");
+            std::thread::sleep(Duration::from_millis(200));
+        }
+        let archive = image::busybox(scene)?;
+        containerd.call(&["image", "import", &archive.to_string_lossy()])?.output()?;
+        Ok(containerd)
+    }
+
+    /// The whole command line of its client.
+    pub fn words(&self, words: &[&str]) -> Vec<OsString> {
+        let mut all: Vec<OsString> = vec!["ctr".into(), "--address".into(), self.directory.join("socket").into()];
+        all.extend(words.iter().map(Into::into));
+        all
+    }
+
+    /// The words that run a container of the image.
+    pub fn run_words(&self, options: &[&str], id: &str, command: &[&str]) -> Vec<OsString> {
+        let run = ["run", "--runtime", "io.containerd.runc.v2", "--runc-binary", &self.runtime];
+        self.words(&[&run, options, &[image::WHOLE_NAME, id], command].concat())
+    }
+
+    /// Runs a container of the image to its end.
+    pub fn run(&self, options: &[&str], id: &str, command: &[&str]) -> Outcome<Ended> {
+        Running::start(&self.run_words(options, id, command), &[])?.wait()
+    }
+
+    /// Runs the client to its end.
+    pub fn call(&self, words: &[&str]) -> Outcome<Ended> {
+        Running::start(&self.words(words), &[])?.wait()
+    }
+
+    /// Ends the daemon, and waits for that.
+    pub fn end(mut self) -> Outcome {
+        let Some(daemon) = self.daemon.take() else { return Ok(()) };
+        daemon.signal(Signal::TERM)?;
+        daemon.wait()?.expect_status(0).map(drop)
+    }
+}
