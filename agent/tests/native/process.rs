@@ -72,7 +72,15 @@ async fn environment_and_directory_are_those_of_the_specification_and_no_more() 
     assert_eq!(agent.run(&spec).await.ok(), "/tmp\n/root\n0\n1\n2\n3\n");
     let spec = with(shell("pwd"), [("/process/cwd", json!("/made/for/it")), ("/root/readonly", json!(false))]);
     assert_eq!(agent.run(&spec).await.ok(), "/made/for/it\n");
-    // Of another user, and closed to everybody else: as root it can be entered.
+}
+
+/// Of another user, and closed to everybody else: as root it can be entered.
+#[tokio::test(flavor = "current_thread")]
+async fn a_directory_closed_to_its_user_is_entered() {
+    if lacks_capability(SYS_RESOURCE) {
+        return;
+    }
+    let agent = Agent::start().await;
     for user in [42, 0, 7] {
         let mut spec = with(shell("pwd"), [("/process/cwd", json!("/tmp")), ("/process/user/uid", json!(user))]);
         mount(&mut spec, "/tmp", "tmpfs", "tmpfs", &["mode=0700", "uid=42"]);

@@ -57,9 +57,9 @@ fn podman_page(scene: &Scene) -> Outcome {
 
 fn docker_page(scene: &Scene) -> Outcome {
     let page = include_str!("../../../docs/docker.md");
-    let before = Leaks::watch();
     let config = blocks(page, "json").into_iter().next().ok_or("no configuration on the page")?;
     let host = Netns::new(scene, "host")?;
+    let before = Leaks::watch();
     let docker = Docker::with_config(scene, &host, config, &[])?;
     let archive = image::busybox_as(scene, IMAGE)?;
     docker.call(&["load", "-i", &archive.to_string_lossy()])?.output()?;
