@@ -17,14 +17,15 @@ repeat_test := 10
 repeat_soak := 200
 
 .DEFAULT_GOAL := all
-.PHONY: all bench clean help host install kernel lint packages programs run soak stage stage-native test
+.PHONY: all bench clean conformance help host install kernel lint packages programs run soak stage stage-native test
 
 help:
 	@echo 'make                 build podhull, its guest kernel and its guest image into $(dist)'
 	@echo 'make run             show a container in a virtual machine of its own, on this machine as it is (needs root)'
 	@echo 'make test            run all tests; so does CI (needs root)'
 	@echo 'make bench           measure against runc, crun and QEMU microvm: a table, and JSON and SVG in target/bench'
-	@echo 'make soak            the tests that repeat, $(repeat_soak) times instead of $(repeat_test)'
+	@echo 'make conformance     run the tests of runc and of OCI runtime-tools, with podhull and with runc (needs root)'
+	@echo 'make soak            the tests that repeat, $(repeat_soak) times instead of $(repeat_test), and the conformance tests'
 	@echo 'make lint            formatting and clippy, warnings denied, and shellcheck'
 	@echo 'make install         into $$(DESTDIR)$$(PREFIX), by default $(PREFIX)'
 	@echo "make host CMD='...'  run a command in the software host, podhull installed; IN=DIR at /in, /out to OUT=DIR"
@@ -64,7 +65,8 @@ stage: all
 	@cargo build --release -p podhull-tests
 	@rm -rf $(staged)
 	$(call install_into,$(staged)/usr)
-	@install -D -t $(staged)$(installed_tests) $(programs)/podhull-e2e $(programs)/podhull-bench tests/host/demo
+	@install -D -t $(staged)$(installed_tests) $(programs)/podhull-e2e $(programs)/podhull-bench \
+		$(programs)/podhull-conformance tests/host/demo
 
 # And the agent's native tests.
 stage-native: stage
@@ -87,6 +89,10 @@ test: stage-native
 
 soak: stage-native
 	TIMEOUT=14400 tests/host/end-to-end $(repeat_soak)
+	TIMEOUT=7200 tests/conformance/run
+
+conformance: stage
+	TIMEOUT=7200 tests/conformance/run
 
 bench: stage
 	TIMEOUT=3600 $(host) --out target/bench 'cd /out && $(installed_tests)/podhull-bench'
@@ -99,7 +105,8 @@ lint:
 	@tests/host/install-packages build lint
 	cargo fmt --all --check
 	cargo clippy --workspace --all-targets -- -D warnings
-	shellcheck -S warning .ci/run guest-kernel/build guest-kernel/check-config $(filter-out %/packages %/fstab %/image %/job,$(wildcard tests/host/* tests/host/job/*))
+	shellcheck -S warning .ci/run guest-kernel/build guest-kernel/check-config $(filter-out %/packages %/fstab %/image %/job,$(wildcard tests/host/* tests/host/job/*)) \
+		$(addprefix tests/conformance/,build-suites compile run)
 
 clean:
 	rm -rf target

@@ -3,7 +3,8 @@
 //! [`runtime`] knows the program under test, [`bundle`] makes what it is given, [`run`] starts it and waits with a deadline,
 //! [`terminal`] gives it a terminal, [`container`] keeps it in the background, [`leaks`] finds what it left behind, [`seccomp`] reads the host's default profile,
 //! [`podman`], [`docker`] and [`containerd`] are callers, [`image`] is what they load,
-//! [`suite`] drives [`cases`], one module for each topic. [`bench`] measures with the same tools.
+//! [`suite`] drives [`cases`], one module for each topic. [`bench`] measures with the same tools; [`conformance`] runs the suites of
+//! others.
 //!
 //! The tests speak OCI, so that most of them can be tried on runc: `PODHULL_RUNTIME=runc podhull-e2e`. Only what is about
 //! virtual machines is left out then.
@@ -11,6 +12,7 @@
 pub mod bench;
 pub mod bundle;
 pub mod cases;
+pub mod conformance;
 pub mod container;
 pub mod containerd;
 pub mod docker;

@@ -194,7 +194,7 @@ fn run(filters: &[String]) -> Outcome<bool> {
 }
 
 /// `$PODHULL_TEST_PART`: which parts of how many, as in `1,3/5`.
-fn part() -> Outcome<(Vec<usize>, usize)> {
+pub fn part() -> Outcome<(Vec<usize>, usize)> {
     let Ok(text) = std::env::var("PODHULL_TEST_PART") else { return Ok((vec![1], 1)) };
     let parts = text.split_once('/').and_then(|(mine, parts)| {
         let mine: Option<Vec<usize>> = mine.split(',').map(|part| part.parse().ok()).collect();
