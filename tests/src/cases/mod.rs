@@ -2,9 +2,11 @@
 
 mod bad_input;
 mod broken;
+mod buildah;
 mod cgroups;
 mod command_line;
 mod commands;
+mod compose;
 mod containerd;
 mod crashes;
 mod docker;
@@ -64,6 +66,8 @@ pub const ALL: &[&[Case]] = &[
     podman::CASES,
     podman_networks::CASES,
     docker::CASES,
+    compose::CASES,
+    buildah::CASES,
     docs::CASES,
     systemd::CASES,
 ];
