@@ -32,6 +32,7 @@ mod sockets;
 mod stdio;
 mod systemd;
 mod terminal;
+mod units;
 
 use crate::Outcome;
 use crate::suite::{Case, Scene, Subject};
@@ -70,6 +71,7 @@ pub const ALL: &[&[Case]] = &[
     buildah::CASES,
     docs::CASES,
     systemd::CASES,
+    units::CASES,
 ];
 
 /// A test that holds for any OCI runtime.

@@ -7,7 +7,7 @@ use crate::podman::{Podman, check};
 use crate::run::{DEADLINE, Running};
 use crate::suite::{Case, Scene};
 use crate::terminal::{Tmux, shell_line};
-use crate::{Outcome, ensure, ensure_eq, processes};
+use crate::{Outcome, ensure, ensure_eq, image, processes};
 
 pub const CASES: &[Case] = &[
     oci("podman::run_in_the_foreground", run_in_the_foreground),
@@ -18,6 +18,7 @@ pub const CASES: &[Case] = &[
     oci("podman::exec_in_a_terminal_and_attach", exec_in_a_terminal_and_attach),
     oci("podman::volumes_and_secrets", volumes_and_secrets),
     oci("podman::pods_share_localhost_and_ipc", pods_share_localhost_and_ipc),
+    oci("podman::users_of_its_own", users_of_its_own),
 ];
 
 fn run_in_the_foreground(scene: &Scene) -> Outcome {
@@ -248,5 +249,24 @@ fn pods_share_localhost_and_ipc(scene: &Scene) -> Outcome {
     let again = podman.call(&["exec", "server", "hostname"])?.output()?;
     ensure_eq!(again, "in-the-pod\n", "host name after a restart of the pod");
     podman.call(&["pod", "rm", "-f", "-t", "0", "p"])?.output()?;
+    check(&before)
+}
+
+fn users_of_its_own(scene: &Scene) -> Outcome {
+    let podman = Podman::new(scene)?;
+    podman.load()?;
+    let before = Leaks::watch();
+    let files = ["/etc/subuid", "/etc/subgid"];
+    let were = files.map(|file| std::fs::read_to_string(file).unwrap_or_default());
+    for file in files {
+        std::fs::write(file, "containers:200000:65536\n")?;
+    }
+    let script = "echo $(cat /proc/self/uid_map) $(stat -c %u:%g /bin/sh /etc/passwd); id -u; touch /made; ls -n /made | cut -c1-10";
+    let words = ["run", "--rm", "--userns=auto:size=2000", "--network", "none", image::NAME, "sh", "-c", script];
+    let ended = podman.call(&words);
+    for (file, was) in files.iter().zip(were) {
+        std::fs::write(file, was)?;
+    }
+    ensure_eq!(ended?.output()?, "0 200000 2000 0:0 0:0\n0\n-rw-r--r--\n", "users");
     check(&before)
 }
