@@ -328,7 +328,7 @@ fn another_s_group_is_left_alone(scene: &Scene) -> Outcome {
 
 /// Kills one process of a container in the background; `delete` removes the rest.
 fn nothing_is_left_whatever_is_killed(scene: &Scene) -> Outcome {
-    for _ in 0..scene.repeat.min(20) {
+    for _ in 0..scene.repeat.div_ceil(5).min(20) {
         for who in ["shadow", "machine", "executed program"] {
             let before = Leaks::watch();
             let parent = Parent::new(scene);
