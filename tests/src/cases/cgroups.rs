@@ -376,10 +376,11 @@ fn a_killed_creation_is_swept(scene: &Scene) -> Outcome {
         let mut create = Running::start(&words, &[])?;
         std::thread::sleep(after);
         create.signal(Signal::KILL)?;
-        create.wait_open(Duration::from_secs(20))?;
-        drop(create);
-        // A run of anything sweeps what has ended; what has not yet is this container's own to delete.
+        // A run of anything sweeps what has ended; what has not yet is this container's own to delete. It may have been made
+        // whole before.
         scene.call(&["delete", "--force", &id])?.output().map_err(|e| format!("killed after {after:?}: {e}"))?;
+        create.wait_open(Duration::from_secs(20)).map_err(|e| format!("killed after {after:?}: {e}"))?;
+        drop(create);
         scene.run(&scene.debian()?.sh("true"))?.output()?;
         before.check().map_err(|e| format!("killed after {after:?}: {e}"))?;
     }
