@@ -32,13 +32,13 @@ const DEADLINE: Duration = Duration::from_secs(30);
 /// The sockets of one container. They go with this.
 pub struct Sockets {
     paths: Vec<PathBuf>,
-    _serving: JoinSet<()>,
+    serving: JoinSet<()>,
 }
 
 impl Sockets {
     /// Makes them in a directory, named by their tokens.
     pub fn make(directory: &Path, sockets: &[HostSocket], streams: &Arc<Streams>) -> Result<Self, PodError> {
-        let mut made = Self { paths: Vec::new(), _serving: JoinSet::new() };
+        let mut made = Self { paths: Vec::new(), serving: JoinSet::new() };
         for socket in sockets {
             let path = directory.join(podhull_protocol::socket_name(socket.token));
             let failed = |source: io::Error| PodError::Socket { path: path.clone(), source };
@@ -61,7 +61,7 @@ impl Sockets {
             let listener = listen().map_err(|errno: Errno| failed(errno.into()))?;
             let listener = readiness::watch(listener, Interest::READABLE).map_err(failed)?;
             let arriving = streams.claim_all(socket.token)?;
-            made._serving.spawn(serve(listener, arriving));
+            made.serving.spawn(serve(listener, arriving));
         }
         Ok(made)
     }
@@ -79,10 +79,9 @@ impl Drop for Sockets {
 async fn serve(listener: AsyncFd<OwnedFd>, mut arriving: mpsc::Receiver<OwnedFd>) {
     let mut clients = JoinSet::new();
     loop {
-        while clients.len() >= MAX_CLIENTS || clients.try_join_next().is_some() {
-            if clients.len() >= MAX_CLIENTS {
-                clients.join_next().await;
-            }
+        while clients.try_join_next().is_some() {}
+        if clients.len() >= MAX_CLIENTS {
+            clients.join_next().await;
         }
         let Ok(mut ready) = listener.readable().await else { return };
         match rustix::net::accept_with(&listener, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK) {

@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 
 use crate::{Outcome, ensure};
 
-/// Debian minbase with python3, stress-ng and what else tests/host/image/bundle-packages lists; on the host's own disk.
+/// Debian minbase with python3, stress-ng and what else tests/host/image/debian-packages lists; on the host's own disk.
 pub const DEBIAN: &str = "/bundles/debian/rootfs";
 
 /// Every capability of Linux 6.12 (capability.h).

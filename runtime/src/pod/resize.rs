@@ -1,6 +1,6 @@
 //! Another size for a pod's machine, when what its containers ask for together is another.
 
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 
 use super::command::{CommandError, event_loop};
@@ -18,7 +18,7 @@ pub struct Machine<'a> {
     others: Vec<Demand>,
     log: &'a Log,
     /// Held to the end.
-    _turn: std::os::fd::OwnedFd,
+    _turn: OwnedFd,
 }
 
 impl<'a> Machine<'a> {
