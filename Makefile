@@ -13,7 +13,7 @@ installed_tests := /opt/podhull-tests
 host := tests/host/run --install $(staged)
 
 # How often a test repeats what must never fail: enough to see a mistake, or enough to trust the absence of one.
-repeat_test := 10
+repeat_test := 5
 repeat_soak := 200
 
 .DEFAULT_GOAL := all
@@ -84,8 +84,8 @@ test: stage-native
 	@echo 'Unit tests: about 4 minutes the first time' >&2
 	cargo test --workspace
 	@echo "Hardware KVM: $$(tests/host/has-kvm)" >&2
-	@echo 'End-to-end tests: about 10 minutes in software hosts' >&2
-	TIMEOUT=2400 tests/host/end-to-end $(repeat_test)
+	@echo 'End-to-end tests: about 30 minutes in software hosts' >&2
+	TIMEOUT=4200 tests/host/end-to-end $(repeat_test)
 
 soak: stage-native
 	TIMEOUT=14400 tests/host/end-to-end $(repeat_soak)
