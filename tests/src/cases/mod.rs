@@ -70,10 +70,15 @@ pub const ALL: &[&[Case]] = &[
 
 /// A test that holds for any OCI runtime.
 const fn oci(name: &'static str, run: fn(&Scene) -> Outcome) -> Case {
-    Case { name, subject: Subject::Oci, run }
+    Case { name, subject: Subject::Oci, long: false, run }
 }
 
 /// A test of virtual machines, or of what only podhull promises.
 const fn podhull(name: &'static str, run: fn(&Scene) -> Outcome) -> Case {
-    Case { name, subject: Subject::Podhull, run }
+    Case { name, subject: Subject::Podhull, long: false, run }
+}
+
+/// A test that takes minutes: only soaks run it, and who names it in full.
+const fn long(case: Case) -> Case {
+    Case { long: true, ..case }
 }
