@@ -18,6 +18,7 @@ mod shadow;
 mod size;
 mod sockets;
 mod start;
+mod tree;
 mod update;
 mod view;
 mod watch;

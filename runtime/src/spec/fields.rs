@@ -39,8 +39,12 @@ pub const FIELDS: &[(&str, Fate)] = &[
     ("mounts[].type", Enforced),
     ("mounts[].options", Host),
     ("mounts[].options[]", Host),
-    ("mounts[].uidMappings", Refused("id-mapped mounts are not there yet: give the container a user namespace")),
-    ("mounts[].gidMappings", Refused("id-mapped mounts are not there yet: give the container a user namespace")),
+    ("mounts[].uidMappings", Host),
+    ("mounts[].uidMappings[]", Host),
+    ("mounts[].uidMappings[].*", Host),
+    ("mounts[].gidMappings", Host),
+    ("mounts[].gidMappings[]", Host),
+    ("mounts[].gidMappings[].*", Host),
     ("process", Enforced),
     ("process.terminal", Host),
     ("process.consoleSize", Host),
@@ -321,10 +325,9 @@ mod tests {
 
     #[test]
     fn a_refused_field_is_named_with_its_place() {
-        let mut document =
-            json!({"mounts": [{"destination": "/a"}, {"destination": "/b", "uidMappings": [{"size": 1}]}]});
+        let mut document = json!({"linux": {"resources": {"blockIO": {"weightDevice": [{}, {"leafWeight": 1}]}}}});
         let error = check(&mut document).unwrap_err().to_string();
-        assert!(error.starts_with(": mounts[1].uidMappings: not supported: "), "{error}");
+        assert!(error.starts_with(": linux.resources.blockIO.weightDevice[1].leafWeight: not supported: "), "{error}");
     }
 
     #[test]
