@@ -3,6 +3,7 @@
 mod boot;
 mod command;
 mod create;
+mod disks;
 mod exec;
 mod hooks;
 mod join;

@@ -1,5 +1,6 @@
 //! What a bundle asks for: reading `config.json`, checking every field of it (design D8), and what follows for the machine.
 
+pub mod devices;
 pub mod document;
 mod fields;
 mod position;
@@ -27,6 +28,8 @@ pub struct Config {
     unknown: Vec<String>,
     /// `linux.resources` once more, as the limits they are.
     limits: Limits,
+    /// Paths of devices that are not meant.
+    left_out: Vec<String>,
 }
 
 impl Config {
@@ -38,6 +41,11 @@ impl Config {
     /// Paths of the properties that were ignored because no specification we know has them.
     pub fn unknown(&self) -> &[String] {
         &self.unknown
+    }
+
+    /// Paths of the devices that a privileged container is not given, because they are all that the host has.
+    pub fn left_out(&self) -> &[String] {
+        &self.left_out
     }
 
     /// `linux.resources`.

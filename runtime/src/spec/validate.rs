@@ -12,6 +12,7 @@ use oci_spec::runtime::{
 
 use serde_json::Value;
 
+use super::devices::{self, Fate};
 use super::read::ConfigError;
 use super::{HostFiles, has_option, host_files, words};
 
@@ -218,7 +219,7 @@ fn linux(spec: &Spec, linux: &Linux) -> Result<(), ConfigError> {
         }
     }
     for (index, device) in linux.devices().iter().flatten().enumerate() {
-        check_device(&format!("linux.devices[{index}]"), device)?;
+        check_device(&format!("linux.devices[{index}]"), spec, device)?;
     }
     if let Some(resources) = linux.resources() {
         check_resources(resources)?;
@@ -271,18 +272,20 @@ fn check_mappings(field: &str, mappings: &[LinuxIdMapping]) -> Result<(), Config
     Ok(())
 }
 
-fn check_device(field: &str, device: &LinuxDevice) -> Result<(), ConfigError> {
+fn check_device(field: &str, spec: &Spec, device: &LinuxDevice) -> Result<(), ConfigError> {
     absolute(&format!("{field}.path"), device.path())?;
-    match device.typ() {
-        LinuxDeviceType::P => Ok(()),
-        LinuxDeviceType::C | LinuxDeviceType::U if words::is_guest_device(device.major(), device.minor()) => Ok(()),
-        LinuxDeviceType::A => Err(wrong(format!("{field}.type"), "\"a\" is for rules, not for devices")),
-        kind => Err(wrong(
+    if device.typ() == LinuxDeviceType::A {
+        return Err(wrong(format!("{field}.type"), "\"a\" is for rules, not for devices"));
+    }
+    match devices::fate(spec, device) {
+        Fate::Guest | Fate::Disk { .. } | Fate::LeftOut => Ok(()),
+        Fate::Refused => Err(wrong(
             field,
             format!(
-                "not supported: {} ({} {}:{}) is a device of the host, and these are not passed into the pod yet",
+                "not supported: {} ({} {}:{}) is a device of the host, and of those only block devices can be passed into the \
+                 virtual machine",
                 device.path().display(),
-                kind.as_str(),
+                device.typ().as_str(),
                 device.major(),
                 device.minor()
             ),
@@ -498,9 +501,9 @@ mod tests {
             ),
             (
                 "linux.devices",
-                json!([{"path": "/dev/sda", "type": "b", "major": 8, "minor": 0}]),
-                ": linux.devices[0]: not supported: /dev/sda (b 8:0) is a device of the host, and these are not passed into \
-                 the pod yet",
+                json!([{"path": "/dev/kvm", "type": "c", "major": 10, "minor": 232}]),
+                ": linux.devices[0]: not supported: /dev/kvm (c 10:232) is a device of the host, and of those only block \
+                 devices can be passed into the virtual machine",
             ),
         ] {
             assert_eq!(with(pointer, value), expected, "{pointer}");

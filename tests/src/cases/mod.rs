@@ -7,6 +7,7 @@ mod command_line;
 mod commands;
 mod containerd;
 mod crashes;
+mod disks;
 mod docker;
 mod docs;
 mod exit_codes;
@@ -50,6 +51,7 @@ pub const ALL: &[&[Case]] = &[
     stdio::CASES,
     files::CASES,
     sockets::CASES,
+    disks::CASES,
     bad_input::CASES,
     broken::CASES,
     races::CASES,
