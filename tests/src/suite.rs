@@ -52,6 +52,11 @@ pub struct Scene {
 }
 
 impl Scene {
+    /// For a program under test, with a directory that is there or will be.
+    pub fn new(runtime: Runtime, repeat: usize, directory: PathBuf) -> Self {
+        Self { runtime, repeat, directory, counter: AtomicU32::new(0) }
+    }
+
     /// Whether this takes the time it needs, and not what there is after each change.
     pub fn is_soak(&self) -> bool {
         self.repeat > MOST_QUICK
@@ -167,7 +172,7 @@ fn run(filters: &[String]) -> Outcome<bool> {
         Err(_) => 10,
     };
     let directory = PathBuf::from(format!("/var/tmp/podhull-e2e.{}", std::process::id()));
-    let mut scene = Scene { runtime: Runtime::under_test()?, repeat, directory, counter: AtomicU32::new(0) };
+    let mut scene = Scene::new(Runtime::under_test()?, repeat, directory);
 
     // Most want to be alone with the control groups; the others ask systemd for theirs.
     let systemd = Path::new("/run/systemd/system").is_dir();
