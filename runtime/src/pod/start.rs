@@ -16,6 +16,7 @@ use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 use rustix::rand::GetRandomFlags;
 
 use super::boot::{BOOT, Boot};
+use super::disks::{self, DiskError};
 use super::hooks;
 use super::link::{Begin, Creator, Given, LinkError, News};
 use super::member;
@@ -78,6 +79,9 @@ pub enum RunError {
     /// Its files.
     #[error(transparent)]
     Mount(#[from] MountError),
+    /// A block device of the host.
+    #[error(transparent)]
+    Disk(#[from] DiskError),
     /// What a machine is made of.
     #[error(transparent)]
     Resource(#[from] ResourceError),
@@ -180,10 +184,13 @@ pub fn run(run: &Run<'_>) -> Result<u8, RunError> {
     }
     let mounts = mounts::prepare(run.id, &mut bundle)?;
     machine.extend(mounts.resources);
+    let disks = disks::open(&bundle.config)?;
+    machine.extend(disks.resources);
     let (config, fds) = machine_config(size, machine);
     bundle.config.clear_namespace_paths();
     let told = mounts.sockets.iter().map(Socket::told).collect();
-    let request = pod_request(run.id, &bundle, &stdio, mounts.memory, told)?;
+    let mut request = pod_request(run.id, &bundle, &stdio, mounts.memory, told)?;
+    request.container.mut_or_insert_default().disks = disks.told;
     let view = View {
         root: mounts.root,
         places: mounts.places,
@@ -233,6 +240,11 @@ impl Run<'_> {
         let bundle = Bundle::open(self.bundle)?;
         for property in bundle.config.unknown() {
             self.log.debug(|| format!("config.json: {property} is no property of the specification: ignored"));
+        }
+        for path in bundle.config.left_out() {
+            self.log.debug(|| {
+                format!("config.json: linux.devices: {path} is the host's and not named by a rule: left out")
+            });
         }
         Ok(bundle)
     }
