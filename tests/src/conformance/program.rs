@@ -11,7 +11,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::process::{Pid, PidfdFlags, WaitOptions, WaitStatus, pidfd_open, waitpid};
+use rustix::process::{Pid, PidfdFlags, WaitOptions, WaitStatus, pidfd_open, wait as wait_for_any};
 use rustix::pty::{OpenptFlags, ioctl_tiocgptpeer, openpt, unlockpt};
 
 use crate::Outcome;
@@ -69,7 +69,7 @@ fn wait(child: Pid, deadline: Duration) -> Outcome<Option<WaitStatus>> {
     let pidfd = pidfd_open(child, PidfdFlags::empty())?;
     let tick = Timespec::try_from(TICK)?;
     loop {
-        match waitpid(None, WaitOptions::NOHANG)? {
+        match wait_for_any(WaitOptions::NOHANG)? {
             Some((pid, status)) if pid == child => return Ok(Some(status)),
             Some(_) => {}
             None if Instant::now() > until => return Ok(None),
