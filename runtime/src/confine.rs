@@ -88,6 +88,7 @@ const FILES: &[i64] = &[
     libc::SYS_renameat2,
     libc::SYS_unlinkat,
     libc::SYS_mkdirat,
+    libc::SYS_chdir,
     libc::SYS_fchdir,
     libc::SYS_umask,
     libc::SYS_memfd_create,
