@@ -6,6 +6,7 @@ use std::process::{Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use rustix::process::{Pid, WaitOptions, waitpid};
 use serde_json::json;
 
 use super::crashes::machine;
@@ -85,7 +86,12 @@ fn what_stands_for_a_container_is_confined(scene: &Scene) -> Outcome {
             }
         }
     }
-    container.end()
+    container.call(&["kill", &container.id, "KILL"])?.output()?;
+    // The container's own is the first process of a namespace, which ends when all others in it have been reaped.
+    let executed = executed.trim().parse().ok().and_then(Pid::from_raw);
+    waitpid(executed, WaitOptions::empty())?;
+    ensure_eq!(container.wait()?, 137, "exit status");
+    container.delete()
 }
 
 /// Capabilities of the threads that serve files: CHOWN, DAC_OVERRIDE, FOWNER, FSETID, SETGID, SETUID, MKNOD, SETFCAP.

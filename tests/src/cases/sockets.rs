@@ -142,8 +142,8 @@ print('sent')";
     server.send(b"203\n")?;
     run.expect_line("sent")?;
     run.wait()?.expect_status(0)?;
-    let mut expected: String =
-        (0..200).map(|n| format!("0 0 {} message {n}\n", format!("message {n}").len())).collect();
+    let mut expected = String::from("ready\n");
+    expected.extend((0..200).map(|n| format!("0 0 {} message {n}\n", format!("message {n}").len())));
     expected += &format!("0 0 0 \n0 0 100000 {}\n1000 1001 10 of another\n", "x".repeat(20));
     ensure_eq!(server.wait()?.output()?, expected, "what came");
     std::fs::remove_file(path)?;
