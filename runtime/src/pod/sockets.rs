@@ -294,16 +294,18 @@ fn as_client<T>(client: &Client, action: impl FnOnce() -> io::Result<T>) -> io::
     let become_client = || -> rustix::io::Result<()> {
         let groups: Vec<_> = client.groups.iter().map(|group| Gid::from_raw(*group)).collect();
         set_thread_groups(&groups)?;
-        set_thread_res_gid(None, Some(Gid::from_raw(client.gid)), None)?;
-        set_thread_res_uid(None, Some(Uid::from_raw(client.uid)), None)?;
+        let (uid, gid) = (Uid::from_raw(client.uid), Gid::from_raw(client.gid));
+        // A connection is the effective user's, a datagram the real one's. The saved one is the way back.
+        set_thread_res_gid(Some(gid), Some(gid), None)?;
+        set_thread_res_uid(Some(uid), Some(uid), None)?;
         // They went with the user.
         set_effective(CAPABILITIES)
     };
     let result = become_client().map_err(io::Error::from).and_then(|()| action());
     let come_back = || -> rustix::io::Result<()> {
-        set_thread_res_uid(None, Some(Uid::ROOT), None)?;
+        set_thread_res_uid(Some(Uid::ROOT), Some(Uid::ROOT), None)?;
         set_effective(CAPABILITIES)?;
-        set_thread_res_gid(None, Some(Gid::ROOT), None)?;
+        set_thread_res_gid(Some(Gid::ROOT), Some(Gid::ROOT), None)?;
         set_thread_groups(&[])
     };
     if come_back().is_err() {
