@@ -2,9 +2,11 @@
 
 mod bad_input;
 mod broken;
+mod buildah;
 mod cgroups;
 mod command_line;
 mod commands;
+mod compose;
 mod containerd;
 mod crashes;
 mod docker;
@@ -30,6 +32,7 @@ mod sockets;
 mod stdio;
 mod systemd;
 mod terminal;
+mod units;
 
 use crate::Outcome;
 use crate::suite::{Case, Scene, Subject};
@@ -64,8 +67,11 @@ pub const ALL: &[&[Case]] = &[
     podman::CASES,
     podman_networks::CASES,
     docker::CASES,
+    compose::CASES,
+    buildah::CASES,
     docs::CASES,
     systemd::CASES,
+    units::CASES,
 ];
 
 /// A test that holds for any OCI runtime.
