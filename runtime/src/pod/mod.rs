@@ -4,6 +4,7 @@ mod boot;
 mod command;
 mod create;
 mod exec;
+mod forwards;
 mod hooks;
 mod join;
 mod link;

@@ -16,6 +16,7 @@ use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 use rustix::rand::GetRandomFlags;
 
 use super::boot::{BOOT, Boot};
+use super::forwards::Forwards;
 use super::hooks;
 use super::link::{Begin, Creator, Given, LinkError, News};
 use super::member;
@@ -30,6 +31,7 @@ use crate::bundle::{Bundle, BundleError};
 use crate::cgroup::{CgroupError, Manager, Placement};
 use crate::log::Log;
 use crate::machine::{CONTROL_SOCKET, Channel, MachineError};
+use crate::network::Namespace;
 use crate::signals::{self, Signals};
 use crate::state::{self, Directory, State, StateError, Status};
 use crate::stdio::{SOCKET, Stdio, StdioError};
@@ -180,21 +182,28 @@ pub fn run(run: &Run<'_>) -> Result<u8, RunError> {
     }
     let mounts = mounts::prepare(run.id, &mut bundle)?;
     machine.extend(mounts.resources);
-    let (config, fds) = machine_config(size, machine);
+    let own = namespaces(&bundle.config).others;
     bundle.config.clear_namespace_paths();
     let told = mounts.sockets.iter().map(Socket::told).collect();
-    let request = pod_request(run.id, &bundle, &stdio, mounts.memory, told)?;
+    let mut request = pod_request(run.id, &bundle, &stdio, mounts.memory, told)?;
     let view = View {
         root: mounts.root,
         places: mounts.places,
-        namespaces: namespaces(&bundle.config).others,
+        namespaces: own,
         joined,
         hostname: bundle.config.spec().hostname().clone(),
     };
     drop(bundle);
+    let network = view.network();
     // No path of the host from here on.
     made.entered = Some(view.enter()?);
     made.sockets = Sockets::start(mounts.sockets, pod.as_fd()).map_err(RunError::Sockets)?;
+    if let Some((forwards, rule)) = network.and_then(|network| run.forwards(network, pod.as_fd())) {
+        request.forwards = forwards.token();
+        machine.extend(rule.map(|rule| (Resource::Hold, rule)));
+        made.forwards = Some(forwards);
+    }
+    let (config, fds) = machine_config(size, machine);
     let connections = made.connections();
     run.creator.tell(&News::Entered)?;
 
@@ -255,7 +264,19 @@ impl Run<'_> {
             // It says where the groups are: it goes after them, by who asked for the container or comes later.
             directory.keep();
         }
-        Ok(Made { directory, state, entered: None, sockets: None })
+        Ok(Made { directory, state, entered: None, sockets: None, forwards: None })
+    }
+
+    /// Where connections to the container's own addresses arrive. It runs without.
+    fn forwards(&self, network: Namespace, pod: BorrowedFd<'_>) -> Option<(Arc<Forwards>, Option<OwnedFd>)> {
+        let opened = Forwards::open(network, pod);
+        let warn = |error: &io::Error| {
+            self.log.warning(&format!(
+                "connections to localhost in the container's network namespace do not reach the container: {error}; is \
+                 nftables with nft_tproxy and nft_socket in the kernel?"
+            ));
+        };
+        opened.inspect_err(warn).ok()
     }
 
     /// The status to exit with.
@@ -278,16 +299,26 @@ pub struct Made {
     pub entered: Option<Entered>,
     /// Sockets of the host among its files.
     pub sockets: Option<Arc<Sockets>>,
+    /// Connections to its own addresses.
+    pub forwards: Option<Arc<Forwards>>,
 }
 
 impl Made {
-    /// Serves the sockets for as long as it is polled.
+    /// Serves what programs of the host and of the container connect to on the other side, for as long as it is polled.
     pub fn connections(&self) -> impl Future<Output = Infallible> + use<> {
-        let sockets = self.sockets.clone();
+        let (sockets, forwards) = (self.sockets.clone(), self.forwards.clone());
         async {
-            if let Some(sockets) = sockets {
-                sockets.serve().await;
-            }
+            let sockets = async {
+                if let Some(sockets) = sockets {
+                    sockets.serve().await;
+                }
+            };
+            let forwards = async {
+                if let Some(forwards) = forwards {
+                    forwards.serve().await;
+                }
+            };
+            tokio::join!(sockets, forwards);
             std::future::pending().await
         }
     }
@@ -304,6 +335,9 @@ impl Made {
                 self.directory.write(&self.state)?;
                 if let Some(sockets) = &self.sockets {
                     sockets.begin();
+                }
+                if let Some(forwards) = &self.forwards {
+                    forwards.begin();
                 }
                 creator.tell(&News::Made)?;
                 if begin.kept {

@@ -21,7 +21,7 @@ use rustix::io::Errno;
 use rustix::rand::GetRandomFlags;
 use tokio::sync::{mpsc, oneshot};
 
-pub use connect::{SOCKET, connect_here, connect_packets, dial};
+pub use connect::{SOCKET, connect_here, connect_in_loop, connect_packets, dial};
 use console::Console;
 pub use proxy::Proxy;
 use pump::Progress;

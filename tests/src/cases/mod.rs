@@ -13,6 +13,7 @@ mod docker;
 mod docs;
 mod exit_codes;
 mod files;
+mod forwards;
 mod growth;
 mod hooks;
 mod isolation;
@@ -62,6 +63,7 @@ pub const ALL: &[&[Case]] = &[
     load::CASES,
     pods::CASES,
     network::CASES,
+    forwards::CASES,
     programs::CASES,
     containerd::CASES,
     podman::CASES,

@@ -3,6 +3,7 @@
 use super::oci;
 use crate::bundle::{DEBIAN, make_busybox_root};
 use crate::leaks::Leaks;
+use crate::netns::Netns;
 use crate::podman::{Podman, check};
 use crate::run::{DEADLINE, Running};
 use crate::suite::{Case, Scene};
@@ -256,6 +257,12 @@ fn pods_share_localhost_and_ipc(scene: &Scene) -> Outcome {
         let machines = processes::all().iter().filter(|process| process.command.starts_with("podhull vmm")).count();
         ensure_eq!(machines, 1, "machines");
     }
+    // From the host's side of the pod's network, as those do that forward ports.
+    let pid = podman.call(&["inspect", "-f", "{{.State.Pid}}", "server"])?.output()?;
+    let forwarded = Netns::of(pid.trim().parse()?)
+        .run(&["curl", "-s", "-o", "/dev/null", "-w", "%{http_code}", "http://localhost:8080/"])?
+        .output()?;
+    ensure_eq!(forwarded, "200", "status of the server by a forwarded port");
     // Memory that is mapped by two of them is the same memory.
     let write = "import mmap, os; f = open('/dev/shm/page', 'w+b'); f.truncate(4096); m = mmap.mmap(f.fileno(), 4096); m[0] = 65; \
         print('mapped', flush=True); import time\nwhile m[0] == 65: time.sleep(0.05)\nprint('seen', flush=True)";
