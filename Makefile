@@ -13,7 +13,7 @@ installed_tests := /opt/podhull-tests
 host := tests/host/run --install $(staged)
 
 # How often a test repeats what must never fail: enough to see a mistake, or enough to trust the absence of one.
-repeat_test := 5
+repeat_test := 3
 repeat_soak := 200
 
 .DEFAULT_GOAL := all

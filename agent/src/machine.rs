@@ -12,6 +12,7 @@ use rustix::net::netlink::{self, SocketAddrNetlink};
 use rustix::net::{AddressFamily, RecvFlags, SocketFlags, SocketType};
 use rustix::time::{ClockId, Timespec};
 use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
 
 use crate::readiness;
 
@@ -20,6 +21,9 @@ pub const ENTROPY_BYTES: usize = 64;
 
 /// How long memory may take to arrive. The host adds it while the pod starts; a host so slow is one that has none.
 const MEMORY_DEADLINE: Duration = Duration::from_secs(30);
+
+/// How long a disk may take to appear, which the host has added before it says so.
+const DISK_DEADLINE: Duration = Duration::from_secs(30);
 
 /// What the host's sum of memory may be above ours when all has arrived: the holes of the first megabyte, which no PC counts as
 /// memory, and the last part of a device's block.
@@ -55,6 +59,8 @@ pub enum MachineError {
     Uevents(io::Error),
     #[error("the machine has {have} bytes of memory after {seconds} s, not {want}", seconds = MEMORY_DEADLINE.as_secs())]
     MemoryMissing { have: u64, want: u64 },
+    #[error("the machine has no disk {0:?} after {seconds} s", seconds = DISK_DEADLINE.as_secs())]
+    DiskMissing(String),
 }
 
 /// Proof that the agent is PID 1 of a virtual machine, whose clock, devices and memory are its to set.
@@ -157,27 +163,33 @@ impl Machine {
     /// Waits until the machine has `bytes` of memory, from block to block as the kernel reports them.
     pub async fn wait_for_memory(self, boot: MemoryState, bytes: u64) -> Result<u64, MachineError> {
         // Before the first look, so that no block can come between look and wait unseen.
-        let events = readiness::watch(kernel_events()?, Interest::READABLE).map_err(MachineError::Uevents)?;
+        let events = KernelEvents::listen()?;
         let deadline = tokio::time::Instant::now() + MEMORY_DEADLINE;
         loop {
             let have = self.memory()?.usable + boot.reserved;
             if have + MEMORY_SLACK >= bytes {
                 return Ok(have);
             }
-            let mut ready = match tokio::time::timeout_at(deadline, events.readable()).await {
-                Ok(ready) => ready.map_err(MachineError::Uevents)?,
-                Err(_) => return Err(MachineError::MemoryMissing { have, want: bytes }),
-            };
-            // What they say does not matter, only that something changed; lost ones (ENOBUFS) neither.
-            let mut message = [0; 4096];
-            loop {
-                match rustix::net::recv(&events, &mut message[..], RecvFlags::DONTWAIT) {
-                    Ok(_) | Err(Errno::NOBUFS | Errno::INTR) => {}
-                    Err(Errno::AGAIN) => break,
-                    Err(errno) => return Err(MachineError::Uevents(errno.into())),
-                }
+            if !events.changed(deadline).await? {
+                return Err(MachineError::MemoryMissing { have, want: bytes });
             }
-            ready.clear_ready();
+        }
+    }
+
+    /// Waits until the machine has the disk with a serial number; returns its number and name.
+    pub async fn wait_for_disk(self, serial: &str) -> Result<DiskNumber, MachineError> {
+        let events = KernelEvents::listen()?;
+        let deadline = tokio::time::Instant::now() + DISK_DEADLINE;
+        let mut scanned = false;
+        loop {
+            if let Some(found) = find_disk(serial).map_err(|source| MachineError::Read { path: BLOCK, source })? {
+                return Ok(found);
+            }
+            if !std::mem::replace(&mut scanned, true) {
+                self.rescan()?;
+            } else if !events.changed(deadline).await? {
+                return Err(MachineError::DiskMissing(serial.into()));
+            }
         }
     }
 }
@@ -201,16 +213,65 @@ fn read(path: &'static str) -> Result<String, MachineError> {
 }
 
 /// Messages of the kernel about its objects (group 1 of `NETLINK_KOBJECT_UEVENT`).
-fn kernel_events() -> Result<OwnedFd, MachineError> {
-    let socket = rustix::net::socket_with(
-        AddressFamily::NETLINK,
-        SocketType::DGRAM,
-        SocketFlags::CLOEXEC | SocketFlags::NONBLOCK,
-        Some(netlink::KOBJECT_UEVENT),
-    )
-    .map_err(|errno| MachineError::Uevents(errno.into()))?;
-    rustix::net::bind(&socket, &SocketAddrNetlink::new(0, 1)).map_err(|errno| MachineError::Uevents(errno.into()))?;
-    Ok(socket)
+struct KernelEvents(AsyncFd<OwnedFd>);
+
+impl KernelEvents {
+    fn listen() -> Result<Self, MachineError> {
+        let listen = || -> io::Result<_> {
+            let socket = rustix::net::socket_with(
+                AddressFamily::NETLINK,
+                SocketType::DGRAM,
+                SocketFlags::CLOEXEC | SocketFlags::NONBLOCK,
+                Some(netlink::KOBJECT_UEVENT),
+            )?;
+            rustix::net::bind(&socket, &SocketAddrNetlink::new(0, 1))?;
+            readiness::watch(socket, Interest::READABLE)
+        };
+        listen().map(Self).map_err(MachineError::Uevents)
+    }
+
+    /// Waits for a message, and takes all that there are; false if none came. What they say does not matter, only that
+    /// something changed; lost ones (ENOBUFS) neither.
+    async fn changed(&self, deadline: tokio::time::Instant) -> Result<bool, MachineError> {
+        let Ok(ready) = tokio::time::timeout_at(deadline, self.0.readable()).await else { return Ok(false) };
+        let mut ready = ready.map_err(MachineError::Uevents)?;
+        let mut message = [0; 4096];
+        loop {
+            match rustix::net::recv(&self.0, &mut message[..], RecvFlags::DONTWAIT) {
+                Ok(_) | Err(Errno::NOBUFS | Errno::INTR) => {}
+                Err(Errno::AGAIN) => break,
+                Err(errno) => return Err(MachineError::Uevents(errno.into())),
+            }
+        }
+        ready.clear_ready();
+        Ok(true)
+    }
+}
+
+/// Where the kernel shows its disks.
+const BLOCK: &str = "/sys/block";
+
+/// Which device a disk is, for the guest's kernel.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct DiskNumber {
+    pub major: u32,
+    pub minor: u32,
+}
+
+fn find_disk(serial: &str) -> io::Result<Option<DiskNumber>> {
+    for disk in std::fs::read_dir(BLOCK)? {
+        let path = disk?.path();
+        // Others have none.
+        if std::fs::read_to_string(path.join("serial")).is_ok_and(|own| own.trim_end() == serial) {
+            let number = std::fs::read_to_string(path.join("dev"))?;
+            let parsed = number
+                .trim_end()
+                .split_once(':')
+                .and_then(|(major, minor)| Some(DiskNumber { major: major.parse().ok()?, minor: minor.parse().ok()? }));
+            return parsed.map(Some).ok_or_else(|| io::Error::other(format!("{number:?} is no number of a device")));
+        }
+    }
+    Ok(None)
 }
 
 /// Length of a kernel's list of CPUs, as `0-3,6`.

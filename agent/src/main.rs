@@ -10,6 +10,7 @@ mod boot;
 mod cgroup;
 mod connection;
 mod container;
+mod disks;
 mod events;
 mod machine;
 mod memory;

@@ -1,5 +1,6 @@
 //! The pod: its containers, and the machine they share.
 
+use std::borrow::Cow;
 use std::collections::HashMap;
 use std::os::fd::OwnedFd;
 use std::path::{Component, Path, PathBuf};
@@ -7,7 +8,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use podhull_protocol::{
     ConfigureNetworkRequest, ContainerStatsResponse, CreateContainerRequest, CreateContainerResponse, CreatePodRequest,
-    CreatePodResponse, ExecProcessRequest, ExecProcessResponse, GrowRequest, GrowResponse, ListProcessesResponse,
+    CreatePodResponse, Disk, ExecProcessRequest, ExecProcessResponse, GrowRequest, GrowResponse, ListProcessesResponse,
     Stdio, VERSION,
 };
 use rustix::io::Errno;
@@ -17,6 +18,7 @@ use tokio::sync::OnceCell;
 use crate::cgroup::{CgroupError, Hierarchy};
 use crate::container::report::ErrorKind;
 use crate::container::{self, Container, ContainerError, Network};
+use crate::disks;
 use crate::events::Events;
 use crate::machine::{Machine, MachineError, MemoryState};
 use crate::memory::Memory;
@@ -244,7 +246,8 @@ impl Pod {
         });
         let shared = shared.collect::<Result<Vec<_>, PodError>>()?;
         let rootfs = self.share.join(rootfs);
-        let asked = container::Request { id, spec: &request.spec, rootfs, streams, shared: &shared, network };
+        let spec = self.with_disks(&request.spec, &request.disks).await?;
+        let asked = container::Request { id, spec: &spec, rootfs, streams, shared: &shared, network };
         let (container, lease) = tokio::join!(Container::create(asked, self.surroundings()), lease);
         let container = Arc::new(container?);
         container.keep(Some(sockets));
@@ -262,6 +265,16 @@ impl Pod {
             });
         }
         Ok(CreateContainerResponse { pid, ..CreateContainerResponse::default() })
+    }
+
+    /// A specification as the guest's kernel numbers the host's disks in it.
+    async fn with_disks<'a>(&self, spec: &'a [u8], disks: &[Disk]) -> Result<Cow<'a, [u8]>, PodError> {
+        let [first, ..] = disks else { return Ok(spec.into()) };
+        let machine = self.machine.ok_or_else(|| MachineError::DiskMissing(first.serial.clone()))?;
+        let given = disks::wait(machine, disks).await?;
+        let mut document = serde_json::from_slice(spec).map_err(ContainerError::Spec)?;
+        disks::renumber(&mut document, &given);
+        Ok(document.to_string().into_bytes().into())
     }
 
     /// The stream that says by its end that whoever stood for a container or process is gone.

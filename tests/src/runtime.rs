@@ -9,6 +9,7 @@ use serde_json::Value;
 use crate::{Outcome, ensure};
 
 /// An OCI runtime, called by its command line as runc is.
+#[derive(Clone)]
 pub struct Runtime {
     program: PathBuf,
     name: String,

@@ -16,6 +16,9 @@ use crate::run::{DEADLINE, Ended, Running};
 use crate::runtime::Runtime;
 use crate::{Outcome, cases, ensure, processes};
 
+/// More repetitions than this are a soak.
+const MOST_QUICK: usize = 10;
+
 /// What a test is about.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Subject {
@@ -31,6 +34,8 @@ pub struct Case {
     pub name: &'static str,
     /// What it is about.
     pub subject: Subject,
+    /// It takes minutes, and is left to soaks unless it is asked for by its name.
+    pub long: bool,
     /// The test itself.
     pub run: fn(&Scene) -> Outcome,
 }
@@ -47,6 +52,16 @@ pub struct Scene {
 }
 
 impl Scene {
+    /// For a program under test, with a directory that is there or will be.
+    pub fn new(runtime: Runtime, repeat: usize, directory: PathBuf) -> Self {
+        Self { runtime, repeat, directory, counter: AtomicU32::new(0) }
+    }
+
+    /// Whether this takes the time it needs, and not what there is after each change.
+    pub fn is_soak(&self) -> bool {
+        self.repeat > MOST_QUICK
+    }
+
     /// A number that no other call has got.
     fn next(&self) -> u32 {
         self.counter.fetch_add(1, Ordering::Relaxed)
@@ -140,7 +155,10 @@ fn run(filters: &[String]) -> Outcome<bool> {
         println!(
             "PODHULL_RUNTIME: the program under test (podhull). With another, tests of virtual machines are left out."
         );
-        println!("PODHULL_TEST_REPEAT: how often what must never fail is tried (10).");
+        println!(
+            "PODHULL_TEST_REPEAT: how often what must never fail is tried (10). With more than {MOST_QUICK}, long tests run \
+             too, which otherwise have to be named in full."
+        );
         println!("PODHULL_TEST_TRACE: if set, how long each program took that a test waited for.");
         println!("PODHULL_TEST_PART: K/N, only every Nth test from the Kth on, to share them among hosts.");
         return Ok(true);
@@ -154,7 +172,7 @@ fn run(filters: &[String]) -> Outcome<bool> {
         Err(_) => 10,
     };
     let directory = PathBuf::from(format!("/var/tmp/podhull-e2e.{}", std::process::id()));
-    let mut scene = Scene { runtime: Runtime::under_test()?, repeat, directory, counter: AtomicU32::new(0) };
+    let mut scene = Scene::new(Runtime::under_test()?, repeat, directory);
 
     // Most want to be alone with the control groups; the others ask systemd for theirs.
     let systemd = Path::new("/run/systemd/system").is_dir();
@@ -162,7 +180,11 @@ fn run(filters: &[String]) -> Outcome<bool> {
         if case.name.starts_with("systemd::") != systemd {
             return false;
         }
-        let wanted = filters.is_empty() || filters.iter().any(|filter| case.name.contains(filter.as_str()));
+        let wanted = if case.long && !scene.is_soak() {
+            filters.iter().any(|filter| case.name == filter)
+        } else {
+            filters.is_empty() || filters.iter().any(|filter| case.name.contains(filter.as_str()))
+        };
         wanted && (scene.runtime.is_virtual() || case.subject == Subject::Oci)
     });
     let (mine, parts) = part()?;

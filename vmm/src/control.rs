@@ -38,8 +38,8 @@ pub enum Request {
     /// Builds the machine and runs it. The first request, and only the first.
     Start(MachineConfig),
     /// Puts disks, taps and devices into the running machine, all of them or, if it fails, none. They appear on its PCI
-    /// bus; the guest sees them after a rescan. Mounts and directories to remove are given at the start: by then the process has nothing left to mount with, or to
-    /// reach other directories. Nor is it given its share later.
+    /// bus; the guest sees them after a rescan. Mounts and directories to remove are given at the start: by then the process
+    /// has nothing left to mount with, or to reach other directories. Nor is it given its share later.
     Add {
         /// One for each attached file descriptor, in order.
         resources: Vec<Resource>,
@@ -97,7 +97,9 @@ pub enum Resource {
         /// Relative path below the share.
         path: String,
     },
-    /// A raw image or block device that becomes a virtio-blk disk.
+    /// A raw image or block device that becomes a virtio-blk disk. Given at the start it appears when the agent is ready. A
+    /// machine that has one with the same serial number keeps that and gets no other: two would not see what is written to
+    /// the other; it is an error if that is read-only and this is not.
     Disk {
         /// Read-only: enforced by the device.
         read_only: bool,

@@ -23,7 +23,7 @@ use crate::virtio::fs::{Share, ShareConfig};
 use crate::virtio::mem::MemoryHandle;
 use crate::virtio::{Broken, vsock};
 use clients::{Clients, Ready};
-use devices::{Batch, Named};
+use devices::{Batch, Known};
 
 /// The control channel is this descriptor of the process.
 pub const CONTROL_FD: i32 = 3;
@@ -69,7 +69,8 @@ struct Process {
     machine: Machine,
     /// What the machine gets when its agent is ready: the share, taps, and devices without descriptors.
     share: Option<Share>,
-    taps: Vec<Named>,
+    batch: Batch,
+    disks: Vec<Known>,
     devices: Vec<Device>,
     memory_bytes: u64,
     memory: Option<MemoryHandle>,
@@ -165,7 +166,7 @@ struct Start {
     agent: Option<OwnedFd>,
     listener: Option<OwnedFd>,
     control: Option<OwnedFd>,
-    taps: Vec<Named>,
+    batch: Batch,
     held: Vec<OwnedFd>,
     later: Vec<(Resource, OwnedFd)>,
 }
@@ -189,8 +190,8 @@ impl Start {
                     start.held.push(fd);
                     false
                 }
-                tap @ Resource::Tap { .. } => {
-                    start.taps.push(devices::of_resource(tap, fd)?);
+                device @ (Resource::Tap { .. } | Resource::Disk { .. }) => {
+                    start.batch.resource(device, fd, &[])?;
                     false
                 }
                 later => {
@@ -249,7 +250,8 @@ impl Process {
         let mut process = Self {
             machine,
             share,
-            taps: start.taps,
+            batch: start.batch,
+            disks: Vec::new(),
             devices: config.devices,
             memory_bytes: config.memory_bytes,
             memory: None,
@@ -319,7 +321,7 @@ impl Process {
 
     fn agent_ready(&mut self, channel: &OwnedFd) -> Result<(), Line> {
         let exits = self.machine.exits();
-        let mut batch = Batch::default();
+        let mut batch = std::mem::take(&mut self.batch);
         for device in std::mem::take(&mut self.devices) {
             match device {
                 Device::Share => {
@@ -329,7 +331,6 @@ impl Process {
                 other => batch.device(other, &self.machine, self.memory.is_some())?,
             }
         }
-        batch.devices.append(&mut self.taps);
         self.add(batch)?;
         // A runtime that is gone is seen at the next poll.
         let _ = control::send(channel, &Notice::AgentReady { exits }, &[]);
@@ -348,7 +349,7 @@ impl Process {
                 for (resource, fd) in resources.into_iter().zip(fds) {
                     match resource {
                         Resource::Hold => held.push(fd),
-                        resource => batch.devices.push(devices::of_resource(resource, fd)?),
+                        resource => batch.resource(resource, fd, &self.disks)?,
                     }
                 }
                 for device in devices {
@@ -369,6 +370,7 @@ impl Process {
         if batch.memory.is_some() {
             self.memory = batch.memory;
         }
+        self.disks.extend(batch.disks);
         Ok(())
     }
 
@@ -400,7 +402,6 @@ fn enter_jail(
         match resource {
             Resource::Mount { path } => jail.attach(&path, &fd).map_err(line)?,
             Resource::Remove { name } => leftovers.push((fd, name)),
-            Resource::Disk { .. } => return Err("disks are added to a machine that runs".into()),
             other => return Err(format!("{other:?} was given twice")),
         }
     }

@@ -1,6 +1,8 @@
 //! `/dev` of a container.
 
+use std::ffi::OsStr;
 use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
 use rustix::fs::{AtFlags, CWD, FileType, Gid, Mode, OFlags, Uid, makedev};
@@ -146,13 +148,27 @@ impl<'a> Node<'a> {
 
     fn bind(&self, root: &Rootfs) -> Result<(), DeviceError> {
         let failed = |source| DeviceError::Bind { path: self.path.into(), source };
-        let node = open_tree(CWD, self.path, OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC)
-            .map_err(failed)?;
+        let path = match self.kind {
+            FileType::BlockDevice => self.disk().map_err(failed)?,
+            _ => self.path.into(),
+        };
+        let node =
+            open_tree(CWD, &path, OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC).map_err(failed)?;
         let stat = rustix::fs::fstat(&node).map_err(failed)?;
         if FileType::from_raw_mode(stat.st_mode) != self.kind || stat.st_rdev != self.number {
             return Err(failed(Errno::NODEV));
         }
         rootfs::attach(&node, root.file(self.path)?).map_err(failed)
+    }
+}
+
+impl Node<'_> {
+    /// Where the guest has a disk, whose name on the host is another.
+    fn disk(&self) -> Result<PathBuf, Errno> {
+        let (major, minor) = (rustix::fs::major(self.number), rustix::fs::minor(self.number));
+        let shown = rustix::fs::readlinkat(CWD, format!("/sys/dev/block/{major}:{minor}"), Vec::new())?;
+        let name = shown.to_bytes().rsplit(|byte| *byte == b'/').next().unwrap_or_default();
+        Ok(Path::new("/dev").join(OsStr::from_bytes(name)))
     }
 }
 

@@ -16,6 +16,7 @@ use tokio::net::{TcpListener, TcpStream, UnixStream};
 use tokio::sync::{Notify, Semaphore};
 use tokio::task::JoinSet;
 
+use crate::log::Log;
 use crate::network::{Local, Namespace};
 use crate::stdio;
 
@@ -36,17 +37,27 @@ pub struct Forwards {
 
 impl Forwards {
     /// Takes connections in the network namespace of this process, which must have its privileges yet. `pod` is the pod's
-    /// directory. What comes beside, if anything, is to be held for as long as connections are to be taken.
-    pub fn open(namespace: Namespace, pod: BorrowedFd<'_>) -> io::Result<(Arc<Self>, Option<OwnedFd>)> {
-        let Local { listeners, rule } = Local::open(namespace)?;
-        let forwards = Self {
-            token: stdio::token().map_err(io::Error::other)?,
-            pod: pod.try_clone_to_owned()?,
-            listeners: Mutex::new(listeners),
-            begun: Notify::new(),
-            room: Arc::new(Semaphore::new(MAX_CONNECTIONS)),
+    /// directory. What comes beside, if anything, is to be held for as long as connections are to be taken. A pod does without if
+    /// the kernel cannot do this.
+    pub fn open(namespace: Namespace, pod: BorrowedFd<'_>, log: &Log) -> Option<(Arc<Self>, Option<OwnedFd>)> {
+        let open = || {
+            let Local { listeners, rule } = Local::open(namespace)?;
+            let forwards = Self {
+                token: stdio::token().map_err(io::Error::other)?,
+                pod: pod.try_clone_to_owned()?,
+                listeners: Mutex::new(listeners),
+                begun: Notify::new(),
+                room: Arc::new(Semaphore::new(MAX_CONNECTIONS)),
+            };
+            Ok((Arc::new(forwards), rule))
         };
-        Ok((Arc::new(forwards), rule))
+        let warn = |error: &io::Error| {
+            log.warning(&format!(
+                "connections to localhost in the container's network namespace do not reach the container: {error}; is \
+                 nftables with nft_tproxy and nft_socket in the kernel?"
+            ));
+        };
+        open().inspect_err(warn).ok()
     }
 
     /// What the agent is told.

@@ -7,13 +7,14 @@ use podhull_vmm::control::Resource;
 use podhull_vmm::jail::Jail;
 
 use super::link::{Given, News};
-use super::mounts;
 use super::session::{Outcome, Session};
 use super::size::memory_limit;
 use super::sockets::{Socket, Sockets};
 use super::start::{Run, RunError};
 use super::view::{View, namespaces};
+use super::{disks, mounts};
 use crate::agent::{self, Agent, AgentError};
+use crate::machine::Control;
 use crate::signals::{self, Signals};
 use crate::state;
 use crate::stdio::Stdio;
@@ -49,6 +50,7 @@ pub fn run(run: &Run<'_>, given: Given) -> Result<u8, RunError> {
     });
     attached.map_err(|error| RunError::Share(pod.pod.clone(), error))?;
     drop((files, machine));
+    let disks = disks::open(&bundle.config)?;
     bundle.config.clear_namespace_paths();
     let shared = begin.shared.iter().map(|shared| SharedNamespace {
         type_: super::join::word(shared.kind),
@@ -60,6 +62,7 @@ pub fn run(run: &Run<'_>, given: Given) -> Result<u8, RunError> {
     let told = mounts.sockets.iter().map(Socket::told).collect();
     let mut request = agent::container(run.id, spec, rootfs, stdio.announcement(), mounts.memory, told);
     request.shared = shared.collect();
+    request.disks = disks.told;
     let view = View {
         root: mounts.root,
         places: mounts.places,
@@ -82,6 +85,10 @@ pub fn run(run: &Run<'_>, given: Given) -> Result<u8, RunError> {
         let session = Session::new(run.id, Agent::new(agent)?, &stdio, sockets.as_fd(), run.log);
         let make = async {
             orders.go_on().await?;
+            if !disks.resources.is_empty() {
+                let (resources, fds) = disks.resources.into_iter().unzip::<_, _, Vec<_>, Vec<_>>();
+                Control::dial(sockets.as_fd())?.add(resources, &fds).await?;
+            }
             let made = async { Ok(session.agent.create_container(&request).await?) };
             let (flow, ()) = tokio::try_join!(session.streams(), made)?;
             run.log.debug(|| format!("{}: container created in pod {}", run.id, pod.pod));

@@ -3,6 +3,7 @@
 mod boot;
 mod command;
 mod create;
+mod disks;
 mod exec;
 mod forwards;
 mod hooks;
@@ -19,6 +20,7 @@ mod shadow;
 mod size;
 mod sockets;
 mod start;
+mod tree;
 mod update;
 mod view;
 mod watch;

@@ -2,19 +2,20 @@
 //! machine's process attaches them in its own.
 
 use std::ffi::CString;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Component, Path, PathBuf};
 
+use oci_spec::runtime::{LinuxIdMapping, Mount};
 use podhull_protocol::SharedMemory;
 use podhull_vmm::control::Resource;
 use rustix::fs::{FileType, Mode, OFlags, ResolveFlags, Stat};
 use rustix::io::Errno;
-use rustix::mount::{OpenTreeFlags, open_tree};
 
 use super::sockets::Socket;
+use super::tree::{Owners, Tree, user_namespace};
 use super::view::Place;
 use crate::bundle::Bundle;
-use crate::spec::{has_option, is_bind};
+use crate::spec::{Config, HostFiles, has_option, host_files};
 
 /// Most bind mounts of a container: their descriptors travel in one message together with the machine's own.
 const MAX_BINDS: usize = 180;
@@ -35,6 +36,29 @@ pub enum MountError {
     /// The kernel refuses to clone the mount.
     #[error("cannot clone the mount of {path:?}: {errno}{}", remedy(*errno))]
     Clone {
+        /// What was to be cloned.
+        path: PathBuf,
+        /// Why.
+        errno: Errno,
+    },
+    /// An overlay cannot be mounted.
+    #[error("mounts[{index}]: cannot mount the overlay {options:?}: {errno}")]
+    Overlay {
+        /// Place in `mounts`.
+        index: usize,
+        /// Those of the file system.
+        options: String,
+        /// Why.
+        errno: Errno,
+    },
+    /// There is no user namespace with these mappings.
+    #[error("mounts[{0}].uidMappings, gidMappings: {1}")]
+    Mappings(usize, #[source] std::io::Error),
+    /// The kernel refuses to give the files of a mount other owners.
+    #[error("mounts[{index}]: files of {path:?} cannot have other owners: {errno}{}", owners_remedy(*errno))]
+    Owners {
+        /// Place in `mounts`.
+        index: usize,
         /// What was to be cloned.
         path: PathBuf,
         /// Why.
@@ -64,6 +88,14 @@ fn remedy(errno: Errno) -> &'static str {
     }
 }
 
+fn owners_remedy(errno: Errno) -> &'static str {
+    match errno {
+        Errno::INVAL => "; its file system, or one mounted below it, knows no id-mapped mounts",
+        Errno::PERM => "; it is an id-mapped mount already",
+        _ => "",
+    }
+}
+
 /// Path of the container's root filesystem below the share.
 pub fn root_in_share(id: &str) -> String {
     format!("{id}/rootfs")
@@ -87,16 +119,35 @@ pub struct Prepared {
 /// finds the latter.
 pub fn prepare(id: &str, bundle: &mut Bundle) -> Result<Prepared, MountError> {
     let mut places: Vec<_> = bundle.config.mounts().iter().map(place).collect();
-    let binds: Vec<_> = bundle.config.mounts().iter().enumerate().filter(|(_, mount)| is_bind(mount)).collect();
-    if binds.len() > MAX_BINDS {
-        return Err(MountError::TooMany(binds.len()));
+    let from_host: Vec<_> = bundle
+        .config
+        .mounts()
+        .iter()
+        .enumerate()
+        .filter_map(|(index, mount)| host_files(mount).map(|kind| (index, mount, kind)))
+        .collect();
+    if from_host.len() > MAX_BINDS {
+        return Err(MountError::TooMany(from_host.len()));
     }
-    let mut resources = Vec::with_capacity(binds.len() + 1);
-    let mut sources = Vec::with_capacity(binds.len());
+    let mut resources = Vec::with_capacity(from_host.len() + 1);
+    let mut sources = Vec::with_capacity(from_host.len());
+    let mut known = Mappings::default();
     let mut files = Vec::new();
     let mut memory = Vec::new();
     let mut host_sockets = Vec::new();
-    for (index, mount) in binds {
+    for (index, mount, kind) in from_host {
+        let read_only = last(mount, ["ro", "rw"]) == Some("ro");
+        let in_share = format!("{id}/mounts/{index}");
+        let in_guest = format!("{}/{in_share}", podhull_protocol::SHARE_DIR);
+        if let HostFiles::Overlay(options) = kind {
+            let tree = Tree { recursive: false, read_only, all_read_only: false, owners: None };
+            let fail = |errno| MountError::Overlay { index, options: options.clone(), errno };
+            let [ours, theirs] = tree.overlay(&options).map_err(fail)?;
+            resources.push((Resource::Mount { path: in_share }, theirs));
+            places[index].1 = Place::Files(ours);
+            sources.push((index, in_guest));
+            continue;
+        }
         let path = mount.source().clone().unwrap_or_default();
         let fail = |errno| MountError::Source { index, path: path.clone(), errno };
         let flags = OFlags::PATH | OFlags::CLOEXEC;
@@ -110,14 +161,18 @@ pub fn prepare(id: &str, bundle: &mut Bundle) -> Result<Prepared, MountError> {
             memory.push(shared);
             continue;
         }
-        let options = mount.options().as_deref().unwrap_or_default();
-        let last = |words: [&str; 2]| options.iter().rev().find(|o| words.contains(&o.as_str())).map(String::as_str);
         let tree = Tree {
             recursive: has_option(mount, "rbind"),
-            read_only: last(["ro", "rw"]) == Some("ro"),
-            all_read_only: last(["rro", "rrw"]) == Some("rro"),
+            read_only,
+            all_read_only: last(mount, ["rro", "rrw"]) == Some("rro"),
+            owners: known.owners(&bundle.config, mount).map_err(|error| MountError::Mappings(index, error))?,
         };
-        let clone = || tree.clone(source.as_fd()).map_err(|errno| MountError::Clone { path: path.clone(), errno });
+        let clone = || {
+            tree.clone(source.as_fd()).map_err(|errno| match &tree.owners {
+                Some(_) => MountError::Owners { index, path: path.clone(), errno },
+                None => MountError::Clone { path: path.clone(), errno },
+            })
+        };
         if FileType::from_raw_mode(stat.st_mode) == FileType::Socket {
             let socket = Socket::new(clone()?, &stat).map_err(|error| MountError::Socket(path.clone(), error))?;
             places[index].1 = Place::Files(clone()?);
@@ -125,25 +180,61 @@ pub fn prepare(id: &str, bundle: &mut Bundle) -> Result<Prepared, MountError> {
             host_sockets.push(socket);
             continue;
         }
-        resources.push((Resource::Mount { path: format!("{id}/mounts/{index}") }, clone()?));
+        resources.push((Resource::Mount { path: in_share }, clone()?));
         places[index].1 = Place::Files(clone()?);
-        sources.push((index, format!("{}/{id}/mounts/{index}", podhull_protocol::SHARE_DIR)));
+        sources.push((index, in_guest));
     }
     let read_only = bundle.config.root_readonly();
     if read_only {
         make_mount_points(bundle, &files)?;
     }
     let root = || {
-        Tree { recursive: true, read_only, all_read_only: false }
+        Tree { recursive: true, read_only, all_read_only: false, owners: None }
             .clone(bundle.root.as_fd())
             .map_err(|errno| MountError::Clone { path: bundle.root_path.clone(), errno })
     };
     resources.push((Resource::Mount { path: root_in_share(id) }, root()?));
     let root = root()?;
     for (index, source) in sources {
-        bundle.config.set_mount_source(index, &source);
+        bundle.config.bind_in_guest(index, &source);
     }
     Ok(Prepared { resources, root, places, memory, sockets: host_sockets })
+}
+
+/// Which of two options, each of which undoes the other, counts.
+fn last<'a>(mount: &'a Mount, words: [&str; 2]) -> Option<&'a str> {
+    mount.options().iter().flatten().rev().find(|option| words.contains(&option.as_str())).map(String::as_str)
+}
+
+/// User namespaces of id-mapped mounts, one for all that have the same mappings.
+#[derive(Default)]
+struct Mappings {
+    made: Vec<([Vec<LinuxIdMapping>; 2], OwnedFd)>,
+}
+
+impl Mappings {
+    /// What a mount asks for: mappings of its own, or those of the container's users.
+    fn owners(&mut self, config: &Config, mount: &Mount) -> std::io::Result<Option<Owners<'_>>> {
+        let all = has_option(mount, "ridmap");
+        let linux = config.spec().linux().as_ref();
+        let asked = match (mount.uid_mappings(), mount.gid_mappings()) {
+            (Some(users), Some(groups)) if !users.is_empty() => [users.clone(), groups.clone()],
+            _ if all || has_option(mount, "idmap") => [
+                linux.and_then(|linux| linux.uid_mappings().clone()).unwrap_or_default(),
+                linux.and_then(|linux| linux.gid_mappings().clone()).unwrap_or_default(),
+            ],
+            _ => return Ok(None),
+        };
+        let index = match self.made.iter().position(|(mappings, _)| *mappings == asked) {
+            Some(index) => index,
+            None => {
+                let namespace = user_namespace(&asked[0], &asked[1])?;
+                self.made.push((asked, namespace));
+                self.made.len() - 1
+            }
+        };
+        Ok(Some(Owners { namespace: self.made[index].1.as_fd(), all }))
+    }
 }
 
 /// POSIX shared memory that Podman and others make on the host, an empty tmpfs for each pod, and bind to the same place in all
@@ -178,55 +269,6 @@ fn shared_memory(destination: &Path, source: &OwnedFd, stat: &Stat) -> Result<Op
 fn place(mount: &oci_spec::runtime::Mount) -> (PathBuf, Place) {
     let place = if mount.typ().as_deref() == Some("proc") { Place::Processes } else { Place::Hidden };
     (mount.destination().clone(), place)
-}
-
-/// How a mount is cloned.
-struct Tree {
-    /// With the mounts below it.
-    recursive: bool,
-    read_only: bool,
-    /// Those below it too.
-    all_read_only: bool,
-}
-
-impl Tree {
-    fn clone(&self, source: BorrowedFd<'_>) -> Result<OwnedFd, Errno> {
-        let mut flags =
-            OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC | OpenTreeFlags::AT_EMPTY_PATH;
-        if self.recursive {
-            flags |= OpenTreeFlags::AT_RECURSIVE;
-        }
-        let tree = open_tree(source, "", flags)?;
-        // Private: what the host mounts or unmounts below later must not come and go in the machine's process.
-        let all = if self.all_read_only { libc::MOUNT_ATTR_RDONLY } else { 0 };
-        set_attributes(tree.as_fd(), libc::AT_RECURSIVE, all, libc::MS_PRIVATE)?;
-        if self.read_only {
-            set_attributes(tree.as_fd(), 0, libc::MOUNT_ATTR_RDONLY, 0)?;
-        }
-        Ok(tree)
-    }
-}
-
-/// `mount_setattr(2)` on the mount itself.
-fn set_attributes(mount: BorrowedFd<'_>, flags: libc::c_int, set: u64, propagation: u64) -> Result<(), Errno> {
-    let attributes = libc::mount_attr { attr_set: set, attr_clr: 0, propagation, userns_fd: 0 };
-    // SAFETY: the path is an empty C string, the structure outlives the call and its size is given; the kernel only reads
-    // both.
-    let result = unsafe {
-        libc::syscall(
-            libc::SYS_mount_setattr,
-            mount.as_raw_fd(),
-            c"".as_ptr(),
-            libc::AT_EMPTY_PATH | flags,
-            &attributes,
-            size_of::<libc::mount_attr>(),
-        )
-    };
-    if result == 0 { Ok(()) } else { Err(last_errno()) }
-}
-
-fn last_errno() -> Errno {
-    Errno::from_io_error(&std::io::Error::last_os_error()).unwrap_or(Errno::IO)
 }
 
 /// Makes what is missing of the mount points and the working directory, as runc does: the guest cannot, in a root that is
@@ -297,22 +339,6 @@ mod tests {
         assert!(root.join("real/deep/er").is_dir() && root.join("real/file").is_file());
         assert!(make_path(fd.as_fd(), Path::new("/way/in"), false).is_err());
         assert_eq!(fs::read_dir(base.join("outside")).unwrap().count(), 0);
-        fs::remove_dir_all(&base).unwrap();
-    }
-
-    #[test]
-    fn a_read_only_clone_cannot_be_written_and_leaves_its_source_writable() {
-        let base = std::env::temp_dir().join(format!("podhull-clone-{}", std::process::id()));
-        fs::create_dir_all(&base).unwrap();
-        let source = rustix::fs::open(&base, OFlags::PATH | OFlags::DIRECTORY, Mode::empty()).unwrap();
-        let tree = Tree { recursive: true, read_only: true, all_read_only: false };
-        let clone = match tree.clone(source.as_fd()) {
-            Err(Errno::PERM) if !rustix::process::geteuid().is_root() => return,
-            clone => clone.unwrap(),
-        };
-        let create = |at: &OwnedFd| rustix::fs::openat(at, "f", OFlags::CREATE | OFlags::WRONLY, Mode::RUSR).map(drop);
-        assert_eq!(create(&clone), Err(Errno::ROFS));
-        assert_eq!(create(&source), Ok(()));
         fs::remove_dir_all(&base).unwrap();
     }
 }

@@ -16,6 +16,7 @@ use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 use rustix::rand::GetRandomFlags;
 
 use super::boot::{BOOT, Boot};
+use super::disks::{self, DiskError};
 use super::forwards::Forwards;
 use super::hooks;
 use super::link::{Begin, Creator, Given, LinkError, News};
@@ -31,7 +32,6 @@ use crate::bundle::{Bundle, BundleError};
 use crate::cgroup::{CgroupError, Manager, Placement};
 use crate::log::Log;
 use crate::machine::{CONTROL_SOCKET, Channel, MachineError};
-use crate::network::Namespace;
 use crate::signals::{self, Signals};
 use crate::state::{self, Directory, State, StateError, Status};
 use crate::stdio::{SOCKET, Stdio, StdioError};
@@ -80,6 +80,9 @@ pub enum RunError {
     /// Its files.
     #[error(transparent)]
     Mount(#[from] MountError),
+    /// A block device of the host.
+    #[error(transparent)]
+    Disk(#[from] DiskError),
     /// What a machine is made of.
     #[error(transparent)]
     Resource(#[from] ResourceError),
@@ -182,10 +185,13 @@ pub fn run(run: &Run<'_>) -> Result<u8, RunError> {
     }
     let mounts = mounts::prepare(run.id, &mut bundle)?;
     machine.extend(mounts.resources);
+    let disks = disks::open(&bundle.config)?;
+    machine.extend(disks.resources);
     let own = namespaces(&bundle.config).others;
     bundle.config.clear_namespace_paths();
     let told = mounts.sockets.iter().map(Socket::told).collect();
     let mut request = pod_request(run.id, &bundle, &stdio, mounts.memory, told)?;
+    request.container.mut_or_insert_default().disks = disks.told;
     let view = View {
         root: mounts.root,
         places: mounts.places,
@@ -198,7 +204,7 @@ pub fn run(run: &Run<'_>) -> Result<u8, RunError> {
     // No path of the host from here on.
     made.entered = Some(view.enter()?);
     made.sockets = Sockets::start(mounts.sockets, pod.as_fd()).map_err(RunError::Sockets)?;
-    if let Some((forwards, rule)) = network.and_then(|network| run.forwards(network, pod.as_fd())) {
+    if let Some((forwards, rule)) = network.and_then(|network| Forwards::open(network, pod.as_fd(), run.log)) {
         request.forwards = forwards.token();
         machine.extend(rule.map(|rule| (Resource::Hold, rule)));
         made.forwards = Some(forwards);
@@ -243,6 +249,11 @@ impl Run<'_> {
         for property in bundle.config.unknown() {
             self.log.debug(|| format!("config.json: {property} is no property of the specification: ignored"));
         }
+        for path in bundle.config.left_out() {
+            self.log.debug(|| {
+                format!("config.json: linux.devices: {path} is the host's and not named by a rule: left out")
+            });
+        }
         Ok(bundle)
     }
 
@@ -265,18 +276,6 @@ impl Run<'_> {
             directory.keep();
         }
         Ok(Made { directory, state, entered: None, sockets: None, forwards: None })
-    }
-
-    /// Where connections to the container's own addresses arrive. It runs without.
-    fn forwards(&self, network: Namespace, pod: BorrowedFd<'_>) -> Option<(Arc<Forwards>, Option<OwnedFd>)> {
-        let opened = Forwards::open(network, pod);
-        let warn = |error: &io::Error| {
-            self.log.warning(&format!(
-                "connections to localhost in the container's network namespace do not reach the container: {error}; is \
-                 nftables with nft_tproxy and nft_socket in the kernel?"
-            ));
-        };
-        opened.inspect_err(warn).ok()
     }
 
     /// The status to exit with.

@@ -1,5 +1,6 @@
 //! What a bundle asks for: reading `config.json`, checking every field of it (design D8), and what follows for the machine.
 
+pub mod devices;
 pub mod document;
 mod fields;
 mod position;
@@ -27,6 +28,8 @@ pub struct Config {
     unknown: Vec<String>,
     /// `linux.resources` once more, as the limits they are.
     limits: Limits,
+    /// Paths of devices that are not meant.
+    left_out: Vec<String>,
 }
 
 impl Config {
@@ -38,6 +41,11 @@ impl Config {
     /// Paths of the properties that were ignored because no specification we know has them.
     pub fn unknown(&self) -> &[String] {
         &self.unknown
+    }
+
+    /// Paths of the devices that a privileged container is not given, because they are all that the host has.
+    pub fn left_out(&self) -> &[String] {
+        &self.left_out
     }
 
     /// `linux.resources`.
@@ -72,10 +80,23 @@ impl Config {
         self.spec.mounts().as_deref().unwrap_or_default()
     }
 
-    /// Sets `mounts[index].source` of the document for the guest.
-    pub fn set_mount_source(&mut self, index: usize, source: &str) {
-        if let Some(mount) = self.document.pointer_mut(&format!("/mounts/{index}")) {
-            mount["source"] = Value::from(source);
+    /// Makes `mounts[index]`, whose files are the host's, a bind mount in the document for the guest. What was done on the
+    /// host is no more said there.
+    pub fn bind_in_guest(&mut self, index: usize, source: &str) {
+        let Some(mount) = self.document.pointer_mut(&format!("/mounts/{index}")).and_then(Value::as_object_mut) else {
+            return;
+        };
+        mount.insert("source".into(), source.into());
+        mount.insert("type".into(), "bind".into());
+        mount.remove("uidMappings");
+        mount.remove("gidMappings");
+        let options = mount.entry("options").or_insert_with(|| Value::Array(Vec::new()));
+        if let Some(options) = options.as_array_mut() {
+            let of_host = |option: &str| matches!(option, "idmap" | "ridmap") || option.contains('=');
+            options.retain(|option| option.as_str().is_some_and(|option| !of_host(option)));
+            if !options.iter().any(|option| option == "bind" || option == "rbind") {
+                options.push("bind".into());
+            }
         }
     }
 
@@ -131,9 +152,26 @@ impl Resources {
     }
 }
 
-/// Whether a mount binds a file or directory of the host.
-pub fn is_bind(mount: &Mount) -> bool {
-    mount.typ().as_deref() == Some("bind") || has_option(mount, "bind") || has_option(mount, "rbind")
+/// Files of the host that a mount shows.
+pub enum HostFiles {
+    /// A file or directory.
+    Bind,
+    /// An overlay of directories, with these options of the file system.
+    Overlay(String),
+}
+
+/// Which files of the host a mount shows, if any.
+pub fn host_files(mount: &Mount) -> Option<HostFiles> {
+    let kind = mount.typ().as_deref();
+    if kind == Some("bind") || has_option(mount, "bind") || has_option(mount, "rbind") {
+        return Some(HostFiles::Bind);
+    }
+    let own = |options: &[String]| {
+        let own: Vec<_> =
+            options.iter().map(String::as_str).filter(|option| words::is_overlay_option(option)).collect();
+        own.join(",")
+    };
+    (kind == Some(words::OVERLAY)).then(|| HostFiles::Overlay(own(mount.options().as_deref().unwrap_or_default())))
 }
 
 /// Whether a mount has an option.

@@ -5,7 +5,7 @@ use podhull_limits::Resources as Limits;
 use serde::Deserialize;
 use serde_json::{Value, json};
 
-use super::{Config, fields, position, validate};
+use super::{Config, devices, fields, position, validate};
 
 /// What is wrong with `config.json`. Shown directly after the file's name.
 #[derive(Debug, thiserror::Error)]
@@ -111,7 +111,8 @@ pub fn read(text: &str) -> Result<Config, ConfigError> {
     if let Some(resources) = document.pointer_mut("/linux/resources") {
         leave_to_host(resources);
     }
-    Ok(Config { spec, document, unknown, limits })
+    let left_out = devices::leave_out(&spec, &mut document);
+    Ok(Config { spec, document, unknown, limits, left_out })
 }
 
 /// `linux.resources` as limits, checked beyond their types as far as that goes without a control group.

@@ -6,14 +6,15 @@ use std::collections::HashSet;
 use std::path::{Component, Path};
 
 use oci_spec::runtime::{
-    Arch, Capability, Hooks, Linux, LinuxDevice, LinuxDeviceType, LinuxNamespaceType, LinuxResources, LinuxSeccomp,
-    LinuxSeccompAction, Mount, Process, Spec,
+    Arch, Capability, Hooks, Linux, LinuxDevice, LinuxDeviceType, LinuxIdMapping, LinuxNamespaceType, LinuxResources,
+    LinuxSeccomp, LinuxSeccompAction, Mount, Process, Spec,
 };
 
 use serde_json::Value;
 
+use super::devices::{self, Fate};
 use super::read::ConfigError;
-use super::{is_bind, words};
+use super::{HostFiles, has_option, host_files, words};
 
 /// Checks a specification of the right types.
 pub fn check(spec: &Spec) -> Result<(), ConfigError> {
@@ -24,8 +25,11 @@ pub fn check(spec: &Spec) -> Result<(), ConfigError> {
         None => return Err(wrong("root", "is missing")),
     }
     process(spec.process().as_ref().ok_or_else(|| wrong("process", "is missing"))?)?;
+    let users = spec.linux().as_ref().and_then(|linux| linux.uid_mappings().as_ref());
+    let mapped = users.is_some_and(|users| !users.is_empty());
     for (index, mount) in spec.mounts().iter().flatten().enumerate() {
         check_mount(&format!("mounts[{index}]"), mount)?;
+        check_owners(&format!("mounts[{index}]"), mount, mapped)?;
     }
     if let Some(given) = spec.hooks() {
         hooks(given)?;
@@ -138,7 +142,11 @@ fn process(process: &Process) -> Result<(), ConfigError> {
 
 fn check_mount(field: &str, mount: &Mount) -> Result<(), ConfigError> {
     absolute(&format!("{field}.destination"), mount.destination())?;
-    let kind = if is_bind(mount) { "bind" } else { mount.typ().as_deref().unwrap_or_default() };
+    let files = host_files(mount);
+    let kind = match files {
+        Some(HostFiles::Bind) => "bind",
+        Some(HostFiles::Overlay(_)) | None => mount.typ().as_deref().unwrap_or_default(),
+    };
     if kind == "bind" {
         match mount.source() {
             Some(source) if !source.as_os_str().is_empty() => {
@@ -153,6 +161,27 @@ fn check_mount(field: &str, mount: &Mount) -> Result<(), ConfigError> {
         words::mount_option(kind, option).map_err(|problem| wrong(format!("{field}.options[{index}]"), problem))?;
     }
     Ok(())
+}
+
+/// `mapped`: the container has users of its own.
+fn check_owners(field: &str, mount: &Mount, mapped: bool) -> Result<(), ConfigError> {
+    let all = [("uidMappings", mount.uid_mappings()), ("gidMappings", mount.gid_mappings())]
+        .map(|(name, mappings)| (format!("{field}.{name}"), mappings.as_deref().unwrap_or_default()));
+    let [(_, users), (_, groups)] = &all;
+    match (users.is_empty(), groups.is_empty()) {
+        (true, true) if !mapped && (has_option(mount, "idmap") || has_option(mount, "ridmap")) => {
+            return Err(wrong(field, "is to be id-mapped, but neither it nor linux has uidMappings and gidMappings"));
+        }
+        (true, true) => return Ok(()),
+        (false, false) if matches!(host_files(mount), Some(HostFiles::Bind)) => {}
+        (false, false) => return Err(wrong(&all[0].0, "only bind mounts can be id-mapped")),
+        (users, _) => {
+            let [(user_field, _), (group_field, _)] = &all;
+            let (missing, there) = if users { (user_field, "gidMappings") } else { (group_field, "uidMappings") };
+            return Err(wrong(missing, format!("is missing, and {there} is there")));
+        }
+    }
+    all.iter().try_for_each(|(field, mappings)| check_mappings(field, mappings))
 }
 
 fn linux(spec: &Spec, linux: &Linux) -> Result<(), ConfigError> {
@@ -190,7 +219,7 @@ fn linux(spec: &Spec, linux: &Linux) -> Result<(), ConfigError> {
         }
     }
     for (index, device) in linux.devices().iter().flatten().enumerate() {
-        check_device(&format!("linux.devices[{index}]"), device)?;
+        check_device(&format!("linux.devices[{index}]"), spec, device)?;
     }
     if let Some(resources) = linux.resources() {
         check_resources(resources)?;
@@ -228,28 +257,35 @@ fn user_namespace(linux: &Linux, private: bool) -> Result<(), ConfigError> {
             (false, false) => return Err(wrong(field, "needs a user namespace in linux.namespaces")),
             _ => {}
         }
-        for (index, mapping) in mappings.iter().enumerate() {
-            let ends = |start: u32| start.checked_add(mapping.size());
-            if mapping.size() == 0 || ends(mapping.host_id()).is_none() || ends(mapping.container_id()).is_none() {
-                return Err(wrong(format!("{field}[{index}].size"), format!("{} is out of range", mapping.size())));
-            }
+        check_mappings(field, mappings)?;
+    }
+    Ok(())
+}
+
+fn check_mappings(field: &str, mappings: &[LinuxIdMapping]) -> Result<(), ConfigError> {
+    for (index, mapping) in mappings.iter().enumerate() {
+        let ends = |start: u32| start.checked_add(mapping.size());
+        if mapping.size() == 0 || ends(mapping.host_id()).is_none() || ends(mapping.container_id()).is_none() {
+            return Err(wrong(format!("{field}[{index}].size"), format!("{} is out of range", mapping.size())));
         }
     }
     Ok(())
 }
 
-fn check_device(field: &str, device: &LinuxDevice) -> Result<(), ConfigError> {
+fn check_device(field: &str, spec: &Spec, device: &LinuxDevice) -> Result<(), ConfigError> {
     absolute(&format!("{field}.path"), device.path())?;
-    match device.typ() {
-        LinuxDeviceType::P => Ok(()),
-        LinuxDeviceType::C | LinuxDeviceType::U if words::is_guest_device(device.major(), device.minor()) => Ok(()),
-        LinuxDeviceType::A => Err(wrong(format!("{field}.type"), "\"a\" is for rules, not for devices")),
-        kind => Err(wrong(
+    if device.typ() == LinuxDeviceType::A {
+        return Err(wrong(format!("{field}.type"), "\"a\" is for rules, not for devices"));
+    }
+    match devices::fate(spec, device) {
+        Fate::Guest | Fate::Disk { .. } | Fate::LeftOut => Ok(()),
+        Fate::Refused => Err(wrong(
             field,
             format!(
-                "not supported: {} ({} {}:{}) is a device of the host, and these are not passed into the pod yet",
+                "not supported: {} ({} {}:{}) is a device of the host, and of those only block devices can be passed into the \
+                 virtual machine",
                 device.path().display(),
-                kind.as_str(),
+                device.typ().as_str(),
                 device.major(),
                 device.minor()
             ),
@@ -411,8 +447,29 @@ mod tests {
             ),
             ("process.cwd", json!("here"), ": process.cwd: \"here\" is not an absolute path"),
             ("process.rlimits.0.soft", json!(2048), ": process.rlimits[0].soft: 2048 is above the hard limit 1024"),
-            ("mounts.1.type", json!("overlay"), ": mounts[1].type: unknown or unsupported mount type \"overlay\""),
+            ("mounts.1.type", json!("nfs"), ": mounts[1].type: unknown or unsupported mount type \"nfs\""),
             ("mounts.1.options.0", json!("nosuidd"), ": mounts[1].options[0]: unknown mount option \"nosuidd\""),
+            (
+                "mounts.1.options.0",
+                json!("lowerdir=/a"),
+                ": mounts[1].options[0]: unknown mount option \"lowerdir=/a\"",
+            ),
+            (
+                "mounts.1",
+                json!({"destination": "/x", "type": "bind", "source": "/a", "options": ["idmap"]}),
+                ": mounts[1]: is to be id-mapped, but neither it nor linux has uidMappings and gidMappings",
+            ),
+            (
+                "mounts.1.uidMappings",
+                json!([{"containerID": 0, "hostID": 0, "size": 1}]),
+                ": mounts[1].gidMappings: is missing, and uidMappings is there",
+            ),
+            (
+                "mounts.1",
+                json!({"destination": "/x", "type": "tmpfs", "uidMappings": [{"containerID": 0, "hostID": 0, "size": 1}],
+                    "gidMappings": [{"containerID": 0, "hostID": 0, "size": 1}]}),
+                ": mounts[1].uidMappings: only bind mounts can be id-mapped",
+            ),
             ("linux.rootfsPropagation", json!("odd"), ": linux.rootfsPropagation: unknown propagation \"odd\""),
             ("linux.cgroupsPath", json!("/../up"), ": linux.cgroupsPath: \"/../up\" contains \"..\""),
             ("linux.namespaces.1.type", json!("pid"), ": linux.namespaces[1].type: is there twice"),
@@ -444,9 +501,9 @@ mod tests {
             ),
             (
                 "linux.devices",
-                json!([{"path": "/dev/sda", "type": "b", "major": 8, "minor": 0}]),
-                ": linux.devices[0]: not supported: /dev/sda (b 8:0) is a device of the host, and these are not passed into \
-                 the pod yet",
+                json!([{"path": "/dev/kvm", "type": "c", "major": 10, "minor": 232}]),
+                ": linux.devices[0]: not supported: /dev/kvm (c 10:232) is a device of the host, and of those only block \
+                 devices can be passed into the virtual machine",
             ),
         ] {
             assert_eq!(with(pointer, value), expected, "{pointer}");

@@ -65,6 +65,28 @@ const MOUNT_OPTIONS: &[&str] = &[
     "unbindable",
 ];
 
+/// Options that bind mounts take beside, whose files have other owners.
+const BIND_OPTIONS: &[&str] = &["idmap", "ridmap"];
+
+/// A mount of directories of the host, one above the other.
+pub const OVERLAY: &str = "overlay";
+
+/// Its own options (before `=`).
+const OVERLAY_OPTIONS: &[&str] = &[
+    "index",
+    "lowerdir",
+    "metacopy",
+    "nfs_export",
+    "redirect_dir",
+    "upperdir",
+    "userxattr",
+    "uuid",
+    "verity",
+    "volatile",
+    "workdir",
+    "xino",
+];
+
 /// Options that would let mounts travel between guest and host.
 const SHARED_OPTIONS: &[&str] = &["shared", "rshared"];
 
@@ -146,7 +168,7 @@ const SYSCALLS: &str = include_str!("syscalls.txt");
 /// Every option that a mount may have, of whatever type, sorted.
 pub fn mount_options() -> Vec<&'static str> {
     let own = FILE_SYSTEMS.iter().flat_map(|(_, options)| *options);
-    let mut all: Vec<_> = MOUNT_OPTIONS.iter().chain(own).copied().collect();
+    let mut all: Vec<_> = MOUNT_OPTIONS.iter().chain(BIND_OPTIONS).chain(OVERLAY_OPTIONS).chain(own).copied().collect();
     all.sort_unstable();
     all.dedup();
     all
@@ -154,7 +176,7 @@ pub fn mount_options() -> Vec<&'static str> {
 
 /// What is wrong with a mount's type, if anything.
 pub fn mount_type(kind: &str) -> Result<(), String> {
-    match FILE_SYSTEMS.iter().any(|(name, _)| *name == kind) {
+    match kind == OVERLAY || FILE_SYSTEMS.iter().any(|(name, _)| *name == kind) {
         true => Ok(()),
         false => Err(format!("unknown or unsupported mount type {kind:?}")),
     }
@@ -163,7 +185,11 @@ pub fn mount_type(kind: &str) -> Result<(), String> {
 /// What is wrong with an option of a mount of this type (`bind` for bind mounts), if anything.
 pub fn mount_option(kind: &str, option: &str) -> Result<(), String> {
     let name = option.split('=').next().unwrap_or_default();
-    let own = FILE_SYSTEMS.iter().find(|(k, _)| *k == kind).map_or(&[][..], |(_, options)| options);
+    let own = match kind {
+        "bind" => BIND_OPTIONS,
+        OVERLAY => OVERLAY_OPTIONS,
+        _ => FILE_SYSTEMS.iter().find(|(k, _)| *k == kind).map_or(&[][..], |(_, options)| options),
+    };
     if MOUNT_OPTIONS.contains(&option) || own.contains(&name) {
         Ok(())
     } else if SHARED_OPTIONS.contains(&option) {
@@ -173,6 +199,11 @@ pub fn mount_option(kind: &str, option: &str) -> Result<(), String> {
     } else {
         Err(format!("unknown mount option {option:?}"))
     }
+}
+
+/// Whether an option is one of overlays.
+pub fn is_overlay_option(option: &str) -> bool {
+    OVERLAY_OPTIONS.contains(&option.split('=').next().unwrap_or_default())
 }
 
 /// Whether Linux has a system call of this name, on any architecture.
@@ -203,6 +234,10 @@ mod tests {
         assert!(mount_option("proc", "size=64k").is_err());
         assert!(mount_option("bind", "size=64k").is_err());
         assert!(mount_option("bind", "rro").is_ok());
+        assert!(mount_option("bind", "idmap").is_ok());
+        assert!(mount_option("tmpfs", "idmap").is_err());
+        assert!(mount_option("overlay", "lowerdir=/a:/b").is_ok());
+        assert!(mount_option("overlay", "size=1").is_err());
         assert!(mount_option("bind", "rshared").unwrap_err().contains("rprivate"));
         assert!(mount_option("tmpfs", "nosuidd").is_err());
     }

@@ -33,7 +33,7 @@ pub fn measure(bench: &Bench) -> Outcome<Vec<Panel>> {
     let writer = bundle("writer")?.args(&["head", "-c", &format!("{MIB}M"), "/dev/zero"]);
     writer.write()?;
     let mut samples: [Samples; 3] = Default::default();
-    bench.rounds("commands", |round| {
+    bench.rounds("commands", bench.rounds, |round| {
         for turn in 0..runtimes.len() {
             let index = (round.unwrap_or(0) + turn) % runtimes.len();
             let taken = take(runtimes[index], &idle, &writer)?;

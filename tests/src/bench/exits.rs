@@ -109,7 +109,7 @@ pub fn measure(bench: &Bench) -> Outcome<Vec<Panel>> {
     let bundle = start::nothing(bench)?;
     let tracing = Tracing::begin()?;
     let (mut told, mut all): (Vec<f64>, Vec<[BTreeMap<String, f64>; 2]>) = (Vec::new(), Vec::new());
-    bench.rounds("exits", |round| {
+    bench.rounds("exits", bench.rounds, |round| {
         tracing.write("trace", "")?;
         let (_, log) = pod::Pod::start(bench, &bundle, "bench-exits")?.end()?;
         let counts = tracing.counts(log.at(pod::READY)?)?;

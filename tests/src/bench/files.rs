@@ -40,7 +40,7 @@ pub fn measure(bench: &Bench) -> Outcome<Vec<Panel>> {
     let outside = ["sh".into(), "-c".into(), SCRIPT.into(), data.clone().into()];
 
     let (mut pod, mut host): ([Vec<f64>; 3], [Vec<f64>; 3]) = Default::default();
-    bench.rounds("files", |round| {
+    bench.rounds("files", bench.rounds, |round| {
         for (words, samples) in [(&inside[..], &mut pod), (&outside[..], &mut host)] {
             let said = Running::start(words, &[])?.wait_within(TRANSFERS)?.expect_status(0)?.stderr;
             ensure!(fs::metadata(data.join("written"))?.len() == (MIB as u64) << 20, "not all was written: {said}");

@@ -97,7 +97,7 @@ fn weigh(pid: i32) -> Outcome<(Memory, Memory)> {
 /// Weighs pods of both sizes each round, one at a time.
 pub fn measure(bench: &Bench) -> Outcome<Vec<Panel>> {
     let mut samples: Vec<[Vec<f64>; 5]> = PODS.iter().map(|_| Default::default()).collect();
-    bench.rounds("memory", |round| {
+    bench.rounds("memory", bench.rounds, |round| {
         for ((limit, name, ..), samples) in PODS.iter().zip(&mut samples) {
             let directory = bench.directory.join(format!("idle-{limit}"));
             let bundle = Bundle::new(directory, &bench.podhull.spec, Path::new(DEBIAN))?

@@ -1,20 +1,24 @@
 //! What podhull costs, measured beside what it is compared with, in one run on one host.
 //!
-//! [`start`] times runs and boots, [`commands`] what callers do with a container, [`exits`] counts exits of the virtual CPU, [`memory`] weighs an idle pod, [`files`] moves
-//! data through the shared file system, [`sizes`] looks at what is installed. Each returns panels of figures ([`report`]),
+//! [`start`] times runs and boots, [`commands`] what callers do with a container, [`callers`] Podman, [`exits`] counts exits of the
+//! virtual CPU, [`memory`] weighs an idle pod, [`files`] and [`tree`] move large and many files through the shared file system,
+//! [`network`] bytes through the tap, [`sizes`] looks at what is installed. Each returns panels of figures ([`report`]),
 //! which become a table, JSON and a chart ([`chart`]). Contenders take turns within each round, so that what else the host
 //! does meets all of them alike; a figure is the median of its rounds.
 
+pub mod callers;
 pub mod chart;
 pub mod commands;
 pub mod exits;
 pub mod files;
 pub mod memory;
 pub mod microvm;
+pub mod network;
 pub mod pod;
 pub mod report;
 pub mod sizes;
 pub mod start;
+pub mod tree;
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -24,6 +28,7 @@ use std::time::Instant;
 use serde_json::json;
 
 use crate::runtime::Runtime;
+use crate::suite::Scene;
 use crate::{Outcome, ensure};
 use report::Panel;
 
@@ -32,18 +37,22 @@ const ROUNDS: usize = 15;
 
 const HELP: &str = "podhull-bench [--out DIR] [FILTER...]: measures podhull beside runc, crun and QEMU's microvm; as root.
 Prints a table; writes bench.json and bench.svg into DIR (the working directory). With FILTERs, only measurements whose name
-contains one of them: start, commands, exits, memory, files, sizes. A missed target is said, and is no failure.
+contains one of them: start, commands, callers, exits, memory, files, tree,
+network, sizes. A missed target is said, and is no failure.
 PODHULL_RUNTIME: the podhull to measure (podhull). PODHULL_BENCH_ROUNDS: rounds (15); fewer are for trying.";
 
 /// A measurement: its name for the command line, and what it returns.
 type Measurement = (&'static str, fn(&Bench) -> Outcome<Vec<Panel>>);
 
-const MEASUREMENTS: [Measurement; 6] = [
+const MEASUREMENTS: [Measurement; 9] = [
     ("start", start::measure),
     ("commands", commands::measure),
+    ("callers", callers::measure),
     ("exits", exits::measure),
     ("memory", memory::measure),
     ("files", files::measure),
+    ("tree", tree::measure),
+    ("network", network::measure),
     ("sizes", sizes::measure),
 ];
 
@@ -58,13 +67,25 @@ pub struct Bench {
 }
 
 impl Bench {
-    /// Runs `round` once to warm the caches and then as often as wanted.
-    pub fn rounds(&self, name: &str, mut round: impl FnMut(Option<usize>) -> Outcome) -> Outcome {
+    /// Rounds of what takes long.
+    pub fn few(&self) -> usize {
+        self.rounds.div_ceil(3)
+    }
+
+    /// What a test would have, to make containers with a runtime; `what` names its directory.
+    pub fn scene(&self, what: &str, runtime: &Runtime) -> Outcome<Scene> {
+        let directory = self.directory.join(format!("{what}-{}", runtime.name()));
+        fs::create_dir_all(&directory)?;
+        Ok(Scene::new(runtime.clone(), 1, directory))
+    }
+
+    /// Runs `round` once to warm the caches and then `count` times.
+    pub fn rounds(&self, name: &str, count: usize, mut round: impl FnMut(Option<usize>) -> Outcome) -> Outcome {
         let began = Instant::now();
         round(None)?;
-        for number in 0..self.rounds {
+        for number in 0..count {
             round(Some(number))?;
-            eprint!("\r{name}: round {} of {}, {:.0} s  ", number + 1, self.rounds, began.elapsed().as_secs_f64());
+            eprint!("\r{name}: round {} of {count}, {:.0} s  ", number + 1, began.elapsed().as_secs_f64());
         }
         eprintln!();
         Ok(())
@@ -123,7 +144,7 @@ fn run() -> Outcome<bool> {
     ensure!(!chosen.is_empty(), "no measurement has {filters:?} in its name; see --help");
     fs::create_dir_all(&out)?;
     if filters.is_empty() && rounds >= ROUNDS {
-        eprintln!("{rounds} rounds: about 10 minutes in a software host that has two CPUs to itself");
+        eprintln!("{rounds} rounds: about 25 minutes in a software host that has two CPUs to itself");
     }
 
     let directory = PathBuf::from(format!("/var/tmp/podhull-bench.{}", std::process::id()));

@@ -41,7 +41,7 @@ pub fn measure(bench: &Bench) -> Outcome<Vec<Panel>> {
     let (mut podhull, mut boot, mut qemu) = (Vec::new(), Vec::new(), Vec::new());
     let mut theirs = [Vec::new(), Vec::new()];
     let mut phases = PHASES.map(|_| Vec::new());
-    bench.rounds("start", |round| {
+    bench.rounds("start", bench.rounds, |round| {
         let keep = |samples: &mut Vec<f64>, sample: Duration| {
             if round.is_some() {
                 samples.push(milliseconds(sample));

@@ -4,14 +4,14 @@ use std::fs;
 use std::path::Path;
 use std::process::Command;
 
-use super::oci;
+use super::{long, oci};
 use crate::image;
 use crate::leaks::Leaks;
 use crate::run::{DEADLINE, Running};
 use crate::suite::{Case, Scene};
 use crate::{Outcome, ensure, ensure_eq};
 
-pub const CASES: &[Case] = &[oci("buildah::a_package_is_installed", a_package_is_installed)];
+pub const CASES: &[Case] = &[long(oci("buildah::a_package_is_installed", a_package_is_installed))];
 
 const STEPS: &str = "FROM localhost/debian\n\
     COPY greet.deb /tmp/greet.deb\n\

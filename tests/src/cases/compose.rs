@@ -5,7 +5,7 @@ use std::fs;
 use std::path::Path;
 use std::process::Command;
 
-use super::oci;
+use super::{long, oci};
 use crate::docker::{Docker, check};
 use crate::image;
 use crate::leaks::Leaks;
@@ -13,7 +13,8 @@ use crate::netns::Netns;
 use crate::suite::{Case, Scene};
 use crate::{Outcome, ensure, ensure_eq};
 
-pub const CASES: &[Case] = &[oci("compose::web_server_application_and_database", web_server_application_and_database)];
+pub const CASES: &[Case] =
+    &[long(oci("compose::web_server_application_and_database", web_server_application_and_database))];
 
 /// The image has no programs: they are this host's, so that there is less to load.
 const SERVICES: &str = r#"

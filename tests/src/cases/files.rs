@@ -2,11 +2,13 @@
 
 use std::fs::{self, File};
 use std::io::Write;
-use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::os::unix::fs::{FileTypeExt, MetadataExt, chown};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use super::oci;
+use serde_json::json;
+
+use super::{oci, podhull};
 use crate::bundle::DEBIAN;
 use crate::suite::{Case, Scene};
 use crate::{Outcome, ensure, ensure_eq};
@@ -15,6 +17,8 @@ pub const CASES: &[Case] = &[
     oci("files::debian_programs_run", debian_programs_run),
     oci("files::a_replaced_file_is_seen_at_once", a_replaced_file_is_seen_at_once),
     oci("files::bind_mounts", bind_mounts),
+    podhull("files::id_mapped_mounts", id_mapped_mounts),
+    oci("files::overlays_of_the_host", overlays_of_the_host),
     oci("files::the_root_behaves_as_a_local_file_system", the_root_behaves_as_a_local_file_system),
     oci("files::a_large_file_is_the_same_from_both_sides", a_large_file_is_the_same_from_both_sides),
 ];
@@ -114,6 +118,96 @@ cat /proc/self/mountinfo >/mnt/mountinfo";
     ensure_eq!(fs::read_to_string(writable.join("made"))?, "made\n", "a file made inside");
     ensure_eq!(fs::read_to_string(&single)?, "single\nmore\n", "the single file after an append inside");
     ensure!(writable.join("below/deeper").is_dir(), "a directory made inside is not on the host");
+    Ok(())
+}
+
+/// The files of a volume belong to the users of a container with users of its own, under the numbers they have there.
+fn id_mapped_mounts(scene: &Scene) -> Outcome {
+    let volume = scene.make_directory("volume")?;
+    for (name, user) in [("root", 0), ("user", 1000), ("stranger", 70_000)] {
+        fs::write(volume.join(name), name)?;
+        chown(volume.join(name), Some(user), Some(user))?;
+    }
+    let mapping = json!([{ "containerID": 0, "hostID": 100_000, "size": 65_536 }]);
+    let script = "
+set -e
+stat -c '%u %g' /mnt/root /mnt/user /mnt/stranger /srv/user /media/root
+echo more >/mnt/new
+chown 1000:5 /mnt/new
+mkdir /mnt/directory
+stat -c '%u %g' /mnt/new /mnt/directory
+setpriv --reuid 1000 --regid 1000 --clear-groups sh -c 'echo mine >>/mnt/user && touch /mnt/other' 2>/dev/null || echo closed
+! rm /srv/user 2>/dev/null || echo removed";
+    let bundle = scene
+        .debian()?
+        .namespaces(&["user", "pid", "mount", "network", "ipc", "uts", "cgroup"])
+        .capabilities(&["CAP_CHOWN", "CAP_SETUID", "CAP_SETGID"])
+        .set("/linux/uidMappings", mapping.clone())
+        .set("/linux/gidMappings", mapping.clone())
+        .bind(&volume, "/mnt", &["bind", "idmap"])
+        .bind(&volume, "/srv", &["rbind", "ro"])
+        .push(
+            "/mounts",
+            // By its own mappings: what is root's is user 7's of the host, which is nobody in the container.
+            json!({ "destination": "/media", "type": "bind", "source": volume, "options": ["rbind", "ridmap"],
+                "uidMappings": [{ "containerID": 0, "hostID": 100_007, "size": 1 }],
+                "gidMappings": [{ "containerID": 0, "hostID": 100_008, "size": 1 }] }),
+        )
+        .sh(script);
+    let found = scene.run(&bundle)?.output()?;
+    let nobody = "65534 65534";
+    ensure_eq!(
+        found,
+        format!("0 0\n1000 1000\n{nobody}\n{nobody}\n7 8\n1000 5\n0 0\nclosed\n"),
+        "owners inside, and what its users may"
+    );
+    ensure_eq!(fs::read_to_string(volume.join("user"))?, "usermine\n", "what its user wrote");
+    for (name, owner) in [("new", (1000, 5)), ("directory", (0, 0)), ("stranger", (70_000, 70_000))] {
+        let stat = fs::metadata(volume.join(name))?;
+        ensure_eq!((stat.uid(), stat.gid()), owner, "owner of {name} on the host");
+    }
+    // Where that cannot be had: procfs has no such mounts.
+    let bundle = scene
+        .debian()?
+        .namespaces(&["user", "pid", "mount", "network", "ipc", "uts", "cgroup"])
+        .set("/linux/uidMappings", mapping.clone())
+        .set("/linux/gidMappings", mapping)
+        .bind(Path::new("/proc/sys"), "/mnt", &["bind", "idmap"]);
+    let refused = scene.run(&bundle.args(&["true"]))?.expect_status(1)?;
+    ensure!(refused.stderr.contains("\"/proc/sys\" cannot have other owners"), "stderr: {}", refused.stderr);
+    Ok(())
+}
+
+/// As Podman asks for with `-v DIR:/PATH:O`, and for volumes that are images.
+fn overlays_of_the_host(scene: &Scene) -> Outcome {
+    let [lower, upper, work, image] = ["lower", "upper", "work", "image"].map(|name| scene.make_directory(name));
+    let (lower, upper, work, image) = (lower?, upper?, work?, image?);
+    fs::write(lower.join("file"), "below\n")?;
+    fs::write(image.join("more"), "image\n")?;
+    let path = |directory: &Path| directory.display().to_string();
+    let writable = [
+        format!("lowerdir={}", path(&lower)),
+        format!("upperdir={}", path(&upper)),
+        format!("workdir={}", path(&work)),
+        "nosuid".into(),
+    ];
+    let layers = [format!("lowerdir={}:{}", path(&image), path(&lower)), "ro".into()];
+    let mount = |destination: &str, options: &[String]| json!({ "destination": destination, "type": "overlay", "source": "overlay", "options": options });
+    let script = "
+cat /mnt/file; echo above >/mnt/file; rm /mnt/file; echo again >/mnt/file; cat /mnt/file; mkdir /mnt/directory
+cat /srv/file /srv/more; touch /srv/new 2>/dev/null || echo closed";
+    let bundle =
+        scene.debian()?.push("/mounts", mount("/mnt", &writable)).push("/mounts", mount("/srv", &layers)).sh(script);
+    ensure_eq!(scene.run(&bundle)?.output()?, "below\nagain\nbelow\nimage\nclosed\n", "what is seen inside");
+    ensure_eq!(fs::read_to_string(upper.join("file"))?, "again\n", "the upper file");
+    ensure!(upper.join("directory").is_dir(), "no directory in the upper one");
+    ensure_eq!(fs::read_to_string(lower.join("file"))?, "below\n", "the lower file");
+    if scene.runtime.is_virtual() {
+        let missing = [format!("lowerdir={}", path(&lower.join("none")))];
+        let bundle = scene.debian()?.push("/mounts", mount("/mnt", &missing)).args(&["true"]);
+        let refused = scene.run(&bundle)?.expect_status(1)?;
+        ensure!(refused.stderr.contains("cannot mount the overlay \"lowerdir="), "stderr: {}", refused.stderr);
+    }
     Ok(())
 }
 

@@ -9,6 +9,7 @@ mod commands;
 mod compose;
 mod containerd;
 mod crashes;
+mod disks;
 mod docker;
 mod docs;
 mod exit_codes;
@@ -54,6 +55,7 @@ pub const ALL: &[&[Case]] = &[
     stdio::CASES,
     files::CASES,
     sockets::CASES,
+    disks::CASES,
     bad_input::CASES,
     broken::CASES,
     races::CASES,
@@ -78,10 +80,15 @@ pub const ALL: &[&[Case]] = &[
 
 /// A test that holds for any OCI runtime.
 const fn oci(name: &'static str, run: fn(&Scene) -> Outcome) -> Case {
-    Case { name, subject: Subject::Oci, run }
+    Case { name, subject: Subject::Oci, long: false, run }
 }
 
 /// A test of virtual machines, or of what only podhull promises.
 const fn podhull(name: &'static str, run: fn(&Scene) -> Outcome) -> Case {
-    Case { name, subject: Subject::Podhull, run }
+    Case { name, subject: Subject::Podhull, long: false, run }
+}
+
+/// A test that takes minutes: only soaks run it, and who names it in full.
+const fn long(case: Case) -> Case {
+    Case { long: true, ..case }
 }

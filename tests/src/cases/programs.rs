@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::json;
 
-use super::oci;
+use super::{long, oci};
 use crate::bundle::{ALL_CAPABILITIES, Bundle};
 use crate::container::Container;
 use crate::leaks::Leaks;
@@ -18,11 +18,11 @@ use crate::suite::{Case, Scene};
 use crate::{Outcome, ensure, ensure_eq};
 
 pub const CASES: &[Case] = &[
-    oci("programs::postgresql_loses_nothing_when_it_is_killed", postgresql_loses_nothing_when_it_is_killed),
+    long(oci("programs::postgresql_loses_nothing_when_it_is_killed", postgresql_loses_nothing_when_it_is_killed)),
     oci("programs::nginx_serves_a_large_file", nginx_serves_a_large_file),
     oci("programs::redis_under_its_benchmark", redis_under_its_benchmark),
-    oci("programs::java_finds_its_limits", java_finds_its_limits),
-    oci("programs::systemd_boots", systemd_boots),
+    long(oci("programs::java_finds_its_limits", java_finds_its_limits)),
+    long(oci("programs::systemd_boots", systemd_boots)),
     oci("programs::sandboxes_and_runtimes_inside", sandboxes_and_runtimes_inside),
 ];
 
@@ -85,7 +85,7 @@ fn make_cluster(volume: &Path) -> Outcome {
 fn postgresql_loses_nothing_when_it_is_killed(scene: &Scene) -> Outcome {
     let before = Leaks::watch();
     let volume = scene.make_directory("volume")?;
-    let seconds = if scene.repeat > 10 { 60 } else { 5 };
+    let seconds = if scene.is_soak() { 60 } else { 5 };
     make_cluster(&volume)?;
     let container = postgresql(scene, &volume)?;
     let psql = ["exec", &container.id, "psql", "-h", "/tmp", "-U", "postgres", "-qAt"];
@@ -134,7 +134,7 @@ fn postgresql_loses_nothing_when_it_is_killed(scene: &Scene) -> Outcome {
 
 fn nginx_serves_a_large_file(scene: &Scene) -> Outcome {
     let before = Leaks::watch();
-    let mib = if scene.repeat > 10 { 1024 } else { 64 };
+    let mib = if scene.is_soak() { 1024 } else { 64 };
     let volume = scene.make_directory("volume")?;
     let file = volume.join("file");
     // Nothing that a hole or a page of zeros could be taken for.
@@ -180,7 +180,7 @@ redis-benchmark -s /run/redis.sock -q -n $REQUESTS -c 20 -P 8 -t set,get,incr,lp
 tr '\\r' '\\n' </run/report | grep -c 'requests per second'
 redis-cli -s /run/redis.sock get key:__rand_int__ | wc -c
 redis-cli -s /run/redis.sock shutdown nosave";
-    let requests = if scene.repeat > 10 { 100_000 } else { 5_000 };
+    let requests = if scene.is_soak() { 100_000 } else { 5_000 };
     let script = script.replace("$REQUESTS", &requests.to_string());
     let bundle = tmpfs(scene.bundle_on(Path::new(SERVICES))?, "/run").capabilities(&SERVER).sh(&script);
     let found = scene.start(&bundle)?.wait_within(DEADLINE * 4)?.output()?;

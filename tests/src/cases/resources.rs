@@ -2,7 +2,7 @@
 
 use serde_json::json;
 
-use super::{oci, podhull};
+use super::{long, oci, podhull};
 use crate::bundle::Bundle;
 use crate::run::DEADLINE;
 use crate::suite::{Case, Scene};
@@ -17,7 +17,7 @@ pub const CASES: &[Case] = &[
     oci("resources::devices_are_denied_and_allowed", devices_are_denied_and_allowed),
     oci("resources::a_fork_bomb_is_contained", a_fork_bomb_is_contained),
     oci("resources::a_processor_quota_holds", a_processor_quota_holds),
-    oci("resources::a_parent_s_quota_binds_its_children", a_parent_s_quota_binds_its_children),
+    long(oci("resources::a_parent_s_quota_binds_its_children", a_parent_s_quota_binds_its_children)),
 ];
 
 /// Waits for stress-ng's workers, then prints what the container's cgroup used in ten seconds, and how long these were: both

@@ -19,15 +19,10 @@ use crate::virtio::net::Net;
 /// A device for the bus, and what its errors are called.
 pub type Named = (&'static str, Box<dyn virtio::Device>);
 
-/// The device that a descriptor becomes.
-pub fn of_resource(resource: Resource, fd: OwnedFd) -> Result<Named, Line> {
-    match resource {
-        Resource::Disk { read_only, serial } => {
-            Ok(("blk", Box::new(Block::new(fd, read_only, &serial).map_err(line)?)))
-        }
-        Resource::Tap { mac, mtu } => Ok(("net", Box::new(Net::new(fd, mac, mtu).map_err(line)?))),
-        other => Err(format!("{other:?} is given at the start or not at all")),
-    }
+/// A disk that a machine has.
+pub struct Known {
+    serial: String,
+    read_only: bool,
 }
 
 /// Devices that are to be put on the bus together, and what reaches them then.
@@ -35,9 +30,33 @@ pub fn of_resource(resource: Resource, fd: OwnedFd) -> Result<Named, Line> {
 pub struct Batch {
     pub devices: Vec<Named>,
     pub memory: Option<MemoryHandle>,
+    /// Those of the devices that are disks.
+    pub disks: Vec<Known>,
 }
 
 impl Batch {
+    /// Adds the device that a descriptor becomes. `known`: the disks that the machine has.
+    pub fn resource(&mut self, resource: Resource, fd: OwnedFd, known: &[Known]) -> Result<(), Line> {
+        match resource {
+            Resource::Disk { read_only, serial } => {
+                match known.iter().chain(&self.disks).find(|disk| disk.serial == serial) {
+                    Some(disk) if disk.read_only && !read_only => {
+                        return Err(format!("the machine has disk {serial:?} already, and only for reading"));
+                    }
+                    Some(_) => return Ok(()),
+                    None => {}
+                }
+                self.devices.push(("blk", Box::new(Block::new(fd, read_only, &serial).map_err(line)?)));
+                self.disks.push(Known { serial, read_only });
+            }
+            Resource::Tap { mac, mtu } => {
+                self.devices.push(("net", Box::new(Net::new(fd, mac, mtu).map_err(line)?)));
+            }
+            other => return Err(format!("{other:?} is given at the start or not at all")),
+        }
+        Ok(())
+    }
+
     /// Adds a device that needs no descriptor. `has_memory`: the machine has its memory device already, of which it can have
     /// one.
     pub fn device(&mut self, device: Device, machine: &Machine, has_memory: bool) -> Result<(), Line> {
