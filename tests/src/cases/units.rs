@@ -4,15 +4,15 @@
 use std::fs;
 use std::time::Instant;
 
-use super::oci;
 use super::systemd::property;
+use super::{long, oci};
 use crate::leaks::Leaks;
 use crate::podman::{Podman, check};
 use crate::run::{DEADLINE, Ended, Running};
 use crate::suite::{Case, Scene};
 use crate::{Outcome, ensure, ensure_eq, image};
 
-pub const CASES: &[Case] = &[oci("systemd::a_unit_that_podman_writes", a_unit_that_podman_writes)];
+pub const CASES: &[Case] = &[long(oci("systemd::a_unit_that_podman_writes", a_unit_that_podman_writes))];
 
 const UNIT: &str = "container-unit.service";
 
