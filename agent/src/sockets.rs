@@ -30,6 +30,9 @@ const BACKLOG: i32 = 128;
 /// Clients of one socket at a time; more wait.
 const MAX_CLIENTS: usize = 256;
 
+/// Streams for clients to come.
+const MAX_IN_STORE: usize = 8;
+
 /// How long the host may take to bring a stream for a client.
 const DEADLINE: Duration = Duration::from_secs(30);
 
@@ -68,7 +71,7 @@ impl Sockets {
             };
             let listener = listen().map_err(|errno: Errno| failed(errno.into()))?;
             let listener = readiness::watch(listener, Interest::READABLE).map_err(failed)?;
-            let arriving = streams.claim_all(socket.token)?;
+            let arriving = streams.claim_all(socket.token, MAX_IN_STORE)?;
             match socket.datagrams {
                 true => made.serving.spawn(forward(listener, arriving)),
                 false => made.serving.spawn(serve(listener, arriving)),

@@ -7,6 +7,7 @@ mod generated {
     include!(concat!(env!("OUT_DIR"), "/mod.rs"));
 }
 
+pub mod forward;
 pub mod names;
 
 pub use generated::agent::*;

@@ -18,6 +18,7 @@ use rustix::mount::{
 use rustix::process::{chdir, fchdir, pivot_root};
 use rustix::thread::{LinkNameSpaceType, ThreadNameSpaceType, UnshareFlags, move_into_link_name_space, unshare_unsafe};
 
+use crate::network::Namespace;
 use crate::spec::Config;
 
 /// A directory that every host has; the container's root is mounted on it, in a mount namespace of ours, for the moment
@@ -88,6 +89,15 @@ pub struct View {
 }
 
 impl View {
+    /// Whose network namespace it is; `None`: the host's own.
+    pub fn network(&self) -> Option<Namespace> {
+        let joined = self.joined.iter().any(|(kind, _)| *kind == LinuxNamespaceType::Network);
+        match self.namespaces.contains(UnshareFlags::NEWNET) {
+            true => Some(Namespace::New),
+            false => joined.then_some(Namespace::Joined),
+        }
+    }
+
     /// Moves this process into new namespaces with the container's root. It must have one thread, and have opened what it
     /// needs of the host: no path of it can be named afterwards.
     pub fn enter(mut self) -> Result<Entered, ViewError> {

@@ -22,7 +22,7 @@ use rustix::rand::GetRandomFlags;
 use tokio::sync::{mpsc, oneshot};
 
 use crate::confine::drop_privileges;
-pub use connect::{SOCKET, connect_here, connect_packets, dial};
+pub use connect::{SOCKET, connect_here, connect_in_loop, connect_packets, dial};
 use console::Console;
 pub use proxy::Proxy;
 use pump::Progress;
