@@ -22,7 +22,7 @@ use crate::disks;
 use crate::events::Events;
 use crate::machine::{Machine, MachineError, MemoryState};
 use crate::memory::Memory;
-use crate::network::{Configure, Description, NetworkError, PodNetwork};
+use crate::network::{Configure, Description, MAX_FORWARDS, NetworkError, PodNetwork};
 use crate::reaper::Reaper;
 use crate::sockets::Sockets;
 use crate::stdio::{self, StdioError, Streams};
@@ -130,7 +130,7 @@ pub struct Pod {
     reaper: Reaper,
     streams: Arc<Streams>,
     pub events: Arc<Events>,
-    network: PodNetwork,
+    network: Arc<PodNetwork>,
     /// Memory as it was when the pod was made. Set once, by the call that made it.
     made: OnceCell<Option<MemoryState>>,
     containers: Mutex<HashMap<String, Entry>>,
@@ -154,7 +154,7 @@ impl Pod {
             reaper,
             streams,
             events: Arc::default(),
-            network: PodNetwork::default(),
+            network: Arc::default(),
             made: OnceCell::new(),
             containers: Mutex::default(),
         }
@@ -190,6 +190,9 @@ impl Pod {
         self.made.set(memory).map_err(|_| PodError::PodExists)?;
         if request.names != 0 {
             self.network.ask_over(self.streams.claim(request.names)?).await;
+        }
+        if request.forwards != 0 {
+            self.network.serve_forwards(self.streams.claim_all(request.forwards, MAX_FORWARDS)?);
         }
         // Every device that there is has been found.
         let configure = Configure { machine: self.machine, scanned: true, wanted };

@@ -22,9 +22,6 @@ use crate::readiness;
 /// Streams that came before the call that announces them; more are turned away.
 const MAX_UNCLAIMED: usize = 64;
 
-/// Streams of one token that wait to be received.
-const MAX_IN_STORE: usize = 8;
-
 /// How long a stream may wait for its call, a call for its stream, and a new stream for its token.
 const MEETING_DEADLINE: Duration = Duration::from_secs(30);
 
@@ -135,9 +132,9 @@ impl Streams {
         Ok(Claim { token, receiver, streams: self.clone() })
     }
 
-    /// All streams of this token, from now on and for as long as they are received.
-    pub fn claim_all(&self, token: u64) -> Result<mpsc::Receiver<OwnedFd>, StdioError> {
-        let (sender, receiver) = mpsc::channel(MAX_IN_STORE);
+    /// All streams of this token, from now on and for as long as they are received; of those that are not yet, at most so many.
+    pub fn claim_all(&self, token: u64, most: usize) -> Result<mpsc::Receiver<OwnedFd>, StdioError> {
+        let (sender, receiver) = mpsc::channel(most);
         let mut slots = self.slots.lock().unwrap_or_else(PoisonError::into_inner);
         slots.retain(|_, slot| !matches!(slot, Slot::All(taker) if taker.is_closed()));
         if slots.contains_key(&token) {

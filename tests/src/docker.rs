@@ -90,6 +90,11 @@ impl Docker {
         self.call_with(&[], words)
     }
 
+    /// The same for what starts several containers, one after the other.
+    pub fn call_for_long(&self, words: &[&str]) -> Outcome<Ended> {
+        Running::start(&self.words(words), &[])?.wait_within(3 * DEADLINE)
+    }
+
     /// The same with an environment.
     pub fn call_with(&self, environment: &[(&str, OsString)], words: &[&str]) -> Outcome<Ended> {
         Running::start(&self.words(words), environment)?.wait()

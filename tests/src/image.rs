@@ -1,13 +1,13 @@
 //! A container image as a file, as any caller loads it.
 
 use std::fs;
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use serde_json::json;
 
-use crate::bundle::make_busybox_root;
+use crate::bundle::{DEBIAN, make_busybox_root};
 use crate::suite::Scene;
 use crate::{Outcome, ensure};
 
@@ -35,6 +35,47 @@ pub fn busybox_as(scene: &Scene, name: &str) -> Outcome<PathBuf> {
     fs::write(root.join("etc/passwd"), "root:x:0:0:root:/:/bin/sh\nother:x:1000:1000:other:/:/bin/sh\n")?;
     fs::write(root.join("etc/group"), "root:x:0:\nother:x:1000:\n")?;
     archive(&directory, name, "/bin")
+}
+
+/// Makes an archive `services` of what the root of servers has beside its programs, which are mounted at `/usr` then, and of
+/// further files in `/etc`.
+pub fn of_services(scene: &Scene, files: &[(&str, &str)]) -> Outcome<PathBuf> {
+    let directory = scene.make_directory("image")?;
+    let root = directory.join("root");
+    without_programs(Path::new("/bundles/services/rootfs"), &root, &["etc"])?;
+    for name in ["data", "var/lib/nginx", "var/log/nginx"] {
+        fs::create_dir_all(root.join(name))?;
+    }
+    for (name, text) in files {
+        fs::write(root.join("etc").join(name), text)?;
+    }
+    archive(&directory, "docker.io/library/services:latest", "/usr/sbin:/usr/bin")
+}
+
+/// What is to be mounted in containers of [`of_debian`].
+pub const DEBIAN_PROGRAMS: &str = "/bundles/debian/rootfs/usr:/usr:ro";
+
+/// Makes an archive `localhost/debian` of what the Debian has beside its programs: they are mounted.
+pub fn of_debian(scene: &Scene) -> Outcome<PathBuf> {
+    let directory = scene.make_directory("image")?;
+    without_programs(Path::new(DEBIAN), &directory.join("root"), &["etc", "var"])?;
+    archive(&directory, "localhost/debian:latest", "/usr/sbin:/usr/bin")
+}
+
+/// Makes a root of some of the directories of another.
+fn without_programs(other: &Path, root: &Path, directories: &[&str]) -> Outcome {
+    for name in ["dev", "opt", "proc", "root", "run", "sys", "tmp", "usr"] {
+        fs::create_dir_all(root.join(name))?;
+    }
+    fs::set_permissions(root.join("tmp"), fs::Permissions::from_mode(0o1777))?;
+    for name in ["bin", "lib", "lib64", "sbin"] {
+        symlink(Path::new("usr").join(name), root.join(name))?;
+    }
+    for name in directories {
+        let status = Command::new("cp").arg("-a").arg(other.join(name)).arg(root).status()?;
+        ensure!(status.success(), "cp: {status}");
+    }
+    Ok(())
 }
 
 /// Makes one of `root` in a directory: one layer, its configuration, and a list of both.

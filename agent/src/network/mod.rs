@@ -6,6 +6,7 @@
 
 mod addresses;
 mod description;
+mod forwards;
 mod links;
 mod names;
 mod neighbours;
@@ -20,11 +21,13 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use podhull_protocol::ConfigureNetworkRequest;
+use tokio::sync::mpsc;
 
 use crate::container::setns;
 use crate::machine::{Machine, MachineError};
 use crate::stdio::Claim;
 use description::{DescriptionError, Network, Route};
+pub use forwards::MAX_FORWARDS;
 use links::{Devices, Placed};
 use names::Sockets;
 use netlink::{NetlinkError, Socket};
@@ -147,6 +150,16 @@ impl PodNetwork {
     /// Names can be asked for over this stream.
     pub async fn ask_over(&self, stream: Claim) {
         self.place.lock().await.names = Some(stream);
+    }
+
+    /// Connects streams to servers of the pod as they come.
+    pub fn serve_forwards(self: &Arc<Self>, arriving: mpsc::Receiver<OwnedFd>) {
+        tokio::spawn(forwards::serve(self.clone(), arriving));
+    }
+
+    /// The network namespace in which it is, if that is not the agent's own; once what is being changed there is done.
+    async fn namespace(&self) -> Option<Arc<OwnedFd>> {
+        self.place.lock().await.namespace.clone()
     }
 
     /// Makes the network what is described, wherever it is.

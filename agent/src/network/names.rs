@@ -214,7 +214,8 @@ async fn answers(stream: &Stream, desk: &Desk, udp: &tokio::net::UdpSocket) -> i
     }
 }
 
-async fn read(stream: &Stream, bytes: &mut [u8]) -> io::Result<()> {
+/// Reads as many bytes as there is room for.
+pub async fn read(stream: &AsyncFd<OwnedFd>, bytes: &mut [u8]) -> io::Result<()> {
     let mut filled = 0;
     while filled < bytes.len() {
         let rest = &mut bytes[filled..];

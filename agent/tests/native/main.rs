@@ -8,6 +8,7 @@
 mod cgroups;
 mod control;
 mod exec;
+mod forwards;
 mod harness;
 mod life;
 mod mounts;

@@ -32,7 +32,7 @@ async fn answer(mut stream: UnixStream) {
 }
 
 /// In the network of an agent.
-async fn inside<T: Send + 'static>(agent: &Agent, work: impl FnOnce() -> T + Send + 'static) -> T {
+pub async fn inside<T: Send + 'static>(agent: &Agent, work: impl FnOnce() -> T + Send + 'static) -> T {
     let namespace = std::fs::File::open(format!("/proc/{}/ns/net", agent.pid())).unwrap();
     let there = move || {
         let kind = rustix::thread::LinkNameSpaceType::Network;

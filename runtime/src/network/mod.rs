@@ -10,7 +10,9 @@
 //! that belongs to somebody else.
 
 mod link;
+mod local;
 mod netlink;
+mod nftables;
 mod redirect;
 mod resolver;
 mod scan;
@@ -24,6 +26,7 @@ use rustix::fs::{Mode, OFlags};
 use rustix::thread::ThreadNameSpaceType;
 
 use link::Link;
+pub use local::{Local, Namespace};
 use netlink::Netlink;
 use redirect::{Beside, End};
 pub use resolver::RESOLVER;

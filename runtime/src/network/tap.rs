@@ -64,7 +64,7 @@ pub fn is_ours(name: &str) -> bool {
 }
 
 /// `struct ifinfomsg` that sets `flags`.
-fn link(index: u32, flags: u32) -> [u8; 16] {
+pub fn link(index: u32, flags: u32) -> [u8; 16] {
     let mut link = [0; 16];
     link[4..8].copy_from_slice(&index.to_ne_bytes());
     link[8..12].copy_from_slice(&flags.to_ne_bytes());

@@ -396,3 +396,37 @@ fn what_carries_no_frames_is_refused_by_name_unless_it_is_down() {
         assert!(error.contains("interface tun7: it is of kind tun"), "{error}");
     });
 }
+
+#[test]
+fn connections_to_addresses_that_nobody_listens_at_arrive_where_they_are_taken() {
+    use std::net::{SocketAddr, TcpListener, TcpStream};
+
+    fn taken(local: &Local, to: &str) {
+        let to: SocketAddr = to.parse().unwrap();
+        let stream = TcpStream::connect(to).unwrap();
+        let (taken, from) = local.listeners[usize::from(to.is_ipv6())].accept().unwrap();
+        assert_eq!((taken.local_addr().unwrap(), from), (to, stream.local_addr().unwrap()));
+    }
+
+    apart(|_| {
+        // In a new namespace the loopback interface is taken up.
+        let local = Local::open(Namespace::New).unwrap();
+        assert!(local.rule.is_none());
+        for to in ["127.0.0.1:80", "127.1.2.3:65535", "[::1]:80"] {
+            taken(&local, to);
+        }
+        let server = TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = server.local_addr().unwrap();
+        let stream = TcpStream::connect(address).unwrap();
+        assert_eq!(server.accept().unwrap().1, stream.local_addr().unwrap());
+        drop(server);
+        taken(&local, &address.to_string());
+    });
+    apart(|host| {
+        host.up("lo");
+        let local = Local::open(Namespace::Joined).unwrap();
+        taken(&local, "127.0.0.1:80");
+        drop(local.rule);
+        assert!(TcpStream::connect("127.0.0.1:80").is_err(), "the rule is still there");
+    });
+}

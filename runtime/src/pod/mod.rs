@@ -5,6 +5,7 @@ mod command;
 mod create;
 mod disks;
 mod exec;
+mod forwards;
 mod hooks;
 mod join;
 mod link;

@@ -182,7 +182,8 @@ pub fn prepare(id: &str, bundle: &mut Bundle) -> Result<Prepared, MountError> {
             })
         };
         if FileType::from_raw_mode(stat.st_mode) == FileType::Socket {
-            let socket = Socket::new(clone()?, &stat).map_err(|error| MountError::Socket(path.clone(), error))?;
+            let socket = Socket::new(source.as_fd(), clone()?, &stat)
+                .map_err(|error| MountError::Socket(path.clone(), error))?;
             places[index].1 = Place::Files(clone()?);
             sources.push((index, socket.path()));
             host_sockets.push(socket);

@@ -17,6 +17,7 @@ use rustix::rand::GetRandomFlags;
 
 use super::boot::{BOOT, Boot};
 use super::disks::{self, DiskError};
+use super::forwards::Forwards;
 use super::hooks;
 use super::link::{Begin, Creator, Given, LinkError, News};
 use super::member;
@@ -25,10 +26,11 @@ use super::resources::{self, IMAGE, KERNEL, ResourceError, library_file};
 use super::session::{Outcome, Session, Step};
 use super::size::{Demand, Size, SizeError, memory_limit};
 use super::sockets::{Socket, Sockets};
-use super::view::{self, Entered, View, ViewError, namespaces};
+use super::view::{Entered, View, ViewError, namespaces};
 use crate::agent::{self, Agent, AgentError, Exit};
 use crate::bundle::{Bundle, BundleError};
 use crate::cgroup::{CgroupError, Manager, Placement};
+use crate::confine::confine;
 use crate::log::Log;
 use crate::machine::{CONTROL_SOCKET, Channel, MachineError};
 use crate::signals::{self, Signals};
@@ -186,7 +188,7 @@ pub fn run(run: &Run<'_>) -> Result<u8, RunError> {
     machine.extend(mounts.resources);
     let disks = disks::open(&bundle.config)?;
     machine.extend(disks.resources);
-    let (config, fds) = machine_config(size, machine);
+    let own = namespaces(&bundle.config).others;
     bundle.config.clear_namespace_paths();
     let told = mounts.sockets.iter().map(Socket::told).collect();
     let mut request = pod_request(run.id, &bundle, &stdio, mounts.memory, told)?;
@@ -194,14 +196,21 @@ pub fn run(run: &Run<'_>) -> Result<u8, RunError> {
     let view = View {
         root: mounts.root,
         places: mounts.places,
-        namespaces: namespaces(&bundle.config).others,
+        namespaces: own,
         joined,
         hostname: bundle.config.spec().hostname().clone(),
     };
     drop(bundle);
+    let network = view.network();
     // No path of the host from here on.
     made.entered = Some(view.enter()?);
     made.sockets = Sockets::start(mounts.sockets, pod.as_fd()).map_err(RunError::Sockets)?;
+    if let Some((forwards, rule)) = network.and_then(|network| Forwards::open(network, pod.as_fd(), run.log)) {
+        request.forwards = forwards.token();
+        machine.extend(rule.map(|rule| (Resource::Hold, rule)));
+        made.forwards = Some(forwards);
+    }
+    let (config, fds) = machine_config(size, machine);
     let connections = made.connections();
     run.creator.tell(&News::Entered)?;
 
@@ -267,7 +276,7 @@ impl Run<'_> {
             // It says where the groups are: it goes after them, by who asked for the container or comes later.
             directory.keep();
         }
-        Ok(Made { directory, state, entered: None, sockets: None })
+        Ok(Made { directory, state, entered: None, sockets: None, forwards: None })
     }
 
     /// The status to exit with.
@@ -290,16 +299,26 @@ pub struct Made {
     pub entered: Option<Entered>,
     /// Sockets of the host among its files.
     pub sockets: Option<Arc<Sockets>>,
+    /// Connections to its own addresses.
+    pub forwards: Option<Arc<Forwards>>,
 }
 
 impl Made {
-    /// Serves the sockets for as long as it is polled.
+    /// Serves what programs of the host and of the container connect to on the other side, for as long as it is polled.
     pub fn connections(&self) -> impl Future<Output = Infallible> + use<> {
-        let sockets = self.sockets.clone();
+        let (sockets, forwards) = (self.sockets.clone(), self.forwards.clone());
         async {
-            if let Some(sockets) = sockets {
-                sockets.serve().await;
-            }
+            let sockets = async {
+                if let Some(sockets) = sockets {
+                    sockets.serve().await;
+                }
+            };
+            let forwards = async {
+                if let Some(forwards) = forwards {
+                    forwards.serve().await;
+                }
+            };
+            tokio::join!(sockets, forwards);
             std::future::pending().await
         }
     }
@@ -311,11 +330,14 @@ impl Made {
                 if let Some(entered) = &mut self.entered {
                     entered.furnish();
                 }
-                view::drop_privileges().map_err(RunError::Privileges)?;
+                confine().map_err(RunError::Privileges)?;
                 (self.state.status, self.state.kept) = (Status::Created, begin.kept);
                 self.directory.write(&self.state)?;
                 if let Some(sockets) = &self.sockets {
                     sockets.begin();
+                }
+                if let Some(forwards) = &self.forwards {
+                    forwards.begin();
                 }
                 creator.tell(&News::Made)?;
                 if begin.kept {

@@ -9,6 +9,7 @@ use podhull_protocol::STDIO_PORT;
 use rustix::net::sockopt::{Timeout, set_socket_timeout};
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 use rustix::thread::UnshareFlags;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
 /// How long the guest may take to accept a connection.
 const DEADLINE: Duration = Duration::from_secs(30);
@@ -29,6 +30,29 @@ pub fn connect_here(token: u64) -> io::Result<UnixStream> {
     name(ask_for(UnixStream::connect(SOCKET)?, STDIO_PORT)?, token)
 }
 
+/// The same in the event loop of a process that has dropped what it could do as root, and whose threads use no relative paths: its
+/// working directory is the pod's for a moment. A deadline is for who waits for it.
+pub async fn connect_in_loop(pod: BorrowedFd<'_>, token: u64) -> io::Result<tokio::net::UnixStream> {
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    let socket = rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
+    rustix::process::fchdir(pod)?;
+    let connected = rustix::net::connect(&socket, &SocketAddrUnix::new(SOCKET)?);
+    rustix::process::chdir("/")?;
+    connected?;
+    let mut stream = tokio::net::UnixStream::from_std(socket.into())?;
+    stream.write_all(format!("CONNECT {STDIO_PORT}\n").as_bytes()).await?;
+    let mut line = Vec::new();
+    while line.last() != Some(&b'\n') {
+        if line.len() == MAX_ANSWER {
+            return Err(io::Error::new(io::ErrorKind::InvalidData, "the machine's answer does not end"));
+        }
+        line.push(stream.read_u8().await?);
+    }
+    check(&String::from_utf8_lossy(&line))?;
+    stream.write_all(&token.to_le_bytes()).await?;
+    Ok(stream)
+}
+
 fn name(mut stream: UnixStream, token: u64) -> io::Result<UnixStream> {
     stream.set_write_timeout(Some(DEADLINE))?;
     stream.write_all(&token.to_le_bytes())?;
@@ -45,13 +69,17 @@ fn ask_for(mut stream: UnixStream, port: u32) -> io::Result<UnixStream> {
     stream.set_read_timeout(Some(DEADLINE))?;
     stream.set_write_timeout(Some(DEADLINE))?;
     stream.write_all(format!("CONNECT {port}\n").as_bytes())?;
-    let answer = line(&mut stream)?;
-    if !answer.starts_with("OK ") {
-        return Err(io::Error::new(io::ErrorKind::InvalidData, format!("the machine answered {answer:?}")));
-    }
+    check(&line(&mut stream)?)?;
     stream.set_read_timeout(None)?;
     stream.set_write_timeout(None)?;
     Ok(stream)
+}
+
+fn check(answer: &str) -> io::Result<()> {
+    match answer.starts_with("OK ") {
+        true => Ok(()),
+        false => Err(io::Error::new(io::ErrorKind::InvalidData, format!("the machine answered {answer:?}"))),
+    }
 }
 
 /// Connects to a packet socket in a directory; at most so long if its backlog is full.

@@ -2,9 +2,11 @@
 
 mod bad_input;
 mod broken;
+mod buildah;
 mod cgroups;
 mod command_line;
 mod commands;
+mod compose;
 mod containerd;
 mod crashes;
 mod disks;
@@ -12,6 +14,7 @@ mod docker;
 mod docs;
 mod exit_codes;
 mod files;
+mod forwards;
 mod growth;
 mod hooks;
 mod isolation;
@@ -31,6 +34,7 @@ mod sockets;
 mod stdio;
 mod systemd;
 mod terminal;
+mod units;
 
 use crate::Outcome;
 use crate::suite::{Case, Scene, Subject};
@@ -61,13 +65,17 @@ pub const ALL: &[&[Case]] = &[
     load::CASES,
     pods::CASES,
     network::CASES,
+    forwards::CASES,
     programs::CASES,
     containerd::CASES,
     podman::CASES,
     podman_networks::CASES,
     docker::CASES,
+    compose::CASES,
+    buildah::CASES,
     docs::CASES,
     systemd::CASES,
+    units::CASES,
 ];
 
 /// A test that holds for any OCI runtime.

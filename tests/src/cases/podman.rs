@@ -1,13 +1,14 @@
 //! Podman calls the runtime as it calls any: by `--runtime`. Without a network.
 
-use super::oci;
+use super::{long, oci};
 use crate::bundle::{DEBIAN, make_busybox_root};
 use crate::leaks::Leaks;
+use crate::netns::Netns;
 use crate::podman::{Podman, check};
 use crate::run::{DEADLINE, Running};
 use crate::suite::{Case, Scene};
 use crate::terminal::{Tmux, shell_line};
-use crate::{Outcome, ensure, ensure_eq, processes};
+use crate::{Outcome, ensure, ensure_eq, image, processes};
 
 pub const CASES: &[Case] = &[
     oci("podman::run_in_the_foreground", run_in_the_foreground),
@@ -18,6 +19,7 @@ pub const CASES: &[Case] = &[
     oci("podman::exec_in_a_terminal_and_attach", exec_in_a_terminal_and_attach),
     oci("podman::volumes_and_secrets", volumes_and_secrets),
     oci("podman::pods_share_localhost_and_ipc", pods_share_localhost_and_ipc),
+    long(oci("podman::users_of_its_own", users_of_its_own)),
 ];
 
 fn run_in_the_foreground(scene: &Scene) -> Outcome {
@@ -60,7 +62,16 @@ fn run_in_the_background(scene: &Scene) -> Outcome {
     podman.call(&["kill", "c"])?.output()?;
     ensure_eq!(podman.call(&["wait", "c"])?.output()?, "137\n", "exit status of the second run");
     podman.call(&["rm", "c"])?.output()?;
-    podman.run(&["-d", "--name", "d"], &["sleep", "1000"])?.output()?;
+    let deaf = "trap 'echo no' TERM; echo deaf; while :; do sleep 0.1; done";
+    podman.run(&["-d", "--name", "d"], &["sh", "-c", deaf])?.output()?;
+    podman.call(&["pause", "d"])?.output()?;
+    ensure_eq!(podman.call(&["inspect", "-f", "{{.State.Status}}", "d"])?.output()?, "paused\n", "state when paused");
+    podman.call(&["unpause", "d"])?.output()?;
+    // What does not end when it is asked to is killed.
+    podman.call(&["stop", "-t", "2", "d"])?.output()?;
+    ensure_eq!(podman.call(&["logs", "d"])?.output()?, "deaf\nno\n", "logs of one that does not stop");
+    ensure_eq!(podman.call(&["wait", "d"])?.output()?, "137\n", "exit status of one that does not stop");
+    podman.call(&["start", "d"])?.output()?;
     podman.call(&["rm", "-f", "-t", "0", "d"])?.output()?;
     check(&before)
 }
@@ -68,10 +79,19 @@ fn run_in_the_background(scene: &Scene) -> Outcome {
 fn what_a_container_may(scene: &Scene) -> Outcome {
     let podman = Podman::new(scene)?;
     let before = Leaks::watch();
+    let profile = scene.directory.join("profile.json");
+    let denied = r#"[{"names": ["mkdir", "mkdirat"], "action": "SCMP_ACT_ERRNO", "errnoRet": 95}]"#;
+    std::fs::write(&profile, format!(r#"{{"defaultAction": "SCMP_ACT_ALLOW", "syscalls": {denied}}}"#))?;
+    let profile = format!("seccomp={}", profile.display());
     // Several at once: each container takes Podman seconds.
     for asked in [
         &[
             (&["--user", "1000:2000"][..], "echo $(id -u) $(id -g)", "1000 2000"),
+            (
+                &["--security-opt", &profile],
+                "mkdir /tmp/x 2>&1 | grep -o 'Operation not supported'",
+                "Operation not supported",
+            ),
             (&["--read-only"], "touch /x 2>&1", "touch: cannot touch '/x': Read-only file system"),
             (
                 &["--cap-drop", "all", "--cap-add", "chown"],
@@ -87,6 +107,11 @@ fn what_a_container_may(scene: &Scene) -> Outcome {
             (&["--env", "A=b c"], "echo $A", "b c"),
             (&["--workdir", "/usr"], "pwd", "/usr"),
             (&["--tmpfs", "/t:size=1m"], "df --output=size /t | tail -n 1 | tr -d ' '", "1024"),
+            (
+                &["--mount", "type=tmpfs,destination=/m,tmpfs-size=2m"],
+                "df --output=size /m | tail -n 1 | tr -d ' '",
+                "2048",
+            ),
             (&["--shm-size", "2m"], "df --output=size /dev/shm | tail -n 1 | tr -d ' '", "2048"),
             (&["--add-host", "other:1.2.3.4"], "grep -o '1.2.3.4.*other' /etc/hosts", "1.2.3.4\tother"),
         ][..],
@@ -232,6 +257,12 @@ fn pods_share_localhost_and_ipc(scene: &Scene) -> Outcome {
         let machines = processes::all().iter().filter(|process| process.command.starts_with("podhull vmm")).count();
         ensure_eq!(machines, 1, "machines");
     }
+    // From the host's side of the pod's network, as those do that forward ports.
+    let pid = podman.call(&["inspect", "-f", "{{.State.Pid}}", "server"])?.output()?;
+    let forwarded = Netns::of(pid.trim().parse()?)
+        .run(&["curl", "-s", "-o", "/dev/null", "-w", "%{http_code}", "http://localhost:8080/"])?
+        .output()?;
+    ensure_eq!(forwarded, "200", "status of the server by a forwarded port");
     // Memory that is mapped by two of them is the same memory.
     let write = "import mmap, os; f = open('/dev/shm/page', 'w+b'); f.truncate(4096); m = mmap.mmap(f.fileno(), 4096); m[0] = 65; \
         print('mapped', flush=True); import time\nwhile m[0] == 65: time.sleep(0.05)\nprint('seen', flush=True)";
@@ -248,5 +279,24 @@ fn pods_share_localhost_and_ipc(scene: &Scene) -> Outcome {
     let again = podman.call(&["exec", "server", "hostname"])?.output()?;
     ensure_eq!(again, "in-the-pod\n", "host name after a restart of the pod");
     podman.call(&["pod", "rm", "-f", "-t", "0", "p"])?.output()?;
+    check(&before)
+}
+
+fn users_of_its_own(scene: &Scene) -> Outcome {
+    let podman = Podman::new(scene)?;
+    podman.load()?;
+    let before = Leaks::watch();
+    let files = ["/etc/subuid", "/etc/subgid"];
+    let were = files.map(|file| std::fs::read_to_string(file).unwrap_or_default());
+    for file in files {
+        std::fs::write(file, "containers:200000:65536\n")?;
+    }
+    let script = "echo $(cat /proc/self/uid_map) $(stat -c %u:%g /bin/sh /etc/passwd); id -u; touch /made; stat -c %u:%g:%a /made";
+    let words = ["run", "--rm", "--userns=auto:size=2000", "--network", "none", image::NAME, "sh", "-c", script];
+    let ended = podman.call(&words);
+    for (file, was) in files.iter().zip(were) {
+        std::fs::write(file, was)?;
+    }
+    ensure_eq!(ended?.output()?, "0 200000 2000 0:0 0:0\n0\n0:0:644\n", "users");
     check(&before)
 }

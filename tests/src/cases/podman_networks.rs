@@ -56,6 +56,8 @@ fn ports_and_names(scene: &Scene) -> Outcome {
     podman.call(&["healthcheck", "run", "web"])?.expect_status(0)?;
     let health = podman.call(&["inspect", "-f", "{{.State.Health.Status}}", "web"])?.output()?;
     ensure_eq!(health, "healthy\n", "health");
+    podman.call(&["exec", "web", "rm", "/www/index.html"])?.output()?;
+    podman.call(&["healthcheck", "run", "web"])?.expect_status(1)?;
     podman.call(&["restart", "-t", "0", "web"])?.output()?;
     ensure_eq!(curl("http://127.0.0.1:8080/")?, "web page\n", "published port after a restart");
     let format = "{{.PIDs}} {{.MemUsageBytes}} {{.NetIO}}";

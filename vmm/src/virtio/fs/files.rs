@@ -171,7 +171,10 @@ impl FileSystem for Files {
         let _one = self.0.initialising.lock().unwrap_or_else(PoisonError::into_inner);
         self.unnamed().clear();
         self.0.kept.clear();
-        self.inner().init(capable)
+        // The library takes a guest that tells the group for one whose user needs no more than that: where permission comes of
+        // a capability, as in a user namespace, creation would fail. The guest is told to tell all the same.
+        let groups = capable & FsOptions::CREATE_SUPP_GROUP;
+        Ok(self.inner().init(capable - groups)? | groups)
     }
 
     fn destroy(&self) {

@@ -3,7 +3,7 @@
 //!
 //! What the guest sees is what the host has, at once: names and attributes are not cached in the guest, file contents only
 //! as long as the attributes show no change. The guest kernel decides on permissions by mode bits and ACLs; creation takes
-//! place with the caller's user and groups.
+//! place with the caller's user and groups, and is not checked again: the guest's kernel may have allowed it for a capability.
 //!
 //! - [`files`]: the file system itself, over the library's.
 //! - `keep`: which contents the guest may keep cached.

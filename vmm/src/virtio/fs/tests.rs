@@ -198,6 +198,11 @@ fn files_are_read_and_written_from_either_side() {
     assert_eq!(fs::read(directory.path("from-guest")).unwrap(), content);
     let metadata = fs::metadata(directory.path("from-guest")).unwrap();
     assert_eq!((metadata.uid(), metadata.gid(), metadata.mode() & 0o7777), (1000, 1000, 0o640));
+
+    // Where its user alone may not: the guest has decided that, perhaps by a capability.
+    fs::set_permissions(&directory.0, fs::Permissions::from_mode(0o555)).unwrap();
+    guest.create(ROOT, "by-capability", 0o600).unwrap();
+    assert_eq!(fs::metadata(directory.path("by-capability")).unwrap().uid(), 1000);
 }
 
 #[test]
@@ -291,6 +296,7 @@ fn a_file_without_a_name_is_written_and_named_later() {
         Ok::<_, i32>((object::<EntryOut>(&answer), fh))
     };
     guest.uid = 1000;
+    fs::set_permissions(&directory.0, fs::Permissions::from_mode(0o2555)).unwrap();
     let (entry, fh) = make(&mut guest, libc::O_RDWR, &[]).unwrap();
     guest.uid = 0;
     let node = entry.nodeid;

@@ -89,7 +89,8 @@ impl Unnamed {
         let how = libc::O_TMPFILE | libc::O_RDWR | libc::O_CLOEXEC | (flags as i32 & libc::O_EXCL);
         let file = {
             let credentials = UnixCredentials::new(ctx.uid.id_mapped(), ctx.gid.id_mapped());
-            let _as_caller = credentials.supplementary_gid(true, groups).set()?;
+            // The guest has checked permission, which may come of a capability.
+            let _as_caller = credentials.supplementary_gid(false, groups).set()?;
             let _umask = ScopedUmask::new(umask);
             // SAFETY: the path is a C string; the flags ask for a mode, and it is given.
             let fd = unsafe { libc::openat(directory.as_raw_fd(), c".".as_ptr(), how, mode & 0o7777) };
