@@ -1,16 +1,20 @@
 //! Sockets of the host that containers find among their files. A socket belongs to one kernel, so the guest has one of its own in
 //! its place; each client of it is joined to a stream from the host, whose other end connects to the socket that is meant.
 
-use std::io;
+use std::io::{self, IoSliceMut};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use podhull_protocol::{HostSocket, MAX_GROUPS};
+use podhull_protocol::{HostSocket, MAX_DATAGRAM, MAX_GROUPS};
 use rustix::fs::{AtFlags, CWD, Gid, Mode, Uid};
 use rustix::io::Errno;
-use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
+use rustix::net::sockopt::set_socket_passcred;
+use rustix::net::{
+    AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SocketAddrUnix, SocketFlags,
+    SocketType,
+};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tokio::sync::mpsc;
@@ -51,20 +55,27 @@ impl Sockets {
                 Err(errno) => return Err(failed(errno.into())),
             }
             let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+            let kind = if socket.datagrams { SocketType::DGRAM } else { SocketType::STREAM };
             let mut listen = || {
-                let listener = rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
+                let listener = rustix::net::socket_with(AddressFamily::UNIX, kind, flags, None)?;
                 rustix::net::bind(&listener, &SocketAddrUnix::new(&path)?)?;
                 made.paths.push(path.clone());
                 let (uid, gid) = (Uid::from_raw(socket.uid), Gid::from_raw(socket.gid));
                 rustix::fs::chownat(CWD, &path, Some(uid), Some(gid), AtFlags::SYMLINK_NOFOLLOW)?;
                 rustix::fs::chmodat(CWD, &path, Mode::from_raw_mode(socket.mode & 0o7777), AtFlags::empty())?;
-                rustix::net::listen(&listener, BACKLOG)?;
+                match socket.datagrams {
+                    true => set_socket_passcred(&listener, true)?,
+                    false => rustix::net::listen(&listener, BACKLOG)?,
+                }
                 Ok(listener)
             };
             let listener = listen().map_err(|errno: Errno| failed(errno.into()))?;
             let listener = readiness::watch(listener, Interest::READABLE).map_err(failed)?;
             let arriving = streams.claim_all(socket.token, MAX_IN_STORE)?;
-            made.serving.spawn(serve(listener, arriving));
+            match socket.datagrams {
+                true => made.serving.spawn(forward(listener, arriving)),
+                false => made.serving.spawn(serve(listener, arriving)),
+            };
         }
         Ok(made)
     }
@@ -100,6 +111,57 @@ async fn serve(listener: AsyncFd<OwnedFd>, mut arriving: mpsc::Receiver<OwnedFd>
             Err(_) => return,
         }
     }
+}
+
+/// Sends datagrams to the host until none can be received any more. One that the host does not take waits, and with it who sends
+/// the next.
+async fn forward(socket: AsyncFd<OwnedFd>, mut arriving: mpsc::Receiver<OwnedFd>) {
+    let mut buffer = vec![0; MAX_DATAGRAM];
+    let mut host = None;
+    loop {
+        let Ok(mut ready) = socket.readable().await else { return };
+        let message = match receive(&socket, &mut buffer) {
+            Ok(Some(message)) => message,
+            // Of nobody, or longer than can be sent on.
+            Ok(None) | Err(Errno::INTR) => continue,
+            Err(Errno::AGAIN) => {
+                ready.clear_ready();
+                continue;
+            }
+            Err(_) => return,
+        };
+        if host.is_none() {
+            // A host that brings no stream has nobody to send to.
+            let Ok(Some(stream)) = tokio::time::timeout(DEADLINE, arriving.recv()).await else { continue };
+            host = readiness::watch(stream, Interest::READABLE | Interest::WRITABLE).ok();
+        }
+        if let Some(stream) = &host
+            && crate::stdio::write_all(stream, &message).await.is_err()
+        {
+            host = None;
+        }
+    }
+}
+
+/// The next datagram as the host is told it (see `HostSocket` in agent.proto).
+fn receive(socket: &AsyncFd<OwnedFd>, buffer: &mut [u8]) -> Result<Option<Vec<u8>>, Errno> {
+    let mut space = [std::mem::MaybeUninit::uninit(); rustix::cmsg_space!(ScmCredentials(1))];
+    let mut ancillary = RecvAncillaryBuffer::new(&mut space);
+    let received = rustix::net::recvmsg(
+        socket,
+        &mut [IoSliceMut::new(buffer)],
+        &mut ancillary,
+        RecvFlags::DONTWAIT | RecvFlags::CMSG_CLOEXEC,
+    )?;
+    let sender = ancillary.drain().find_map(|message| match message {
+        RecvAncillaryMessage::ScmCredentials(sender) => Some(sender),
+        _ => None,
+    });
+    let Some(sender) = sender.filter(|_| !received.flags.contains(ReturnFlags::TRUNC)) else { return Ok(None) };
+    let numbers = [sender.uid.as_raw(), sender.gid.as_raw(), 0, received.bytes as u32];
+    let mut message: Vec<u8> = numbers.iter().flat_map(|number| number.to_le_bytes()).collect();
+    message.extend_from_slice(&buffer[..received.bytes]);
+    Ok(Some(message))
 }
 
 /// Tells the host who the client is, and moves bytes until both sides have closed.

@@ -8,6 +8,7 @@ mod agent;
 mod bundle;
 mod cgroup;
 mod cli;
+mod confine;
 mod log;
 mod machine;
 mod network;

@@ -44,5 +44,8 @@ pub fn socket_name(token: u64) -> String {
     format!("{token:016x}")
 }
 
+/// Longest datagram to a socket of the host, in bytes: more than the kernel's default for buffers of sockets.
+pub const MAX_DATAGRAM: usize = 256 << 10;
+
 /// Most groups of a client that the host is told.
 pub const MAX_GROUPS: usize = 64;

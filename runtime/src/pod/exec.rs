@@ -16,6 +16,7 @@ use super::view::{self, ViewError};
 use crate::agent::{Agent, AgentError, Exit};
 use crate::bundle::BundleError;
 use crate::cgroup::CgroupError;
+use crate::confine::confine;
 use crate::log::Log;
 use crate::machine::PidNamespace;
 use crate::signals::{self, Signals};
@@ -179,7 +180,7 @@ fn execute(exec: &Exec<'_>) -> Result<u8, ExecError> {
     if let Some(creator) = creator {
         let container = creator.begin()?.container.ok_or_else(|| ExecError::NotRunning(id.into()))?;
         view::join(container.as_fd())?;
-        view::drop_privileges().map_err(ExecError::Privileges)?;
+        confine().map_err(ExecError::Privileges)?;
     }
     let runtime =
         tokio::runtime::Builder::new_current_thread().enable_io().enable_time().build().map_err(ExecError::Signals)?;

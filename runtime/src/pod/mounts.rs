@@ -72,6 +72,14 @@ pub enum MountError {
         /// Why.
         errno: Errno,
     },
+    /// procfs or sysfs where a link is, or a file. runc's words.
+    #[error("filesystem {kind:?} must be mounted on ordinary directory: {path:?}")]
+    NotDirectory {
+        /// Type of the file system.
+        kind: String,
+        /// Path in the container.
+        path: PathBuf,
+    },
     /// A socket cannot be stood for.
     #[error("socket {0:?}: {1}")]
     Socket(PathBuf, #[source] std::io::Error),
@@ -174,7 +182,8 @@ pub fn prepare(id: &str, bundle: &mut Bundle) -> Result<Prepared, MountError> {
             })
         };
         if FileType::from_raw_mode(stat.st_mode) == FileType::Socket {
-            let socket = Socket::new(clone()?, &stat).map_err(|error| MountError::Socket(path.clone(), error))?;
+            let socket = Socket::new(source.as_fd(), clone()?, &stat)
+                .map_err(|error| MountError::Socket(path.clone(), error))?;
             places[index].1 = Place::Files(clone()?);
             sources.push((index, socket.path()));
             host_sockets.push(socket);
@@ -280,11 +289,27 @@ fn make_mount_points(bundle: &Bundle, files: &[usize]) -> Result<(), MountError>
     };
     for (index, mount) in mounts.iter().enumerate() {
         if !inside_another(mount.destination(), &mounts[..index]) {
+            if let Some(kind @ ("proc" | "sysfs")) = mount.typ().as_deref() {
+                check_directory(bundle.root.as_fd(), mount.destination(), kind)?;
+            }
             make_path(bundle.root.as_fd(), mount.destination(), files.contains(&index))?;
         }
     }
     match bundle.config.spec().process() {
         Some(process) if !inside_another(process.cwd(), mounts) => make_path(bundle.root.as_fd(), process.cwd(), false),
+        _ => Ok(()),
+    }
+}
+
+/// What a link stands for may not be covered by the kernel's files. The guest looks again; here it is before anything is made there.
+fn check_directory(root: BorrowedFd<'_>, path: &Path, kind: &str) -> Result<(), MountError> {
+    let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    let found = rustix::fs::openat2(root, path, flags, Mode::empty(), ResolveFlags::IN_ROOT);
+    match found.and_then(rustix::fs::fstat) {
+        Ok(stat) if FileType::from_raw_mode(stat.st_mode) != FileType::Directory => {
+            Err(MountError::NotDirectory { kind: kind.into(), path: path.into() })
+        }
+        // What is missing is made; what is wrong otherwise is seen then.
         _ => Ok(()),
     }
 }
@@ -340,5 +365,18 @@ mod tests {
         assert!(make_path(fd.as_fd(), Path::new("/way/in"), false).is_err());
         assert_eq!(fs::read_dir(base.join("outside")).unwrap().count(), 0);
         fs::remove_dir_all(&base).unwrap();
+    }
+
+    #[test]
+    fn proc_and_sys_are_refused_where_a_link_is() {
+        let root = std::env::temp_dir().join(format!("podhull-links-{}", std::process::id()));
+        fs::create_dir_all(root.join("sys")).unwrap();
+        std::os::unix::fs::symlink("/missing", root.join("proc")).unwrap();
+        let fd = rustix::fs::open(&root, OFlags::PATH | OFlags::DIRECTORY, Mode::empty()).unwrap();
+        let error = check_directory(fd.as_fd(), Path::new("/proc"), "proc").unwrap_err().to_string();
+        assert_eq!(error, r#"filesystem "proc" must be mounted on ordinary directory: "/proc""#);
+        check_directory(fd.as_fd(), Path::new("/sys"), "sysfs").unwrap();
+        check_directory(fd.as_fd(), Path::new("/new"), "proc").unwrap();
+        fs::remove_dir_all(&root).unwrap();
     }
 }

@@ -6,16 +6,17 @@
 //! holds it up; everything else happens in the event loop.
 
 use std::io;
-use std::os::fd::{BorrowedFd, OwnedFd};
+use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, mpsc};
 use std::time::Duration;
 
-use podhull_protocol::{HostSocket, MAX_GROUPS};
+use podhull_protocol::{HostSocket, MAX_DATAGRAM, MAX_GROUPS};
 use rustix::fs::{CWD, Mode, OFlags, Stat};
+use rustix::io::Errno;
 use rustix::mount::{MountAttrFlags, MountPropagationFlags, MoveMountFlags, mount_change, move_mount};
 use rustix::net::sockopt::{Timeout, set_socket_timeout};
-use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
+use rustix::net::{AddressFamily, SendFlags, SocketAddrUnix, SocketFlags, SocketType};
 use rustix::process::{Gid, Uid, fchdir};
 use rustix::thread::{
     CapabilitySet, CapabilitySets, UnshareFlags, set_thread_groups, set_thread_res_gid, set_thread_res_uid,
@@ -50,9 +51,10 @@ pub struct Socket {
 }
 
 impl Socket {
-    /// A socket that is bound into a container.
-    pub fn new(mount: OwnedFd, stat: &Stat) -> io::Result<Self> {
+    /// A socket that is bound into a container, by itself and as a mount.
+    pub fn new(socket: BorrowedFd<'_>, mount: OwnedFd, stat: &Stat) -> io::Result<Self> {
         let told = HostSocket {
+            datagrams: takes_datagrams(socket)?,
             token: stdio::token().map_err(io::Error::other)?,
             uid: stat.st_uid,
             gid: stat.st_gid,
@@ -73,7 +75,16 @@ impl Socket {
     }
 }
 
-/// Who has connected in the guest.
+/// Whether a socket is one for datagrams. To connect to such a one is nothing that its server would see, and to another is not
+/// possible this way; one that has no server any more is neither.
+fn takes_datagrams(socket: BorrowedFd<'_>) -> io::Result<bool> {
+    let path = format!("/proc/self/fd/{}", socket.as_raw_fd());
+    let probe = rustix::net::socket_with(AddressFamily::UNIX, SocketType::DGRAM, SocketFlags::CLOEXEC, None)?;
+    Ok(rustix::net::connect(&probe, &SocketAddrUnix::new(path)?).is_ok())
+}
+
+/// Who has connected in the guest, or sent a datagram.
+#[derive(Clone)]
 struct Client {
     uid: u32,
     gid: u32,
@@ -85,16 +96,20 @@ enum What {
     Stream(u64),
     /// A connection to the socket with this number.
     Connection(usize, Client),
+    /// A datagram to the socket with this number. The answer is a socket only if there is no room for it: it is to be asked when
+    /// there is.
+    Datagram(usize, Client, Arc<[u8]>),
 }
 
 struct Order {
     what: What,
-    answer: oneshot::Sender<io::Result<UnixStream>>,
+    answer: oneshot::Sender<io::Result<Option<OwnedFd>>>,
 }
 
 /// The sockets of a container, and the thread that connects to them.
 pub struct Sockets {
-    tokens: Vec<u64>,
+    /// By their tokens, and whether they are for datagrams.
+    sockets: Vec<(u64, bool)>,
     orders: mpsc::Sender<Order>,
     begun: Notify,
     /// For streams in store and for connections.
@@ -108,8 +123,8 @@ impl Sockets {
         if sockets.is_empty() {
             return Ok(None);
         }
-        let tokens: Vec<_> = sockets.iter().map(|socket| socket.told.token).collect();
-        let room = Arc::new(Semaphore::new(MAX_CONNECTIONS + IN_STORE * tokens.len()));
+        let numbered: Vec<_> = sockets.iter().map(|socket| (socket.told.token, socket.told.datagrams)).collect();
+        let room = Arc::new(Semaphore::new(MAX_CONNECTIONS + IN_STORE * numbered.len()));
         let pod = pod.try_clone_to_owned()?;
         let (orders, received) = mpsc::channel();
         let (sender, ready) = mpsc::channel();
@@ -123,7 +138,7 @@ impl Sockets {
         };
         std::thread::Builder::new().name("sockets".into()).stack_size(stdio::STACK).spawn(run)?;
         ready.recv().unwrap_or_else(|_| Err(io::Error::other("the thread panicked")))?;
-        Ok(Some(Arc::new(Self { tokens, orders, begun: Notify::new(), room })))
+        Ok(Some(Arc::new(Self { sockets: numbered, orders, begun: Notify::new(), room })))
     }
 
     /// The container is made, and its sockets are there.
@@ -135,7 +150,11 @@ impl Sockets {
     pub async fn serve(self: Arc<Self>) {
         self.begun.notified().await;
         let mut stores = JoinSet::new();
-        for (index, token) in self.tokens.iter().enumerate() {
+        for (index, (token, datagrams)) in self.sockets.iter().enumerate() {
+            if *datagrams {
+                stores.spawn(self.clone().forward(index, *token));
+                continue;
+            }
             for _ in 0..IN_STORE {
                 stores.spawn(self.clone().store(index, *token));
             }
@@ -148,13 +167,13 @@ impl Sockets {
         let mut connections = JoinSet::new();
         while let Ok(room) = self.room.clone().acquire_owned().await {
             while connections.try_join_next().is_some() {}
-            let Ok(mut stream) = self.order(What::Stream(token)).await else { break };
+            let Ok(mut stream) = self.connect(What::Stream(token)).await else { break };
             let Ok(client) = Client::read(&mut stream).await else { break };
             let sockets = self.clone();
             connections.spawn(async move {
                 let _room = room;
                 // A client whose server is not there sees a connection that ends.
-                if let Ok(mut server) = sockets.order(What::Connection(index, client)).await {
+                if let Ok(mut server) = sockets.connect(What::Connection(index, client)).await {
                     let _ = copy_bidirectional(&mut stream, &mut server).await;
                 }
             });
@@ -162,13 +181,33 @@ impl Sockets {
         while connections.join_next().await.is_some() {}
     }
 
-    async fn order(&self, what: What) -> io::Result<tokio::net::UnixStream> {
+    /// Sends on what a stream brings. A datagram that cannot be sent is lost, as one is whose receiver goes away.
+    async fn forward(self: Arc<Self>, index: usize, token: u64) {
+        let Ok(mut stream) = self.connect(What::Stream(token)).await else { return };
+        while let Ok((client, datagram)) = read_datagram(&mut stream).await {
+            let _ = tokio::time::timeout(DEADLINE, self.send(index, client, datagram)).await;
+        }
+    }
+
+    async fn send(&self, index: usize, client: Client, datagram: Arc<[u8]>) -> io::Result<()> {
+        while let Some(full) = self.order(What::Datagram(index, client.clone(), datagram.clone())).await? {
+            tokio::net::UnixDatagram::from_std(full.into())?.writable().await?;
+        }
+        Ok(())
+    }
+
+    async fn connect(&self, what: What) -> io::Result<tokio::net::UnixStream> {
+        let stream = self.order(what).await?.ok_or(io::ErrorKind::NotConnected)?;
+        let stream = UnixStream::from(stream);
+        stream.set_nonblocking(true)?;
+        tokio::net::UnixStream::from_std(stream)
+    }
+
+    async fn order(&self, what: What) -> io::Result<Option<OwnedFd>> {
         let (answer, answered) = oneshot::channel();
         let gone = || io::Error::from(io::ErrorKind::BrokenPipe);
         self.orders.send(Order { what, answer }).map_err(|_| gone())?;
-        let stream = answered.await.map_err(|_| gone())??;
-        stream.set_nonblocking(true)?;
-        tokio::net::UnixStream::from_std(stream)
+        answered.await.map_err(|_| gone())?
     }
 }
 
@@ -191,6 +230,17 @@ impl Client {
             false => Ok(Self { uid, gid, groups }),
         }
     }
+}
+
+async fn read_datagram(stream: &mut tokio::net::UnixStream) -> io::Result<(Client, Arc<[u8]>)> {
+    let client = Client::read(stream).await?;
+    let length = stream.read_u32_le().await? as usize;
+    if length > MAX_DATAGRAM {
+        return Err(io::ErrorKind::InvalidData.into());
+    }
+    let mut datagram = vec![0; length];
+    stream.read_exact(&mut datagram).await?;
+    Ok((client, datagram.into()))
 }
 
 /// Puts the sockets where nobody else can put anything, and gives up what connecting does not take. The thread alone is there.
@@ -222,9 +272,15 @@ fn set_effective(effective: CapabilitySet) -> rustix::io::Result<()> {
 fn serve(orders: &mpsc::Receiver<Order>, pod: &OwnedFd, place: &OwnedFd) {
     for Order { what, answer } in orders {
         let result = match what {
-            What::Stream(token) => fchdir(pod).map_err(Into::into).and_then(|()| stdio::connect_here(token)),
+            What::Stream(token) => fchdir(pod)
+                .map_err(Into::into)
+                .and_then(|()| stdio::connect_here(token))
+                .map(|stream| Some(stream.into())),
             What::Connection(index, client) => {
-                fchdir(place).map_err(Into::into).and_then(|()| as_client(&client, || connect(index)))
+                fchdir(place).map_err(Into::into).and_then(|()| as_client(&client, || connect(index).map(Some)))
+            }
+            What::Datagram(index, client, datagram) => {
+                fchdir(place).map_err(Into::into).and_then(|()| as_client(&client, || send(index, &datagram)))
             }
         };
         // Who asked may be gone.
@@ -238,16 +294,18 @@ fn as_client<T>(client: &Client, action: impl FnOnce() -> io::Result<T>) -> io::
     let become_client = || -> rustix::io::Result<()> {
         let groups: Vec<_> = client.groups.iter().map(|group| Gid::from_raw(*group)).collect();
         set_thread_groups(&groups)?;
-        set_thread_res_gid(None, Some(Gid::from_raw(client.gid)), None)?;
-        set_thread_res_uid(None, Some(Uid::from_raw(client.uid)), None)?;
+        let (uid, gid) = (Uid::from_raw(client.uid), Gid::from_raw(client.gid));
+        // A connection is the effective user's, a datagram the real one's. The saved one is the way back.
+        set_thread_res_gid(Some(gid), Some(gid), None)?;
+        set_thread_res_uid(Some(uid), Some(uid), None)?;
         // They went with the user.
         set_effective(CAPABILITIES)
     };
     let result = become_client().map_err(io::Error::from).and_then(|()| action());
     let come_back = || -> rustix::io::Result<()> {
-        set_thread_res_uid(None, Some(Uid::ROOT), None)?;
+        set_thread_res_uid(Some(Uid::ROOT), Some(Uid::ROOT), None)?;
         set_effective(CAPABILITIES)?;
-        set_thread_res_gid(None, Some(Gid::ROOT), None)?;
+        set_thread_res_gid(Some(Gid::ROOT), Some(Gid::ROOT), None)?;
         set_thread_groups(&[])
     };
     if come_back().is_err() {
@@ -256,10 +314,22 @@ fn as_client<T>(client: &Client, action: impl FnOnce() -> io::Result<T>) -> io::
     result
 }
 
+/// Sends a datagram to a socket in the working directory; returns ours if that has no room.
+fn send(index: usize, datagram: &[u8]) -> io::Result<Option<OwnedFd>> {
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    let socket = rustix::net::socket_with(AddressFamily::UNIX, SocketType::DGRAM, flags, None)?;
+    rustix::net::connect(&socket, &SocketAddrUnix::new(index.to_string())?)?;
+    match rustix::net::send(&socket, datagram, SendFlags::NOSIGNAL) {
+        Ok(_) => Ok(None),
+        Err(Errno::AGAIN) => Ok(Some(socket)),
+        Err(errno) => Err(errno.into()),
+    }
+}
+
 /// Connects to a socket in the working directory.
-fn connect(index: usize) -> io::Result<UnixStream> {
+fn connect(index: usize) -> io::Result<OwnedFd> {
     let socket = rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None)?;
     set_socket_timeout(&socket, Timeout::Send, Some(DEADLINE))?;
     rustix::net::connect(&socket, &SocketAddrUnix::new(index.to_string())?)?;
-    Ok(socket.into())
+    Ok(socket)
 }

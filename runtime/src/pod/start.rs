@@ -26,10 +26,11 @@ use super::resources::{self, IMAGE, KERNEL, ResourceError, library_file};
 use super::session::{Outcome, Session, Step};
 use super::size::{Demand, Size, SizeError, memory_limit};
 use super::sockets::{Socket, Sockets};
-use super::view::{self, Entered, View, ViewError, namespaces};
+use super::view::{Entered, View, ViewError, namespaces};
 use crate::agent::{self, Agent, AgentError, Exit};
 use crate::bundle::{Bundle, BundleError};
 use crate::cgroup::{CgroupError, Manager, Placement};
+use crate::confine::confine;
 use crate::log::Log;
 use crate::machine::{CONTROL_SOCKET, Channel, MachineError};
 use crate::signals::{self, Signals};
@@ -329,7 +330,7 @@ impl Made {
                 if let Some(entered) = &mut self.entered {
                     entered.furnish();
                 }
-                view::drop_privileges().map_err(RunError::Privileges)?;
+                confine().map_err(RunError::Privileges)?;
                 (self.state.status, self.state.kept) = (Status::Created, begin.kept);
                 self.directory.write(&self.state)?;
                 if let Some(sockets) = &self.sockets {

@@ -5,7 +5,6 @@
 //! File systems that live in the guest (tmpfs and the like) are not there: in their places are empty ones that cannot be
 //! written, so that nothing is put where the container would never see it.
 
-use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
@@ -17,10 +16,7 @@ use rustix::mount::{
     fsconfig_set_string, fsmount, fsopen, mount_change, move_mount, unmount,
 };
 use rustix::process::{chdir, fchdir, pivot_root};
-use rustix::thread::{
-    CapabilitySet, CapabilitySets, LinkNameSpaceType, ThreadNameSpaceType, UnshareFlags, move_into_link_name_space,
-    unshare_unsafe,
-};
+use rustix::thread::{LinkNameSpaceType, ThreadNameSpaceType, UnshareFlags, move_into_link_name_space, unshare_unsafe};
 
 use crate::network::Namespace;
 use crate::spec::Config;
@@ -194,12 +190,4 @@ pub fn join(shadow: BorrowedFd<'_>) -> Result<(), ViewError> {
         | ThreadNameSpaceType::HOST_NAME_AND_NIS_DOMAIN_NAME
         | ThreadNameSpaceType::CONTROL_GROUP;
     step("setns", rustix::thread::move_into_thread_name_spaces(shadow, all))
-}
-
-/// Gives up what this thread could do as root, for good. What it has open stays open.
-pub fn drop_privileges() -> io::Result<()> {
-    rustix::thread::set_no_new_privs(true)?;
-    let none = CapabilitySet::empty();
-    rustix::thread::set_capabilities(None, CapabilitySets { effective: none, permitted: none, inheritable: none })?;
-    Ok(())
 }

@@ -21,6 +21,7 @@ use rustix::io::Errno;
 use rustix::rand::GetRandomFlags;
 use tokio::sync::{mpsc, oneshot};
 
+use crate::confine::drop_privileges;
 pub use connect::{SOCKET, connect_here, connect_in_loop, connect_packets, dial};
 use console::Console;
 pub use proxy::Proxy;
@@ -355,9 +356,14 @@ fn thread(name: &'static str, run: impl FnOnce() + Send + 'static) -> io::Result
     spawn(name, run).map(drop)
 }
 
-/// A thread that moves bytes.
+/// A thread that moves bytes, and can do nothing else as root.
 fn spawn(name: &'static str, run: impl FnOnce() + Send + 'static) -> io::Result<JoinHandle<()>> {
-    std::thread::Builder::new().name(name.into()).stack_size(pump::STACK).spawn(run)
+    let confined = || {
+        if drop_privileges().is_ok() {
+            run();
+        }
+    };
+    std::thread::Builder::new().name(name.into()).stack_size(pump::STACK).spawn(confined)
 }
 
 /// Standard input, output and error.

@@ -25,6 +25,7 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Instant;
 
+use rustix::process::{getpid, set_child_subreaper};
 use serde_json::json;
 
 use crate::runtime::Runtime;
@@ -131,6 +132,8 @@ fn run() -> Outcome<bool> {
         }
     }
     ensure!(rustix::process::geteuid().is_root(), "the measurements need root");
+    // What stands for a container in the background is ours when its parent has gone.
+    set_child_subreaper(Some(getpid()))?;
     let rounds = match std::env::var("PODHULL_BENCH_ROUNDS") {
         Ok(text) => {
             text.parse().ok().filter(|rounds| *rounds > 0).ok_or("PODHULL_BENCH_ROUNDS is not a positive number")?

@@ -48,19 +48,7 @@ impl Loop {
 
     /// A bundle with this disk at a path, and rules that allow as much.
     fn give(&self, bundle: Bundle, path: &str, access: &str) -> Bundle {
-        let (major, minor) = (self.major, self.minor);
-        bundle
-            .set(
-                "/linux/devices",
-                json!([{ "path": path, "type": "b", "major": major, "minor": minor, "fileMode": 0o640, "uid": 0, "gid": 6 }]),
-            )
-            .set(
-                "/linux/resources/devices",
-                json!([
-                    { "allow": false, "access": "rwm" },
-                    { "allow": true, "type": "b", "major": major, "minor": minor, "access": access },
-                ]),
-            )
+        give((self.major, self.minor), bundle, path, access)
     }
 
     /// What is at a place of it on the host.
@@ -69,6 +57,22 @@ impl Loop {
         File::open(&self.file)?.read_exact_at(&mut bytes, offset)?;
         Ok(String::from_utf8(bytes)?)
     }
+}
+
+/// The same with any numbers.
+fn give((major, minor): (u32, u32), bundle: Bundle, path: &str, access: &str) -> Bundle {
+    bundle
+        .set(
+            "/linux/devices",
+            json!([{ "path": path, "type": "b", "major": major, "minor": minor, "fileMode": 0o640, "uid": 0, "gid": 6 }]),
+        )
+        .set(
+            "/linux/resources/devices",
+            json!([
+                { "allow": false, "access": "rwm" },
+                { "allow": true, "type": "b", "major": major, "minor": minor, "access": access },
+            ]),
+        )
 }
 
 impl Drop for Loop {
@@ -107,8 +111,8 @@ fn read_and_written_as_their_rules_say(scene: &Scene) -> Outcome {
     ensure_eq!(scene.run(&bundle)?.output()?, "block special file\n", "a disk of a container with users of its own");
     before.check()?;
     if scene.runtime.is_virtual() {
-        let none = Loop { file: PathBuf::new(), path: PathBuf::new(), major: 4095, minor: 77 };
-        let refused = scene.run(&none.give(scene.debian()?, "/dev/xvdz", "r").args(&["true"]))?.expect_status(1)?;
+        let bundle = give((4095, 77), scene.debian()?, "/dev/xvdz", "r").args(&["true"]);
+        let refused = scene.run(&bundle)?.expect_status(1)?;
         let expected = "linux.devices[0]: \"/dev/xvdz\": cannot open block device 4095:77 of this host: ";
         ensure!(refused.stderr.contains(expected), "stderr: {}", refused.stderr);
     }

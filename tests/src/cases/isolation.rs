@@ -2,13 +2,16 @@
 
 use std::collections::HashMap;
 use std::fs;
+use std::process::{Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use rustix::process::{Pid, WaitOptions, waitpid};
 use serde_json::json;
 
 use super::crashes::machine;
 use super::podhull;
+use crate::container::Container;
 use crate::leaks::Leaks;
 use crate::processes;
 use crate::suite::{Case, Scene};
@@ -18,6 +21,7 @@ pub const CASES: &[Case] = &[
     podhull("isolation::the_kernel_is_the_guest_s", the_kernel_is_the_guest_s),
     podhull("isolation::the_host_sees_only_podhull", the_host_sees_only_podhull),
     podhull("isolation::the_machine_is_confined", the_machine_is_confined),
+    podhull("isolation::what_stands_for_a_container_is_confined", what_stands_for_a_container_is_confined),
 ];
 
 fn the_kernel_is_the_guest_s(scene: &Scene) -> Outcome {
@@ -59,6 +63,35 @@ fn the_host_sees_only_podhull(scene: &Scene) -> Outcome {
     run.send(b"end\n")?;
     run.wait()?.expect_status(0)?;
     Ok(())
+}
+
+/// The shadow of a container, and that of a program executed in it.
+fn what_stands_for_a_container_is_confined(scene: &Scene) -> Outcome {
+    let container = Container::make(scene, &scene.debian()?.sh("echo ready; sleep 1000"), &["run", "-d"])?;
+    container.expect_output("ready")?;
+    let file = scene.directory.join("executed");
+    // It keeps the outputs open.
+    let mut exec = Command::new(scene.runtime.program());
+    exec.args(["exec", "-d", "--pid-file"]).arg(&file).args([&container.id, "sleep", "1000"]);
+    let ended = exec.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).status()?;
+    ensure!(ended.success(), "exec: {ended}");
+    let executed = fs::read_to_string(file)?;
+    let none = format!("{:016x}", 0);
+    for process in [&container.pid.as_raw_nonzero().to_string(), executed.trim()] {
+        let process = format!("/proc/{process}");
+        for (id, name) in &threads(&process)? {
+            let status = status(&format!("{process}/task/{id}/status"))?;
+            for (field, value) in [("Seccomp", "2"), ("NoNewPrivs", "1"), ("CapEff", &none), ("CapPrm", &none)] {
+                ensure_eq!(status.get(field).map(String::as_str), Some(value), "{field} of thread {name} of {process}");
+            }
+        }
+    }
+    container.call(&["kill", &container.id, "KILL"])?.output()?;
+    // The container's own is the first process of a namespace, which ends when all others in it have been reaped.
+    let executed = executed.trim().parse().ok().and_then(Pid::from_raw);
+    waitpid(executed, WaitOptions::empty())?;
+    ensure_eq!(container.wait()?, 137, "exit status");
+    container.delete()
 }
 
 /// Capabilities of the threads that serve files: CHOWN, DAC_OVERRIDE, FOWNER, FSETID, SETGID, SETUID, MKNOD, SETFCAP.

@@ -14,6 +14,7 @@ use crate::{Outcome, ensure, ensure_eq};
 pub const CASES: &[Case] = &[
     oci("sockets::a_server_of_the_host_is_reached", a_server_of_the_host_is_reached),
     oci("sockets::the_server_sees_who_connects", the_server_sees_who_connects),
+    oci("sockets::datagrams_come_from_who_sent_them", datagrams_come_from_who_sent_them),
     oci("sockets::one_whose_server_is_gone", one_whose_server_is_gone),
 ];
 
@@ -95,6 +96,57 @@ fn a_server_of_the_host_is_reached(scene: &Scene) -> Outcome {
     }
     container.end()?;
     stop(server)?;
+    before.check()
+}
+
+/// Says when it is ready, reads a line, then that many datagrams; says of each who sent it, and what.
+const LOG: &str = "
+import os, socket, struct, sys
+server = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+server.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
+server.bind(sys.argv[1])
+os.chmod(sys.argv[1], 0o666)
+print('ready', flush=True)
+for _ in range(int(input())):
+    data, ancillary, _, _ = server.recvmsg(300000, 100)
+    _, uid, gid = struct.unpack('3i', ancillary[0][2][:12])
+    print(uid, gid, len(data), data[:20].decode())
+";
+
+/// As those to the log of the host. More of them than a socket holds wait until they are read.
+fn datagrams_come_from_who_sent_them(scene: &Scene) -> Outcome {
+    let before = Leaks::watch();
+    let path = place(scene)?;
+    let words = ["python3", "-c", LOG, &path.to_string_lossy()].map(Into::into);
+    let mut server = Running::start(&words, &[])?;
+    server.expect_line("ready")?;
+    let script = "
+import os, socket
+log = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+log.connect('/run/host.sock')
+for number in range(200):
+    log.send(b'message %d' % number)
+log.send(b'')
+log.send(b'x' * 100000)
+os.setgid(1001)
+os.setuid(1000)
+socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM).sendto(b'of another', '/run/host.sock')
+print('sent')";
+    let bundle = scene
+        .debian()?
+        .bind(&path, "/run/host.sock", &["rbind"])
+        .capabilities(&["CAP_SETUID", "CAP_SETGID"])
+        .python(script);
+    let mut run = scene.start(&bundle)?;
+    // A sender may be held up: what nobody reads fills the way.
+    server.send(b"203\n")?;
+    run.expect_line("sent")?;
+    run.wait()?.expect_status(0)?;
+    let mut expected = String::from("ready\n");
+    expected.extend((0..200).map(|n| format!("0 0 {} message {n}\n", format!("message {n}").len())));
+    expected += &format!("0 0 0 \n0 0 100000 {}\n1000 1001 10 of another\n", "x".repeat(20));
+    ensure_eq!(server.wait()?.output()?, expected, "what came");
+    std::fs::remove_file(path)?;
     before.check()
 }
 

@@ -4,18 +4,21 @@ use std::ffi::OsStr;
 use std::fs::{self, File};
 use std::io::Read;
 use std::os::fd::OwnedFd;
-use std::os::unix::process::{CommandExt, ExitStatusExt};
+use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::process::{Pid, PidfdFlags, pidfd_open};
+use rustix::process::{Pid, PidfdFlags, WaitOptions, WaitStatus, pidfd_open, wait as wait_for_any};
 use rustix::pty::{OpenptFlags, ioctl_tiocgptpeer, openpt, unlockpt};
 
+use crate::Outcome;
 use crate::leaks::kill_leftovers;
-use crate::{Outcome, ensure};
+
+/// How often orphans are reaped.
+const TICK: Duration = Duration::from_millis(20);
 
 /// What a program of a suite came to.
 #[derive(Debug)]
@@ -39,24 +42,42 @@ pub fn run(
 ) -> Outcome<Printed> {
     let program = words.first().ok_or("no program to start")?;
     let (stdout, stderr) = (directory.join("stdout"), directory.join("stderr"));
-    // With a session and a terminal of its own, as a person's shell gives it: some tests are about terminals.
-    let mut command = Command::new("setsid");
-    command.args(["--ctty", "--wait"]).args(words).envs(environment.iter().copied()).current_dir(working);
+    // With mounts of its own: without a mount namespace, a container's root becomes that of everything here. And with a session and
+    // a terminal of its own, as a person's shell gives it: some tests are about terminals.
+    let mut command = Command::new("unshare");
+    command.args(["--mount", "--propagation", "slave", "setsid", "--ctty", "--wait"]).args(words);
+    command.envs(environment.iter().copied()).current_dir(working);
     command.stdin(terminal()?).stdout(File::create(&stdout)?).stderr(File::create(&stderr)?);
     command.process_group(0);
-    let mut child = command.spawn().map_err(|error| format!("cannot start {}: {error}", program.display()))?;
-    let pidfd = pidfd_open(Pid::from_child(&child), PidfdFlags::empty())?;
-    let ready = poll(&mut [PollFd::new(&pidfd, PollFlags::IN)], Some(&Timespec::try_from(deadline)?));
-    let ended = ready? != 0;
-    if !ended {
+    let child = command.spawn().map_err(|error| format!("cannot start {}: {error}", program.display()))?;
+    let status = wait(Pid::from_child(&child), deadline)?;
+    if status.is_none() {
         kill_leftovers();
     }
-    let status = child.wait()?;
     let text = |path| fs::read(path).map(|bytes| String::from_utf8_lossy(&bytes).into_owned());
     let (stdout, stderr) = (text(&stdout)?, text(&stderr)?);
-    ensure!(ended, "{} did not end within {} s: {stdout}{stderr}", program.display(), deadline.as_secs());
-    let status = status.code().or(status.signal().map(|signal| 128 + signal)).unwrap_or(-1);
+    let late = || format!("{} did not end within {} s: {stdout}{stderr}", program.display(), deadline.as_secs());
+    let status = status.ok_or_else(late)?;
+    let status = status.exit_status().or(status.terminating_signal().map(|signal| 128 + signal)).unwrap_or(-1);
     Ok(Printed { status, stdout, stderr })
+}
+
+/// The status of our only child, if it ends in time. Orphans below it come to us, and are reaped at once: a container's first
+/// process does not end before each other one is gone.
+fn wait(child: Pid, deadline: Duration) -> Outcome<Option<WaitStatus>> {
+    let until = Instant::now() + deadline;
+    let pidfd = pidfd_open(child, PidfdFlags::empty())?;
+    let tick = Timespec::try_from(TICK)?;
+    loop {
+        match wait_for_any(WaitOptions::NOHANG)? {
+            Some((pid, status)) if pid == child => return Ok(Some(status)),
+            Some(_) => {}
+            None if Instant::now() > until => return Ok(None),
+            None => {
+                poll(&mut [PollFd::new(&pidfd, PollFlags::IN)], Some(&tick))?;
+            }
+        }
+    }
 }
 
 /// A terminal in front of which somebody looks on, and types nothing.

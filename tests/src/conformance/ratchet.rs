@@ -1,7 +1,8 @@
 //! What is expected of each case, as data: whatever ends otherwise than it stands there, for worse or for better, is a failure.
 //!
 //! A line of the data is FILE, CASE, how it ends with podhull, how with runc, and the reason, with tabs between them. Only a
-//! case that passes with both needs no reason.
+//! case that passes with both needs no reason. A case that ends now so, now so, with a runtime `varies` there, which takes a reason
+//! like any other word: it must name what the outcome hangs on.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
@@ -9,20 +10,50 @@ use std::fmt::Write as _;
 use super::tap::Verdict;
 use crate::{Outcome, ensure};
 
-/// How a case ends with each runtime, in the order of [`RUNTIMES`].
-pub type Verdicts = [Verdict; 2];
-
 /// Names of the runtimes' programs.
 pub const RUNTIMES: [&str; 2] = ["podhull", "runc"];
 
 /// Stands for a reason that nobody has written yet.
 const UNKNOWN: &str = "?";
 
+/// Stands for a verdict that is not the same every time.
+const VARIES: &str = "varies";
+
+/// How a case is expected to end with a runtime.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Expected {
+    /// So every time.
+    Always(Verdict),
+    /// Now so, now so: it depends on what neither the case nor the runtime decides.
+    Varies,
+}
+
+impl Expected {
+    /// The word that stands for it in the data.
+    pub fn word(self) -> &'static str {
+        match self {
+            Self::Always(verdict) => verdict.word(),
+            Self::Varies => VARIES,
+        }
+    }
+
+    fn parse(word: &str) -> Result<Self, String> {
+        if word == VARIES { Ok(Self::Varies) } else { word.parse().map(Self::Always) }
+    }
+
+    fn allows(self, verdict: Verdict) -> bool {
+        self == Self::Varies || self == Self::Always(verdict)
+    }
+}
+
+/// How a case is expected to end with each runtime, in the order of [`RUNTIMES`].
+pub type Expects = [Expected; 2];
+
 /// One line of the data.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Expectation {
     /// How the case ends.
-    pub verdicts: Verdicts,
+    pub expects: Expects,
     /// Why it does not pass; empty if it does.
     pub reason: String,
 }
@@ -42,13 +73,13 @@ impl Expectations {
             let [file, case, podhull, runc, reason] = line.split('\t').collect::<Vec<_>>()[..] else {
                 return Err(format!("line {number}: not five fields with tabs between them").into());
             };
-            let verdicts = [podhull.parse()?, runc.parse()?];
-            let passes = verdicts == [Verdict::Pass; 2];
+            let expects = [Expected::parse(podhull)?, Expected::parse(runc)?];
+            let passes = expects == [Expected::Always(Verdict::Pass); 2];
             ensure!(
                 passes == reason.is_empty() && reason != UNKNOWN,
                 "line {number}: a reason belongs to each case that does not pass with both, and to no other"
             );
-            let expectation = Expectation { verdicts, reason: reason.to_owned() };
+            let expectation = Expectation { expects, reason: reason.to_owned() };
             let earlier = expectations.insert((file.to_owned(), case.to_owned()), expectation);
             ensure!(earlier.is_none(), "line {number}: {file}, {case} stands there twice");
         }
@@ -69,11 +100,6 @@ impl Expectations {
     pub fn files(&self) -> BTreeSet<&str> {
         self.0.keys().map(|(file, _)| file.as_str()).collect()
     }
-
-    /// How many cases end in which way.
-    pub fn count(&self, verdicts: Verdicts) -> usize {
-        self.0.values().filter(|expectation| expectation.verdicts == verdicts).count()
-    }
 }
 
 /// How the cases of a file ended: with one of the runtimes or with each.
@@ -87,15 +113,18 @@ pub fn compare(expectations: &Expectations, file: &str, measured: &Measured, com
         for (index, verdict) in verdicts.iter().enumerate() {
             let Some(verdict) = verdict else { continue };
             let found = format!("{file}: {case}: {} with {}", verdict.word(), RUNTIMES[index]);
-            match expectations.get(file, case).map(|expectation| expectation.verdicts[index]) {
-                Some(expected) if expected == *verdict => {}
+            match expectations.get(file, case).map(|expectation| expectation.expects[index]) {
+                Some(expected) if expected.allows(*verdict) => {}
                 Some(expected) => differences.push((case.clone(), format!("{found}, expected {}", expected.word()))),
                 None => differences.push((case.clone(), format!("{found}, and the data knows no such case"))),
             }
         }
     }
     if complete {
-        let missing = expectations.cases(file).filter(|case| !measured.contains_key(*case));
+        // What fails in a validation program is a case only when it fails: one that varies may not be there.
+        let varies =
+            |case: &str| expectations.get(file, case).is_some_and(|known| known.expects.contains(&Expected::Varies));
+        let missing = expectations.cases(file).filter(|case| !measured.contains_key(*case) && !varies(case));
         differences.extend(
             missing.map(|case| (case.to_owned(), format!("{file}: {case}: is in the data, and was not there"))),
         );
@@ -109,19 +138,24 @@ pub fn render(expectations: &Expectations, file: &str, measured: &Measured) -> S
     let mut text = String::new();
     for (case, verdicts) in measured {
         let known = expectations.get(file, case);
-        let expected = known.map(|expectation| expectation.verdicts);
-        let verdicts: Vec<Verdict> = verdicts
+        let expected = known.map(|expectation| expectation.expects);
+        let expects: Vec<Expected> = verdicts
             .iter()
             .enumerate()
-            .map(|(index, verdict)| verdict.or(expected.map(|expected| expected[index])).unwrap_or(Verdict::Skip))
+            .map(|(index, verdict)| match (expected.map(|expected| expected[index]), *verdict) {
+                (Some(Expected::Varies), _) => Expected::Varies,
+                (_, Some(verdict)) => Expected::Always(verdict),
+                (Some(expected), None) => expected,
+                (None, None) => Expected::Always(Verdict::Skip),
+            })
             .collect();
-        let passes = verdicts.iter().all(|verdict| *verdict == Verdict::Pass);
+        let passes = expects.iter().all(|expected| *expected == Expected::Always(Verdict::Pass));
         let reason = match known.map(|expectation| expectation.reason.as_str()) {
             _ if passes => "",
             Some("") | None => UNKNOWN,
             Some(reason) => reason,
         };
-        let words: Vec<&str> = verdicts.into_iter().map(Verdict::word).collect();
+        let words: Vec<&str> = expects.into_iter().map(Expected::word).collect();
         let _ = writeln!(text, "{file}\t{case}\t{}\t{reason}", words.join("\t"));
     }
     text
@@ -184,6 +218,23 @@ mod tests {
         let text = render(&Expectations::parse(DATA)?, "a.bats", &results);
         assert_eq!(text, "a.bats\tone\tfail\tpass\t?\n");
         assert!(Expectations::parse(&text).is_err());
+        Ok(())
+    }
+
+    #[test]
+    fn a_case_that_varies_may_end_in_any_way_or_not_be_there_and_has_a_reason() -> Outcome {
+        use Verdict::{Fail, Pass};
+        const DATA: &str = "a.bats\tone\tvaries\tpass\ta race\n";
+        let data = Expectations::parse(DATA)?;
+        for verdict in [Fail, Pass] {
+            let results = measured(&[("one", Some(verdict), Some(Pass))]);
+            assert!(lines(&data, &results, true).is_empty());
+            assert_eq!(render(&data, "a.bats", &results), DATA);
+        }
+        assert!(lines(&data, &Measured::new(), true).is_empty());
+        let results = measured(&[("one", Some(Pass), Some(Fail))]);
+        assert_eq!(lines(&data, &results, true), ["a.bats: one: fail with runc, expected pass"]);
+        assert!(Expectations::parse("a.bats\tone\tvaries\tpass\t\n").is_err());
         Ok(())
     }
 
