@@ -74,7 +74,8 @@ pub enum Point {
     Deleted,
 }
 
-/// Runs the hooks of a point, in the order of the specification, up to the first that fails. `shadow` is a descriptor of
+/// Runs the hooks of a point, in the order of the specification, up to the first that fails; those of [`Point::Deleted`] all, since
+/// there is nothing that a failure could end, and the first failure is what is returned. `shadow` is a descriptor of
 /// the process that stands for the container (a pidfd), while there is one: `createContainer` hooks run in its namespaces.
 ///
 /// Of these namespaces the mount namespace is not one. runc runs them where the files of the host are still to be seen
@@ -94,13 +95,19 @@ pub fn run(hooks: &Hooks, point: Point, state: &State, shadow: Option<BorrowedFd
         Point::Deleted => (Status::Stopped, [("poststop", hooks.poststop())].to_vec()),
     };
     let told = told(state, status);
+    let mut failed = Ok(());
     for (kind, list) in lists {
         for (number, hook) in list.iter().flatten().enumerate() {
             let within = shadow.filter(|_| kind == "createContainer");
-            run_one(hook, &told, &state.bundle, within).map_err(|end| end.of(kind, number, hook))?;
+            let result = run_one(hook, &told, &state.bundle, within).map_err(|end| end.of(kind, number, hook));
+            if point != Point::Deleted {
+                result?;
+            } else if failed.is_ok() {
+                failed = result;
+            }
         }
     }
-    Ok(())
+    failed
 }
 
 /// Of an old specification, and what Docker uses.
@@ -315,6 +322,16 @@ mod tests {
         let told: serde_json::Value = serde_json::from_slice(&told(&state(), Status::Stopped)).unwrap();
         assert_eq!(told["status"], "stopped");
         assert!(told.get("pid").is_none());
+    }
+
+    #[test]
+    fn a_poststop_hook_that_fails_keeps_none_from_running() {
+        let mark = std::env::temp_dir().join(format!("podhull-poststop-{}", std::process::id()));
+        let mut hooks = Hooks::default();
+        hooks.set_poststop(Some(vec![hook("exit 4", None), hook(&format!("touch {}", mark.display()), None)]));
+        let error = run(&hooks, Point::Deleted, &state(), None).unwrap_err().to_string();
+        assert!(error.starts_with("error running poststop hook #0: exit status: 4"), "{error}");
+        std::fs::remove_file(&mark).unwrap();
     }
 
     #[test]

@@ -143,9 +143,10 @@ fn validated(file: &str, printed: &Printed) -> Cases {
         cases.insert(format!("{file}: {}", result.name), (Verdict::Fail, result.said.clone()));
     }
     let skipped = !tap.results.is_empty() && tap.results.iter().all(|result| result.verdict == Verdict::Skip);
-    // Some programs have no results, and speak only of what went wrong.
-    let silent = tap.results.is_empty() && !tap.preamble.is_empty();
-    let verdict = if printed.status != 0 || !cases.is_empty() || silent || tap.planned.is_none() {
+    // Some programs have no results, and speak only of what went wrong; some of these do not even say that there are none.
+    let wrong = tap.results.is_empty() && !tap.preamble.is_empty();
+    let early = tap.planned.is_none() && !printed.stdout.is_empty();
+    let verdict = if printed.status != 0 || !cases.is_empty() || wrong || early {
         Verdict::Fail
     } else if skipped {
         Verdict::Skip
@@ -173,7 +174,9 @@ mod tests {
     #[test]
     fn a_program_passes_if_nothing_in_it_fails() {
         assert_eq!(verdicts(0, "ok 1 - a\nok 2 # SKIP b\n1..2\n"), [("kill".to_owned(), Verdict::Pass)]);
-        assert_eq!(verdicts(0, "1..0\n"), [("kill".to_owned(), Verdict::Pass)]);
+        for stdout in ["1..0\n", ""] {
+            assert_eq!(verdicts(0, stdout), [("kill".to_owned(), Verdict::Pass)], "{stdout:?}");
+        }
         assert_eq!(verdicts(0, "1..1\nok 1 # SKIP b\n"), [("kill".to_owned(), Verdict::Skip)]);
     }
 
@@ -187,7 +190,7 @@ mod tests {
 
     #[test]
     fn a_program_that_ends_early_fails() {
-        for (status, stdout) in [(1, "1..0\n"), (0, ""), (0, "ok 1 - a\n"), (0, "  ---\n  {}\n  ...\n1..0\n")] {
+        for (status, stdout) in [(1, "1..0\n"), (1, ""), (0, "ok 1 - a\n"), (0, "  ---\n  {}\n  ...\n1..0\n")] {
             assert_eq!(verdicts(status, stdout), [("kill".to_owned(), Verdict::Fail)], "{stdout:?}");
         }
     }
