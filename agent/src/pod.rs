@@ -304,8 +304,7 @@ impl Pod {
             stdin: claim(if stdio.terminal { 0 } else { stdio.stdin })?,
             stdout: claim(stdio.stdout)?,
             stderr: claim(if stdio.terminal { 0 } else { stdio.stderr })?,
-            rows,
-            columns,
+            window: container::Window { rows, columns, plain_newlines: stdio.plain_newlines },
         })
     }
 

@@ -113,7 +113,7 @@ impl Container {
         let mut pumps = Pumps::new();
         let uid = spec.linux.guest_uid(process.user.uid);
         let gid = spec.linux.guest_gid(process.user.gid);
-        let (rows, columns) = request.streams.window(process);
+        let window = request.streams.window(process);
         let (ends, terminal) = request.streams.ends(process, &mut pumps, uid, gid)?;
         let config = init::Config {
             id: self.id.clone(),
@@ -121,8 +121,7 @@ impl Container {
             spec: serde_json::from_slice(&self.spec).map_err(ContainerError::Spec)?,
             process: Some(serde_json::from_slice(request.process).map_err(ContainerError::ProcessJson)?),
             shared_flags: 0,
-            rows,
-            columns,
+            window,
         };
         // No waiting between this look and the launch, so that a container being deleted takes the process with it.
         if !self.init.is_alive() || self.is_deleted() {

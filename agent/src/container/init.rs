@@ -28,7 +28,7 @@ use super::rootfs::{Rootfs, RootfsError};
 use super::scheduling::SchedulingError;
 use super::seccomp::{Filter, SeccompError};
 use super::sysctl::SysctlError;
-use super::terminal::{Terminal, TerminalError};
+use super::terminal::{Terminal, TerminalError, Window};
 use super::{devices, hooks, join, keyring, mounts, namespaces, paths, process, sysctl};
 use crate::spec::{Process, Spec};
 
@@ -53,8 +53,7 @@ pub struct Config<'a> {
     pub process: Option<&'a RawValue>,
     /// Namespaces of the specification that are another container's, as flags of `clone`.
     pub shared_flags: u64,
-    pub rows: u16,
-    pub columns: u16,
+    pub window: Window,
 }
 
 /// The step that failed.
@@ -289,7 +288,7 @@ fn enter_root(config: &Config, spec: &Spec, namespaces: Namespaces) -> Result<Op
     }
     let mut terminal = None;
     if spec.process.terminal {
-        let opened = Terminal::open(&root, config.rows, config.columns, spec.process.user.uid)?;
+        let opened = Terminal::open(&root, &config.window, spec.process.user.uid)?;
         if own_dev {
             opened.mount_console(&root)?;
         }

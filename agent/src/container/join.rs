@@ -40,7 +40,7 @@ pub fn run(
         Rootfs::open_shared(&config.rootfs)?.change_root()?;
     }
     let terminal = match process.terminal {
-        true => Some(Terminal::open(&Rootfs::current()?, config.rows, config.columns, process.user.uid)?),
+        true => Some(Terminal::open(&Rootfs::current()?, &config.window, process.user.uid)?),
         false => None,
     };
     let gate = Gate {

@@ -53,6 +53,7 @@ use limits::{LimitError, Limits};
 use namespaces::{NamespaceError, Namespaces};
 use process::ProcessError;
 use report::ErrorKind;
+pub use terminal::Window;
 use watched::{READY_DEADLINE, Ready, Watched};
 
 /// First argument of the agent as a container's init.
@@ -177,16 +178,19 @@ pub struct Streams {
     pub stdin: Option<Claim>,
     pub stdout: Option<Claim>,
     pub stderr: Option<Claim>,
-    pub rows: u16,
-    pub columns: u16,
+    pub window: Window,
 }
 
 impl Streams {
-    /// The window size: that of the call, else that of the specification.
-    fn window(&self, process: &Process) -> (u16, u16) {
+    /// The terminal's beginning: its size is that of the call, else that of the specification.
+    fn window(&self, process: &Process) -> Window {
         let size = process.console_size.as_ref();
         let or = |given, said| if given != 0 { given } else { said };
-        (or(self.rows, size.map_or(0, |size| size.height)), or(self.columns, size.map_or(0, |size| size.width)))
+        Window {
+            rows: or(self.window.rows, size.map_or(0, |size| size.height)),
+            columns: or(self.window.columns, size.map_or(0, |size| size.width)),
+            plain_newlines: self.window.plain_newlines,
+        }
     }
 
     /// The process's ends, and the stream that waits for its terminal.
@@ -334,7 +338,7 @@ impl Container {
     ) -> Result<Ready, ContainerError> {
         let mut pumps = Pumps::new();
         let (uid, gid) = (spec.linux.guest_uid(spec.process.user.uid), spec.linux.guest_gid(spec.process.user.gid));
-        let (rows, columns) = request.streams.window(&spec.process);
+        let window = request.streams.window(&spec.process);
         let (ends, terminal) = request.streams.ends(&spec.process, &mut pumps, uid, gid)?;
         let config = init::Config {
             id: request.id,
@@ -342,8 +346,7 @@ impl Container {
             spec: serde_json::from_slice(request.spec).map_err(ContainerError::Spec)?,
             process: None,
             shared_flags: namespaces.shared_flags,
-            rows,
-            columns,
+            window,
         };
         let delegated = namespaces.user && namespaces.cgroup && mounts_cgroup_writable(spec);
         if delegated {

@@ -6,6 +6,8 @@ use std::path::Path;
 use rustix::fs::{Mode, OFlags, Uid, makedev};
 use rustix::io::Errno;
 use rustix::mount::{OpenTreeFlags, open_tree};
+use rustix::termios::{OptionalActions, OutputModes, tcgetattr, tcsetattr};
+use serde::{Deserialize, Serialize};
 
 use super::rootfs::{self, Rootfs, RootfsError, last_errno};
 
@@ -28,6 +30,8 @@ pub enum TerminalError {
     Owner(Errno),
     #[error("process.terminal: mount it on /dev/console: {0}")]
     Console(Errno),
+    #[error("process.terminal: set its mode: {0}")]
+    Mode(Errno),
     #[error("process.terminal: make /dev/console: {0}")]
     MakeConsole(RootfsError),
     #[error("process.terminal: make it the controlling terminal: {0}")]
@@ -40,6 +44,16 @@ const DEVPTS: rustix::fs::FsWord = 0x1cd1;
 /// The device that a new terminal is opened from.
 const PTMX: (u32, u32) = (5, 2);
 
+/// How a terminal begins.
+#[derive(Debug, Clone, Copy, Serialize, Deserialize)]
+pub struct Window {
+    /// Zero by zero is a size that nobody knows.
+    pub rows: u16,
+    pub columns: u16,
+    /// No carriage return is put before a newline.
+    pub plain_newlines: bool,
+}
+
 /// Both sides of a terminal.
 pub struct Terminal {
     pub master: OwnedFd,
@@ -49,7 +63,7 @@ pub struct Terminal {
 impl Terminal {
     /// Allocates one. The other side is opened from this one (`TIOCGPTPEER`), not by a name that the container could have
     /// pointed elsewhere.
-    pub fn open(root: &Rootfs, rows: u16, columns: u16, uid: u32) -> Result<Self, TerminalError> {
+    pub fn open(root: &Rootfs, window: &Window, uid: u32) -> Result<Self, TerminalError> {
         // A container that runs may have put anything there: it is not waited for, and used only if it is what it should be.
         let flags = OFlags::RDWR | OFlags::NOCTTY | OFlags::NONBLOCK;
         let master = root.open(Path::new("/dev/pts/ptmx"), flags | OFlags::NOFOLLOW).map_err(TerminalError::Open)?;
@@ -68,7 +82,12 @@ impl Terminal {
         }
         // SAFETY: the kernel just made this descriptor for us.
         let slave = unsafe { OwnedFd::from_raw_fd(slave) };
-        set_size(&master, rows, columns).map_err(TerminalError::Size)?;
+        set_size(&master, window.rows, window.columns).map_err(TerminalError::Size)?;
+        if window.plain_newlines {
+            let mut mode = tcgetattr(&slave).map_err(TerminalError::Mode)?;
+            mode.output_modes.remove(OutputModes::ONLCR);
+            tcsetattr(&slave, OptionalActions::Now, &mode).map_err(TerminalError::Mode)?;
+        }
         rustix::fs::fchown(&slave, Some(Uid::from_raw(uid)), None).map_err(TerminalError::Owner)?;
         Ok(Self { master, slave })
     }

@@ -2,7 +2,7 @@
 //! says where it is to go ([`podhull_protocol::forward`]), and goes on from here.
 
 use std::io;
-use std::net::SocketAddr;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::Duration;
@@ -48,7 +48,14 @@ async fn forward(network: &PodNetwork, stream: OwnedFd) -> io::Result<()> {
         let mut destination = [0; DESTINATION_BYTES];
         super::names::read(&stream, &mut destination).await?;
         let destination = from_bytes(destination).ok_or(io::ErrorKind::InvalidData)?;
-        connect(network, destination).await
+        match connect(network, destination).await {
+            // Who meant `localhost` would have tried the other one next, had it been refused: but here it was taken first.
+            Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => match other_localhost(destination) {
+                Some(other) => connect(network, other).await,
+                None => Err(error),
+            },
+            connected => connected,
+        }
     };
     let server = tokio::time::timeout(DEADLINE, connect).await??;
     write_all(&stream, &[CONNECTED]).await?;
@@ -79,6 +86,16 @@ async fn connect(network: &PodNetwork, destination: SocketAddr) -> io::Result<As
     drop(socket.writable().await?);
     sockopt::socket_error(&socket)??;
     Ok(socket)
+}
+
+/// The same port of the other version of IP, if it is one of `localhost`.
+fn other_localhost(destination: SocketAddr) -> Option<SocketAddr> {
+    let ip: IpAddr = match destination.ip() {
+        IpAddr::V4(Ipv4Addr::LOCALHOST) => Ipv6Addr::LOCALHOST.into(),
+        IpAddr::V6(Ipv6Addr::LOCALHOST) => Ipv4Addr::LOCALHOST.into(),
+        _ => return None,
+    };
+    Some(SocketAddr::new(ip, destination.port()))
 }
 
 /// Opens a socket in another network namespace, where it stays.

@@ -3,11 +3,12 @@
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpListener};
 
+use podhull_protocol::ConfigureNetworkRequest;
 use podhull_protocol::forward::{CONNECTED, to_bytes};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
 
-use crate::harness::{Agent, new_token};
+use crate::harness::{Agent, deadline, new_token};
 use crate::names::inside;
 
 /// What is heard when something is said to an address, or none if nobody listens there.
@@ -30,6 +31,8 @@ async fn streams_reach_who_listens_in_the_pod_and_nobody_else() {
     let agent = Agent::listen(true).await;
     let token = new_token();
     agent.create_pod(|request| request.forwards = token).await.unwrap();
+    // With which the loopback interface comes up.
+    agent.client.configure_network(deadline(), &ConfigureNetworkRequest::default()).await.unwrap();
     let address = inside(&agent, || {
         let server = TcpListener::bind("127.0.0.1:0").unwrap();
         let address = server.local_addr().unwrap();
@@ -45,6 +48,10 @@ async fn streams_reach_who_listens_in_the_pod_and_nobody_else() {
     });
     let address = address.await;
     assert_eq!(say(&agent, token, address, b"word ").await.as_deref(), Some(&b"word word "[..]));
+    // `localhost` of the other version of IP; not any address of this host.
+    let of = |host: &str| SocketAddr::new(host.parse().unwrap(), address.port());
+    assert_eq!(say(&agent, token, of("::1"), b"x").await.as_deref(), Some(&b"xx"[..]));
+    assert_eq!(say(&agent, token, of("127.0.0.2"), b"x").await, None);
     let long = vec![7; 300_000];
     assert_eq!(say(&agent, token, address, &long).await, Some(long.repeat(2)));
     for nobody in ["127.0.0.1:9", "[::1]:9", "[fe80::1]:9"] {

@@ -95,6 +95,8 @@ pub struct Stdio {
     tokens: [u64; 3],
     /// The same for the lease; 0: there is none.
     lease: u64,
+    /// The terminal of the caller is where the container's output comes to.
+    foreground: bool,
 }
 
 impl Stdio {
@@ -108,6 +110,7 @@ impl Stdio {
         given: Option<OwnedFd>,
         detached: bool,
     ) -> Result<Self, StdioError> {
+        let foreground = terminal && console_socket.is_none();
         let ends = match (terminal, console_socket, given) {
             (false, Some(_), _) => return Err(StdioError::ConsoleWithoutTerminal),
             (true, Some(socket), _) => Ends::Console(Console::open(socket, size)?),
@@ -125,7 +128,7 @@ impl Stdio {
             replace.into_iter().try_for_each(|replace| replace(console.peer())).map_err(StdioError::Duplicate)?;
         }
         pump::prepare().map_err(StdioError::Duplicate)?;
-        Ok(Self { ends, tokens: [token()?, token()?, token()?], lease: 0 })
+        Ok(Self { ends, tokens: [token()?, token()?, token()?], lease: 0, foreground })
     }
 
     /// With a lease: what uses these streams ends in the guest when this process does, in whatever way.
@@ -148,6 +151,7 @@ impl Stdio {
             Ends::Terminal(_) | Ends::Console(_) => {
                 stdio.terminal = true;
                 stdio.stdout = stdout;
+                stdio.plain_newlines = self.foreground;
                 if let Some((rows, columns)) = self.size() {
                     (stdio.rows, stdio.columns) = (u32::from(rows), u32::from(columns));
                 }

@@ -5,7 +5,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Mutex;
 
 use rustix::fs::{Mode, OFlags};
-use rustix::termios::{OptionalActions, Termios, isatty, tcgetattr, tcgetwinsize, tcsetattr};
+use rustix::termios::{OptionalActions, OutputModes, Termios, isatty, tcgetattr, tcgetwinsize, tcsetattr};
 
 use super::{StdioError, duplicate};
 use crate::signals::without_background_stop;
@@ -52,6 +52,9 @@ impl Terminal {
         }
         let mut raw = self.saved.clone();
         raw.make_raw();
+        // As runc leaves it: newlines are this terminal's to interpret, and where the output is something else they are as they
+        // were written.
+        raw.output_modes |= self.saved.output_modes & OutputModes::OPOST;
         tcsetattr(&self.fd, OptionalActions::Now, &raw).map_err(StdioError::Terminal)
     }
 

@@ -87,12 +87,20 @@ fn localhost_is_the_container_s(scene: &Scene) -> Outcome {
     let container = Container::make(scene, &server(scene, &listening)?, &["run", "-d"])?;
     container.expect_output("ready")?;
     let netns = Netns::of(container.pid.as_raw_nonzero().get());
-    let reached = ["127.0.0.1/8080", "::1/8081", "127.0.0.1/8082", "127.8.8.8/8082", "::1/8083"];
-    ensure_eq!(ask(&netns, 5, &reached)?, "whole whole whole whole whole\n", "answers of servers");
+    let reached = [
+        "127.0.0.1/8080",
+        "::1/8081",
+        "127.0.0.1/8082",
+        "127.8.8.8/8082",
+        "::1/8083",
+        "localhost/8080",
+        "localhost/8081",
+    ];
+    ensure_eq!(ask(&netns, 5, &reached)?, "whole whole whole whole whole whole whole\n", "answers of servers");
     ensure_eq!(ask(&netns, 3_000_000, &["127.0.0.1/8080"])?, "whole\n", "a long answer");
     // Where nobody listens, or another address is meant; and what is the namespace's own stays that.
-    let others = ["127.0.0.1/9", "::1/9", "127.0.0.1/8083", "::1/8080", "127.0.0.1/7000"];
-    ensure_eq!(ask(&netns, 5, &others)?, "refused refused refused refused own\n", "where nobody listens, and own");
+    let others = ["127.0.0.1/9", "::1/9", "127.3.3.3/8080", "127.0.0.1/7000"];
+    ensure_eq!(ask(&netns, 5, &others)?, "refused refused refused own\n", "where nobody listens, and own");
     container.end()
 }
 

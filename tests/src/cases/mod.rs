@@ -34,7 +34,6 @@ mod sockets;
 mod stdio;
 mod systemd;
 mod terminal;
-mod units;
 
 use crate::Outcome;
 use crate::suite::{Case, Scene, Subject};
@@ -75,7 +74,6 @@ pub const ALL: &[&[Case]] = &[
     buildah::CASES,
     docs::CASES,
     systemd::CASES,
-    units::CASES,
 ];
 
 /// A test that holds for any OCI runtime.

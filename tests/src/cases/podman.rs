@@ -1,6 +1,6 @@
 //! Podman calls the runtime as it calls any: by `--runtime`. Without a network.
 
-use super::{long, oci};
+use super::oci;
 use crate::bundle::{DEBIAN, make_busybox_root};
 use crate::leaks::Leaks;
 use crate::netns::Netns;
@@ -19,7 +19,7 @@ pub const CASES: &[Case] = &[
     oci("podman::exec_in_a_terminal_and_attach", exec_in_a_terminal_and_attach),
     oci("podman::volumes_and_secrets", volumes_and_secrets),
     oci("podman::pods_share_localhost_and_ipc", pods_share_localhost_and_ipc),
-    long(oci("podman::users_of_its_own", users_of_its_own)),
+    oci("podman::users_of_its_own", users_of_its_own),
 ];
 
 fn run_in_the_foreground(scene: &Scene) -> Outcome {

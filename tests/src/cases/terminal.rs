@@ -70,16 +70,18 @@ fn size_resize_interrupt_and_stop(scene: &Scene) -> Outcome {
 }
 
 fn the_outer_terminal_is_as_before_afterwards(scene: &Scene) -> Outcome {
-    let bundle = shell(scene)?.args(&["true"]);
+    let bundle = shell(scene)?.sh("tty; stty -a | grep -o .onlcr");
     bundle.write()?;
     let tmux = Tmux::start(&scene.directory, 100, 30)?;
     let run = shell_line(&scene.runtime.run_words(&bundle.directory, &scene.id()));
     tmux.type_line(&format!(
-        "clear; stty -g >{0}/before; {run}; stty -g >{0}/after; echo do''ne",
+        "clear; stty -g >{0}/before; {run} >{0}/output; stty -g >{0}/after; echo do''ne",
         scene.directory.display()
     ))?;
     tmux.expect("\ndone\n")?;
     let read = |name| std::fs::read_to_string(scene.directory.join(name));
+    // It is the outer terminal that puts a carriage return before each newline, and this output does not come to it.
+    ensure_eq!(read("output")?, "/dev/pts/0\n-onlcr\n", "output in a file");
     ensure_eq!(read("after")?, read("before")?, "settings of the terminal");
     Ok(())
 }
