@@ -146,6 +146,14 @@ impl<'a> Node<'a> {
         rustix::fs::chmodat(&parent, name, Mode::from_raw_mode(self.mode), AtFlags::empty()).map_err(failed)
     }
 
+    /// Where the guest has a disk, whose name on the host is another.
+    fn disk(&self) -> Result<PathBuf, Errno> {
+        let (major, minor) = (rustix::fs::major(self.number), rustix::fs::minor(self.number));
+        let shown = rustix::fs::readlinkat(CWD, format!("/sys/dev/block/{major}:{minor}"), Vec::new())?;
+        let name = shown.to_bytes().rsplit(|byte| *byte == b'/').next().unwrap_or_default();
+        Ok(Path::new("/dev").join(OsStr::from_bytes(name)))
+    }
+
     fn bind(&self, root: &Rootfs) -> Result<(), DeviceError> {
         let failed = |source| DeviceError::Bind { path: self.path.into(), source };
         let path = match self.kind {
@@ -159,16 +167,6 @@ impl<'a> Node<'a> {
             return Err(failed(Errno::NODEV));
         }
         rootfs::attach(&node, root.file(self.path)?).map_err(failed)
-    }
-}
-
-impl Node<'_> {
-    /// Where the guest has a disk, whose name on the host is another.
-    fn disk(&self) -> Result<PathBuf, Errno> {
-        let (major, minor) = (rustix::fs::major(self.number), rustix::fs::minor(self.number));
-        let shown = rustix::fs::readlinkat(CWD, format!("/sys/dev/block/{major}:{minor}"), Vec::new())?;
-        let name = shown.to_bytes().rsplit(|byte| *byte == b'/').next().unwrap_or_default();
-        Ok(Path::new("/dev").join(OsStr::from_bytes(name)))
     }
 }
 

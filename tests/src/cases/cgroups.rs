@@ -257,14 +257,17 @@ fn limits_are_written_as_runc_writes_them(scene: &Scene) -> Outcome {
             let container = Container::make_with(scene, runtime, &bundle, &["create"])?;
             let read = |file: &&str| value(&parent.group(runtime.name()), file).unwrap_or_else(|_| "not there".into());
             let found = files.iter().map(read).collect();
-            container.end()?;
+            // One after the other: runc does not wait for what `delete --force` kills, and cannot remove a group that it is in.
+            container.call(&["kill", &container.id, "KILL"])?.output()?;
+            container.wait()?;
+            container.delete()?;
             Ok(found)
         };
         let found = [read(&scene.runtime), read(&runc)].map(|found| found.map_err(|error| error.to_string()));
         if found[0] != found[1] || found[1].is_err() {
             different.push(format!("{resources}: {files:?} are {:?}, runc's are {:?}", found[0], found[1]));
         }
-        parent.check()?;
+        parent.check().map_err(|error| format!("{error}; {}", different.join("\n    ")))?;
     }
     ensure!(different.is_empty(), "{}", different.join("\n    "));
     Ok(())
