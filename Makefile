@@ -17,7 +17,7 @@ repeat_test := 3
 repeat_soak := 200
 
 .DEFAULT_GOAL := all
-.PHONY: all bench clean conformance help host install kernel lint packages programs run soak stage stage-native test
+.PHONY: all bench clean conformance help host host-packages image install kernel lint packages programs run soak stage stage-native test
 
 help:
 	@echo 'make                 build podhull, its guest kernel and its guest image into $(dist)'
@@ -40,6 +40,13 @@ all: kernel programs
 packages:
 	@tests/host/install-packages build
 
+host-packages: packages
+	@tests/host/install-packages host
+
+# The software host. Not needed before the tests run, so that under -j it is made beside what is built.
+image: host-packages
+	@tests/host/build-image >/dev/null
+
 kernel: packages
 	@mkdir -p $(dist)
 	@guest-kernel/build $(dist)
@@ -60,8 +67,7 @@ install: all
 	$(call install_into,$(DESTDIR)$(PREFIX))
 
 # What the software host gets: the installed files as a package would have them, and the tests.
-stage: all
-	@tests/host/install-packages host
+stage: all host-packages
 	@cargo build --release -p podhull-tests
 	@rm -rf $(staged)
 	$(call install_into,$(staged)/usr)
@@ -79,7 +85,7 @@ run: stage
 	@echo "Hardware KVM: $$(tests/host/has-kvm)" >&2
 	@$(host) $(installed_tests)/demo
 
-test: stage-native
+test: stage-native image
 	guest-kernel/test
 	@echo 'Unit tests: about 4 minutes the first time' >&2
 	cargo test --workspace

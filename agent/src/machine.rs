@@ -19,15 +19,8 @@ use crate::readiness;
 /// Bytes of entropy that a pod starts with.
 pub const ENTROPY_BYTES: usize = 64;
 
-/// How long memory may take to arrive. The host adds it while the pod starts; a host so slow is one that has none.
-const MEMORY_DEADLINE: Duration = Duration::from_secs(30);
-
 /// How long a disk may take to appear, which the host has added before it says so.
 const DISK_DEADLINE: Duration = Duration::from_secs(30);
-
-/// What the host's sum of memory may be above ours when all has arrived: the holes of the first megabyte, which no PC counts as
-/// memory, and the last part of a device's block.
-const MEMORY_SLACK: u64 = 4 << 20;
 
 /// How far ahead files of the share are read, in KiB; the kernel's own 128 are for disks.
 const READ_AHEAD_KIB: &str = "512";
@@ -57,8 +50,6 @@ pub enum MachineError {
     Share { tag: String, target: &'static str, source: Errno },
     #[error("listen for kernel events: {0}")]
     Uevents(io::Error),
-    #[error("the machine has {have} bytes of memory after {seconds} s, not {want}", seconds = MEMORY_DEADLINE.as_secs())]
-    MemoryMissing { have: u64, want: u64 },
     #[error("the machine has no disk {0:?} after {seconds} s", seconds = DISK_DEADLINE.as_secs())]
     DiskMissing(String),
 }
@@ -150,32 +141,6 @@ impl Machine {
         cpu_count(&online).ok_or(MachineError::Format { path: "/sys/devices/system/cpu/online", what: "list of CPUs" })
     }
 
-    /// The memory the machine has now.
-    pub fn memory(self) -> Result<MemoryState, MachineError> {
-        let (iomem, meminfo) = (read("/proc/iomem")?, read("/proc/meminfo")?);
-        let installed = installed_bytes(&iomem);
-        let usable =
-            usable_bytes(&meminfo).ok_or(MachineError::Format { path: "/proc/meminfo", what: "line MemTotal" })?;
-        // The kernel counts what is left of the memory it was booted with; what comes later it counts whole.
-        Ok(MemoryState { reserved: installed.saturating_sub(usable), usable })
-    }
-
-    /// Waits until the machine has `bytes` of memory, from block to block as the kernel reports them.
-    pub async fn wait_for_memory(self, boot: MemoryState, bytes: u64) -> Result<u64, MachineError> {
-        // Before the first look, so that no block can come between look and wait unseen.
-        let events = KernelEvents::listen()?;
-        let deadline = tokio::time::Instant::now() + MEMORY_DEADLINE;
-        loop {
-            let have = self.memory()?.usable + boot.reserved;
-            if have + MEMORY_SLACK >= bytes {
-                return Ok(have);
-            }
-            if !events.changed(deadline).await? {
-                return Err(MachineError::MemoryMissing { have, want: bytes });
-            }
-        }
-    }
-
     /// Waits until the machine has the disk with a serial number; returns its number and name.
     pub async fn wait_for_disk(self, serial: &str) -> Result<DiskNumber, MachineError> {
         let events = KernelEvents::listen()?;
@@ -192,15 +157,6 @@ impl Machine {
             }
         }
     }
-}
-
-/// Memory of the machine, bytes.
-#[derive(Debug, Clone, Copy)]
-pub struct MemoryState {
-    /// What the kernel took for itself at boot and does not count.
-    pub reserved: u64,
-    /// What there is for everything else.
-    pub usable: u64,
 }
 
 fn write(path: impl Into<PathBuf>, value: &str) -> Result<(), MachineError> {
@@ -283,24 +239,6 @@ fn cpu_count(list: &str) -> Option<u32> {
     })
 }
 
-/// Bytes of `System RAM` at the top level of `/proc/iomem`, which is what the firmware's memory map gave.
-fn installed_bytes(iomem: &str) -> u64 {
-    iomem
-        .lines()
-        .filter_map(|line| {
-            let (range, "System RAM") = line.split_once(" : ")? else { return None };
-            let (start, end) = range.split_once('-')?;
-            let (start, end) = (u64::from_str_radix(start, 16).ok()?, u64::from_str_radix(end, 16).ok()?);
-            (end - start).checked_add(1)
-        })
-        .sum()
-}
-
-fn usable_bytes(meminfo: &str) -> Option<u64> {
-    let line = meminfo.lines().find_map(|line| line.strip_prefix("MemTotal:"))?;
-    line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()?.checked_mul(1024)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -311,18 +249,5 @@ mod tests {
         assert_eq!(cpu_count("0-3,6\n"), Some(5));
         assert_eq!(cpu_count("3-0"), None);
         assert_eq!(cpu_count(""), None);
-    }
-
-    #[test]
-    fn installed_memory_is_the_system_ram_of_the_top_level() {
-        let iomem = "00000000-00000fff : Reserved\n00001000-0009fbff : System RAM\n00100000-0fffffff : System RAM\n  \
-                     01000000-01ffffff : Kernel code\n100000000-107ffffff : virtio0\n  100000000-107ffffff : System RAM (virtio_mem)\n";
-        assert_eq!(installed_bytes(iomem), 0x9fc00 - 0x1000 + 0x1000_0000 - 0x10_0000);
-    }
-
-    #[test]
-    fn total_memory_is_read_in_bytes() {
-        assert_eq!(usable_bytes("MemTotal:        231132 kB\nMemFree: 1 kB\n"), Some(231_132 * 1024));
-        assert_eq!(usable_bytes("MemFree: 1 kB\n"), None);
     }
 }

@@ -10,6 +10,7 @@ mod boot;
 mod cgroup;
 mod connection;
 mod container;
+mod descriptors;
 mod disks;
 mod events;
 mod machine;
@@ -44,7 +45,7 @@ fn run() -> i32 {
         boot::run();
     }
     match arguments.next().as_deref().and_then(|argument| argument.to_str()) {
-        Some(container::INIT_ARGUMENT) => container::init::main(),
+        Some(container::INIT_ARGUMENT) => container::init::main(arguments),
         Some("native") => native::main(arguments),
         Some("--version") => {
             println!("podhull-agent {}", env!("CARGO_PKG_VERSION"));

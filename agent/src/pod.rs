@@ -18,9 +18,10 @@ use tokio::sync::OnceCell;
 use crate::cgroup::{CgroupError, Hierarchy};
 use crate::container::report::ErrorKind;
 use crate::container::{self, Container, ContainerError, Network};
+use crate::descriptors::{DescriptorError, Wanted};
 use crate::disks;
 use crate::events::Events;
-use crate::machine::{Machine, MachineError, MemoryState};
+use crate::machine::{Machine, MachineError};
 use crate::memory::Memory;
 use crate::network::{Configure, Description, MAX_FORWARDS, NetworkError, PodNetwork};
 use crate::reaper::Reaper;
@@ -72,6 +73,8 @@ pub enum PodError {
     #[error(transparent)]
     Stdio(#[from] StdioError),
     #[error(transparent)]
+    Descriptor(#[from] DescriptorError),
+    #[error(transparent)]
     Container(#[from] ContainerError),
 }
 
@@ -98,7 +101,9 @@ impl PodError {
                 ErrorKind::PermissionDenied => ttrpc::Code::PERMISSION_DENIED,
                 ErrorKind::Internal => ttrpc::Code::INTERNAL,
             },
+            Self::Descriptor(error) if error.is_invalid() => ttrpc::Code::INVALID_ARGUMENT,
             Self::NoLease
+            | Self::Descriptor(_)
             | Self::Memory { .. }
             | Self::Socket { .. }
             | Self::CpuTask(_)
@@ -131,8 +136,8 @@ pub struct Pod {
     streams: Arc<Streams>,
     pub events: Arc<Events>,
     network: Arc<PodNetwork>,
-    /// Memory as it was when the pod was made. Set once, by the call that made it.
-    made: OnceCell<Option<MemoryState>>,
+    /// Set once, by the call that made the pod.
+    made: OnceCell<()>,
     containers: Mutex<HashMap<String, Entry>>,
 }
 
@@ -170,24 +175,18 @@ impl Pod {
         }
         let wanted = request.network.as_ref().map(Description::new).transpose()?;
         // In this order: what runs later may look at the clock and draw random numbers.
-        let memory = match self.machine {
-            Some(machine) => {
-                machine.set_clock(request.realtime_ns)?;
-                machine.add_entropy(&request.entropy)?;
-                if !request.hostname.is_empty() {
-                    machine.set_hostname(&request.hostname)?;
-                }
-                // Before the scan, with which memory begins to arrive.
-                let memory = machine.memory()?;
-                machine.rescan()?;
-                if !request.share_tag.is_empty() {
-                    machine.mount_share(&request.share_tag)?;
-                }
-                Some(memory)
+        if let Some(machine) = self.machine {
+            machine.set_clock(request.realtime_ns)?;
+            machine.add_entropy(&request.entropy)?;
+            if !request.hostname.is_empty() {
+                machine.set_hostname(&request.hostname)?;
             }
-            None => None,
-        };
-        self.made.set(memory).map_err(|_| PodError::PodExists)?;
+            machine.rescan()?;
+            if !request.share_tag.is_empty() {
+                machine.mount_share(&request.share_tag)?;
+            }
+        }
+        self.made.set(()).map_err(|_| PodError::PodExists)?;
         if request.names != 0 {
             self.network.ask_over(self.streams.claim(request.names)?).await;
         }
@@ -238,6 +237,7 @@ impl Pod {
         let sockets = Sockets::make(&self.sockets, &request.sockets, &self.streams)?;
         let lease = self.lease(stdio.lease)?;
         let streams = self.streams_of(stdio)?;
+        let descriptors = Wanted::of(request.descriptors, &self.share, &self.streams)?;
         let mut reservation = self.reserve(&request.id)?;
         let id = request.id.clone();
         let shared = request.shared.into_iter().map(|shared| {
@@ -247,7 +247,7 @@ impl Pod {
         let shared = shared.collect::<Result<Vec<_>, PodError>>()?;
         let rootfs = self.share.join(rootfs);
         let spec = self.with_disks(&request.spec, &request.disks).await?;
-        let asked = container::Request { id, spec: &spec, rootfs, streams, shared: &shared, network };
+        let asked = container::Request { id, spec: &spec, rootfs, streams, descriptors, shared: &shared, network };
         let (container, lease) = tokio::join!(Container::create(asked, self.surroundings()), lease);
         let container = Arc::new(container?);
         container.keep(Some(sockets));
@@ -329,10 +329,12 @@ impl Pod {
         let stdio = request.stdio.into_option().unwrap_or_default();
         let lease = self.lease(stdio.lease)?;
         let streams = self.streams_of(stdio)?;
+        let descriptors = Wanted::of(request.descriptors, &self.share, &self.streams)?;
         let asked = container::exec::Request {
             id: request.exec_id.clone(),
             process: &request.process,
             streams,
+            descriptors,
             cgroup: &request.cgroup,
             ignore_paused: request.ignore_paused,
         };
@@ -399,10 +401,10 @@ impl Pod {
         Ok(self.network.configure(Configure { machine: self.machine, scanned: false, wanted }).await?)
     }
 
-    /// Takes devices, CPUs and memory that the machine was given.
+    /// Takes devices and CPUs that the machine was given.
     pub async fn grow(&self, request: GrowRequest) -> Result<GrowResponse, PodError> {
         let machine = self.machine.ok_or(PodError::NoMachine)?;
-        let boot = self.made.get().copied().flatten().ok_or(PodError::NoPod)?;
+        self.made.get().ok_or(PodError::NoPod)?;
         // Both wait in the kernel, for milliseconds; the agent's thread has containers to serve.
         let grown = tokio::task::spawn_blocking(move || {
             if request.rescan {
@@ -411,8 +413,7 @@ impl Pod {
             machine.online_cpus(request.cpus)
         });
         let cpus_online = grown.await.map_err(PodError::CpuTask)??;
-        let memory_bytes = machine.wait_for_memory(boot, request.memory_bytes).await?;
-        Ok(GrowResponse { cpus_online, memory_bytes, ..GrowResponse::default() })
+        Ok(GrowResponse { cpus_online, ..GrowResponse::default() })
     }
 
     fn container(&self, id: &str) -> Result<Arc<Container>, PodError> {
@@ -462,7 +463,7 @@ fn is_valid_id(id: &str) -> bool {
 }
 
 /// A path that stays below the directory it is joined to.
-fn relative(path: &str) -> Option<&Path> {
+pub fn relative(path: &str) -> Option<&Path> {
     let path = Path::new(path);
     let stays = path.components().all(|part| matches!(part, Component::Normal(_) | Component::CurDir));
     (stays && !path.as_os_str().is_empty()).then_some(path)

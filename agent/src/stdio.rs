@@ -5,12 +5,13 @@ use std::collections::HashMap;
 use std::convert::Infallible;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
+use std::pin::pin;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use rustix::fs::{CWD, Mode, OFlags};
 use rustix::io::Errno;
-use rustix::net::Shutdown;
+use rustix::net::{AddressFamily, Shutdown, SocketFlags, SocketType, socketpair};
 use rustix::pipe::PipeFlags;
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
@@ -22,8 +23,12 @@ use crate::readiness;
 /// Streams that came before the call that announces them; more are turned away.
 const MAX_UNCLAIMED: usize = 64;
 
-/// How long a stream may wait for its call, a call for its stream, and a new stream for its token.
-const MEETING_DEADLINE: Duration = Duration::from_secs(30);
+/// How long a stream may wait for its call, a call for its stream, and a new stream for its token: as long as a guest may boot.
+const MEETING_DEADLINE: Duration = Duration::from_secs(120);
+
+/// How long what a program wrote to a socket may take to be passed on when it has ended: the other side may be slow, or may not read
+/// any more.
+const LINGER: Duration = Duration::from_secs(30);
 
 /// What one turn of a copy moves at most, and the size of a container's pipe.
 const TURN_BYTES: usize = 256 << 10;
@@ -35,12 +40,16 @@ pub enum StdioError {
     TokenTwice(u64),
     #[error("make a pipe: {0}")]
     Pipe(Errno),
+    #[error("make a socket: {0}")]
+    Socket(Errno),
     #[error("give the pipe to user {uid}: {source}")]
     Owner { uid: u32, source: Errno },
     #[error("open /dev/null: {0}")]
     Null(Errno),
     #[error("watch a stream: {0}")]
     Watch(io::Error),
+    #[error("a stream of the host did not come within {MEETING_DEADLINE:?}")]
+    Absent,
 }
 
 /// Streams and calls that wait for one another, by token.
@@ -50,7 +59,8 @@ pub struct Streams {
 }
 
 enum Slot {
-    Arrived(OwnedFd),
+    /// With what keeps its deadline.
+    Arrived(OwnedFd, oneshot::Sender<Infallible>),
     Awaited(oneshot::Sender<OwnedFd>),
     /// Any number of streams has this token.
     All(mpsc::Sender<OwnedFd>),
@@ -83,7 +93,7 @@ impl Streams {
     }
 
     async fn arrived(&self, token: u64, stream: OwnedFd) {
-        {
+        let claimed = {
             let mut slots = self.slots.lock().unwrap_or_else(PoisonError::into_inner);
             match slots.remove(&token) {
                 Some(Slot::Awaited(call)) => {
@@ -99,17 +109,22 @@ impl Streams {
                     return;
                 }
                 // Two streams of one token: neither can be trusted to be the right one.
-                Some(Slot::Arrived(_)) => return,
-                None if slots.values().filter(|slot| matches!(slot, Slot::Arrived(_))).count() >= MAX_UNCLAIMED => {
+                Some(Slot::Arrived(..)) => return,
+                None if slots.values().filter(|slot| matches!(slot, Slot::Arrived(..))).count() >= MAX_UNCLAIMED => {
                     return;
                 }
-                None => slots.insert(token, Slot::Arrived(stream)),
-            };
-        }
-        tokio::time::sleep(MEETING_DEADLINE).await;
-        let mut slots = self.slots.lock().unwrap_or_else(PoisonError::into_inner);
-        if matches!(slots.get(&token), Some(Slot::Arrived(_))) {
-            slots.remove(&token);
+                None => {
+                    let (sender, receiver) = oneshot::channel();
+                    slots.insert(token, Slot::Arrived(stream, sender));
+                    receiver
+                }
+            }
+        };
+        if tokio::time::timeout(MEETING_DEADLINE, claimed).await.is_err() {
+            let mut slots = self.slots.lock().unwrap_or_else(PoisonError::into_inner);
+            if matches!(slots.get(&token), Some(Slot::Arrived(..))) {
+                slots.remove(&token);
+            }
         }
     }
 
@@ -118,7 +133,8 @@ impl Streams {
         let (sender, receiver) = oneshot::channel();
         let mut slots = self.slots.lock().unwrap_or_else(PoisonError::into_inner);
         match slots.remove(&token) {
-            Some(Slot::Arrived(stream)) => {
+            Some(Slot::Arrived(stream, deadline)) => {
+                drop(deadline);
                 let _ = sender.send(stream);
             }
             Some(awaited) => {
@@ -183,17 +199,18 @@ impl Drop for Claim {
     }
 }
 
-/// The container's ends, to become its descriptors 0, 1 and 2.
+/// The container's ends, to become its descriptors 0, 1 and 2, and those from 3 on.
 pub struct ContainerEnds {
     pub stdin: OwnedFd,
     pub stdout: OwnedFd,
     pub stderr: OwnedFd,
+    pub further: Vec<OwnedFd>,
 }
 
 impl ContainerEnds {
     /// All three on `/dev/null`, as they are until a terminal takes their place.
     pub fn null() -> Result<Self, StdioError> {
-        Ok(Self { stdin: null()?, stdout: null()?, stderr: null()? })
+        Ok(Self { stdin: null()?, stdout: null()?, stderr: null()?, further: Vec::new() })
     }
 }
 
@@ -201,12 +218,34 @@ impl ContainerEnds {
 pub struct Pumps {
     ended: watch::Sender<bool>,
     tasks: JoinSet<()>,
+    /// Streams that may not have come yet.
+    awaited: Vec<oneshot::Receiver<()>>,
 }
 
 impl Pumps {
     /// None yet.
     pub fn new() -> Self {
-        Self { ended: watch::Sender::new(false), tasks: JoinSet::new() }
+        Self { ended: watch::Sender::new(false), tasks: JoinSet::new(), awaited: Vec::new() }
+    }
+
+    /// Waits until all streams have come: without one, what the program writes would be lost and nobody told.
+    pub async fn connected(&mut self) -> Result<(), StdioError> {
+        for stream in self.awaited.drain(..) {
+            stream.await.map_err(|_| StdioError::Absent)?;
+        }
+        Ok(())
+    }
+
+    /// The stream of a claim; none if it does not come in time, which [`Self::connected`] says then.
+    fn stream(&mut self, claim: Claim) -> impl Future<Output = Option<Arc<AsyncFd<OwnedFd>>>> + use<> {
+        let (came, awaited) = oneshot::channel();
+        self.awaited.push(awaited);
+        async move {
+            let stream = claim.stream().await?;
+            // Nobody may wait for it any more.
+            let _ = came.send(());
+            Some(stream)
+        }
     }
 
     /// Pipes for the streams that have a token, `/dev/null` for the others. The pipes belong to the container's user, so that
@@ -217,17 +256,20 @@ impl Pumps {
             stdin: self.input(stdin, uid, gid)?,
             stdout: self.output(stdout, uid, gid)?,
             stderr: self.output(stderr, uid, gid)?,
+            further: Vec::new(),
         })
     }
 
-    fn input(&mut self, claim: Option<Claim>, uid: u32, gid: u32) -> Result<OwnedFd, StdioError> {
+    /// A pipe to read what a stream brings; without one, `/dev/null`.
+    pub fn input(&mut self, claim: Option<Claim>, uid: u32, gid: u32) -> Result<OwnedFd, StdioError> {
         let Some(claim) = claim else { return null() };
         let (theirs, ours) = pipe(uid, gid)?;
         let ours = watched(ours, Interest::WRITABLE)?;
         let mut ended = self.ended.subscribe();
+        let stream = self.stream(claim);
         self.tasks.spawn(async move {
             let copy = async {
-                let Some(stream) = claim.stream().await else { return };
+                let Some(stream) = stream.await else { return };
                 if copy(&stream, &ours, None).await.is_err() {
                     // The container reads no more; the host is to stop sending.
                     let _ = rustix::net::shutdown(stream.as_ref(), Shutdown::Read);
@@ -241,16 +283,33 @@ impl Pumps {
         Ok(theirs)
     }
 
-    fn output(&mut self, claim: Option<Claim>, uid: u32, gid: u32) -> Result<OwnedFd, StdioError> {
+    /// A pipe whose bytes a stream takes; without one, `/dev/null`.
+    pub fn output(&mut self, claim: Option<Claim>, uid: u32, gid: u32) -> Result<OwnedFd, StdioError> {
         let Some(claim) = claim else { return null() };
         let (ours, theirs) = pipe(uid, gid)?;
         let ours = watched(ours, Interest::READABLE)?;
         let ended = self.ended.subscribe();
+        let stream = self.stream(claim);
         self.tasks.spawn(async move {
-            let Some(stream) = claim.stream().await else { return };
+            let Some(stream) = stream.await else { return };
             // A host that takes no more closes the pipe, as a reader of its own would.
             let _ = copy(&ours, &stream, Some(ended)).await;
             let _ = rustix::net::shutdown(stream.as_ref(), Shutdown::Write);
+        });
+        Ok(theirs)
+    }
+
+    /// A connected socket whose bytes go both ways over a stream.
+    pub fn socket(&mut self, claim: Claim) -> Result<OwnedFd, StdioError> {
+        let (theirs, ours) = socketpair(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None)
+            .map_err(StdioError::Socket)?;
+        let ours = watched(ours, Interest::READABLE | Interest::WRITABLE)?;
+        let ended = self.ended.subscribe();
+        let stream = self.stream(claim);
+        self.tasks.spawn(async move {
+            if let Some(stream) = stream.await {
+                exchange(&ours, &stream, ended).await;
+            }
         });
         Ok(theirs)
     }
@@ -261,8 +320,9 @@ impl Pumps {
             .map_err(|errno| StdioError::Watch(errno.into()))?;
         let master = readiness::watch(master, Interest::READABLE | Interest::WRITABLE).map_err(StdioError::Watch)?;
         let ended = self.ended.subscribe();
+        let stream = self.stream(claim);
         self.tasks.spawn(async move {
-            let Some(stream) = claim.stream().await else { return };
+            let Some(stream) = stream.await else { return };
             let input = async {
                 // At the end of input the terminal stays: only a stream closed both ways hangs up.
                 let _ = copy(&stream, &master, None).await;
@@ -417,6 +477,58 @@ async fn wait_readable<A: std::os::fd::AsRawFd + AsFd>(
     }
 }
 
+/// Moves bytes between a stream and the other end of a program's socket. Either way may end alone. When the program has closed its
+/// end altogether, or has ended and what it wrote is passed on, this returns, and the stream is to be closed.
+pub async fn exchange(ours: &AsyncFd<OwnedFd>, stream: &AsyncFd<OwnedFd>, ended: watch::Receiver<bool>) {
+    let input = async {
+        if copy(stream, ours, None).await.is_err() {
+            // The program reads no more.
+            let _ = rustix::net::shutdown(stream, Shutdown::Read);
+        }
+        let _ = rustix::net::shutdown(ours, Shutdown::Write);
+    };
+    let output = async {
+        let copied = copy(ours, stream, Some(ended.clone())).await;
+        let half = copied.is_ok() && !*ended.borrow() && !is_closed(ours);
+        if half {
+            let _ = rustix::net::shutdown(stream, Shutdown::Write);
+        }
+        half
+    };
+    let mut over = ended.clone();
+    let mut moved = pin!(async {
+        tokio::pin!(input, output);
+        let half = tokio::select! {
+            half = &mut output => half,
+            () = &mut input => {
+                output.await;
+                false
+            }
+        };
+        if half {
+            tokio::select! {
+                () = input => {}
+                _ = over.wait_for(|over| *over) => {}
+            }
+        }
+    });
+    let mut ended = ended.clone();
+    let moved = tokio::select! {
+        () = moved.as_mut() => return,
+        // An error is an end too.
+        _ = ended.wait_for(|ended| *ended) => moved,
+    };
+    let _ = tokio::time::timeout(LINGER, moved).await;
+}
+
+/// Whether a socket's other end is closed, and not only its way here.
+fn is_closed(socket: &AsyncFd<OwnedFd>) -> bool {
+    let now = rustix::event::Timespec { tv_sec: 0, tv_nsec: 0 };
+    let mut fds = [rustix::event::PollFd::new(socket.get_ref(), rustix::event::PollFlags::empty())];
+    rustix::event::poll(&mut fds, Some(&now)).is_ok()
+        && fds[0].revents().intersects(rustix::event::PollFlags::HUP | rustix::event::PollFlags::ERR)
+}
+
 /// Moves bytes both ways, until both sides have said all they have to say or one is gone.
 pub async fn relay(one: &AsyncFd<OwnedFd>, two: &AsyncFd<OwnedFd>) {
     let way = async |from: &AsyncFd<OwnedFd>, to: &AsyncFd<OwnedFd>| {
@@ -436,4 +548,19 @@ pub async fn write_all<B: AsFd + std::os::fd::AsRawFd>(to: &AsyncFd<B>, mut byte
         bytes = &bytes[count..];
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test(flavor = "current_thread", start_paused = true)]
+    async fn a_stream_that_does_not_come_is_missed() {
+        let streams = Arc::new(Streams::default());
+        let mut pumps = Pumps::new();
+        let _ends = pumps.output(Some(streams.claim(7).unwrap()), 0, 0).unwrap();
+        assert!(matches!(pumps.connected().await, Err(StdioError::Absent)));
+        // The claim has let go of the token.
+        streams.claim(7).unwrap();
+    }
 }

@@ -77,8 +77,6 @@ pub struct Exit {
 pub struct Growth {
     /// CPUs that are to be online; 0: as many as are.
     pub cpus: u32,
-    /// Bytes of memory to wait for; 0: none.
-    pub memory_bytes: u64,
     /// Look for new devices.
     pub rescan: bool,
 }
@@ -211,10 +209,10 @@ impl Agent {
             .map_err(|e| AgentError::of("DeleteContainer", e))
     }
 
-    /// Takes new devices, CPUs and memory into use, and CPUs that are too many out of use; returns how many are online.
+    /// Takes new devices and CPUs into use, and CPUs that are too many out of use; returns how many are online.
     pub async fn grow(&self, growth: Growth) -> Result<u32, AgentError> {
-        let Growth { cpus, memory_bytes, rescan } = growth;
-        let request = GrowRequest { cpus, memory_bytes, rescan, ..Default::default() };
+        let Growth { cpus, rescan } = growth;
+        let request = GrowRequest { cpus, rescan, ..Default::default() };
         let grown = self.client.grow(with_duration(WORK), &request).await;
         grown.map(|response| response.cpus_online).map_err(|e| AgentError::of("Grow", e))
     }

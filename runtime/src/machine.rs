@@ -45,6 +45,9 @@ pub enum MachineError {
     /// It did not answer in time.
     #[error("the virtual machine's process did not answer within {} seconds", .0.as_secs())]
     Silent(Duration),
+    /// The guest does not plug it, or its kernel does not.
+    #[error("the guest has not taken the memory it was given within {} seconds", .0.as_secs())]
+    MemoryNotTaken(Duration),
     /// The channel cannot be used.
     #[error("virtual machine: {0}")]
     Channel(#[from] ChannelError),
@@ -60,6 +63,9 @@ pub enum MachineError {
     /// The guest cannot go on.
     #[error("the guest crashed: {0}")]
     Crash(String),
+    /// The guest was given up.
+    #[error("it was given up after {0}")]
+    Stuck(String),
     /// The guest broke a rule.
     #[error("the guest misbehaved, and its virtual machine was ended: {0}")]
     Misbehaved(String),
@@ -215,10 +221,14 @@ pub fn spawn_in(namespace: PidNamespace<'_>, spawn: impl FnOnce() -> io::Result<
 /// podhull may have left us some of its own.
 fn inherit_only(channel: i32) -> io::Result<()> {
     let check = |result: libc::c_int| if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) };
-    // SAFETY: plain system calls on integers.
+    // SAFETY: plain system calls on integers, and on a set of signals that the first of them makes.
     unsafe {
         // A session of its own: the keys of our terminal are not for the machine.
         check(libc::setsid())?;
+        // It calls its own threads by a signal, and a mask goes through execve.
+        let mut none = std::mem::MaybeUninit::uninit();
+        check(libc::sigemptyset(none.as_mut_ptr()))?;
+        check(libc::sigprocmask(libc::SIG_SETMASK, none.as_ptr(), std::ptr::null_mut()))?;
         if channel == CHANNEL_FD {
             check(libc::fcntl(channel, libc::F_SETFD, 0))?;
         } else {
@@ -272,6 +282,11 @@ impl Channel {
         self.request(&Request::SetMemory(bytes), &[]).await
     }
 
+    /// Gives up a machine whose guest has not come up: it ends, and [`Channel::drive`] says where the guest was.
+    pub async fn give_up(&self) -> Result<(), MachineError> {
+        Ok(send(&self.socket, &Request::GiveUp, &[]).await?)
+    }
+
     /// Becomes ready when the agent listens, with the exits to user space up to then. [`Channel::drive`] must run.
     pub fn agent_ready(&self) -> oneshot::Receiver<u64> {
         let (sender, receiver) = oneshot::channel();
@@ -307,6 +322,7 @@ impl Channel {
                         End::Crash(what) => MachineError::Crash(what),
                         End::Misbehaved(what) => MachineError::Misbehaved(what),
                         End::Failure(what) => MachineError::Failed(what),
+                        End::Stuck(what) => MachineError::Stuck(what),
                     });
                 }
                 Err(ChannelError::Closed) => return None,

@@ -1,7 +1,7 @@
 //! podhull: an OCI runtime that gives every pod a KVM virtual machine of its own.
 //!
 //! `cli` has one file per subcommand and decides exit codes; `bundle` and `spec` read and check what the caller wants;
-//! `pod` makes it so, with `machine` (the VMM process), `network`, `agent` (the guest's PID 1), `stdio` and `signals` as its hands;
+//! `pod` makes it so, with `machine` (the VMM process), `network`, `agent` (the guest's PID 1), `stdio`, `signals` and `handover` as its hands;
 //! `state` owns what lies under `/run/podhull`, `cgroup` the control groups on the host.
 
 mod agent;
@@ -9,6 +9,7 @@ mod bundle;
 mod cgroup;
 mod cli;
 mod confine;
+mod handover;
 mod log;
 mod machine;
 mod network;

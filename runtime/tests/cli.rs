@@ -94,6 +94,12 @@ fn spec_writes_the_document_of_runc_and_never_overwrites() {
     let ours: Value = serde_json::from_slice(&fs::read(place.config()).unwrap()).unwrap();
     let theirs: Value = serde_json::from_str(include_str!("golden/runc-1.1.15-spec.json")).unwrap();
     assert_eq!(ours, theirs);
+    let rootless = place.0.join("rootless");
+    fs::create_dir(&rootless).unwrap();
+    assert!(place.podhull(&["spec", "--rootless", "--bundle", "rootless"]).status.success());
+    let theirs: Value = serde_json::from_slice(&fs::read(rootless.join("config.json")).unwrap()).unwrap();
+    let user = rustix::process::geteuid().as_raw();
+    assert_eq!(theirs["linux"]["uidMappings"], json!([{"containerID": 0, "hostID": user, "size": 1}]));
     place.refuses(&["spec", "-b", "bundle"], &["bundle/config.json exists already"]);
     place.refuses(&["spec", "-b", "nowhere"], &["nowhere/config.json", "No such file"]);
 }
@@ -242,6 +248,45 @@ fn an_error_is_the_last_line_of_a_json_log() {
     assert!(line["msg"].as_str().unwrap().starts_with("bundle nowhere"));
     assert!(line["time"].as_str().unwrap().ends_with('Z'));
     assert_eq!(String::from_utf8(output.stderr).unwrap(), format!("podhull: {}\n", line["msg"].as_str().unwrap()));
+}
+
+#[test]
+fn wrong_arguments_are_in_the_log_too() {
+    let place = Place::new("usage-log");
+    for (index, arguments) in
+        [&["run"][..], &["run", "--frob", "x"], &["--frob"], &["--rootless", "true", "list"]].iter().enumerate()
+    {
+        let log = place.0.join(format!("log-{index}.json"));
+        let given = [&["--log", log.to_str().unwrap(), "--log-format=json"], *arguments].concat();
+        let output = place.podhull(&given);
+        assert_eq!(output.status.code(), Some(1));
+        let line: Value = serde_json::from_str(&fs::read_to_string(&log).unwrap()).unwrap();
+        assert_eq!(line["level"], "error");
+        let message = line["msg"].as_str().unwrap();
+        assert!(message.ends_with("; see podhull --help"), "{message}");
+        assert_eq!(String::from_utf8(output.stderr).unwrap(), format!("podhull: {message}\n"));
+    }
+    // Where there can be none, the mistake is still told.
+    let output = place.podhull(&["--log", "no/such/log", "run", "--frob", "x"]);
+    assert!(String::from_utf8(output.stderr).unwrap().contains("--frob"));
+}
+
+#[test]
+fn checkpoints_are_refused_so_that_callers_know_before() {
+    let place = Place::new("checkpoint");
+    place.refuses(&["checkpoint", "--leave-running", "--image-path", "d", "x"], &["\"x\"", "does not exist"]);
+    for arguments in [
+        &["checkpoint", "--help"][..],
+        &["checkpoint", "-h"],
+        &["restore", "--help"],
+        &["restore", "--image-path", "d", "--work-path", "d", "-d", "-no-subreaper", "-b", "bundle", "x"],
+    ] {
+        place.refuses(arguments, &[arguments[0], "not supported"]);
+    }
+    // How Podman asks whether pods can be restored; it looks for how Go and GNU complain.
+    let output = place.podhull(&["restore", "--lsm-mount-context"]);
+    let text = String::from_utf8(output.stderr).unwrap();
+    assert!(!text.contains("flag needs an argument") && !text.contains("requires an argument"), "{text}");
 }
 
 #[test]

@@ -7,7 +7,8 @@ use std::path::Path;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use rustix::process::{Pid, Signal, WaitOptions, kill_process, waitpid};
+use rustix::mount::{UnmountFlags, unmount};
+use rustix::process::{Pid, Signal, WaitOptions, kill_process, wait};
 
 use crate::{Outcome, ensure, processes};
 
@@ -113,9 +114,18 @@ pub fn kill_leftovers() {
     reap();
 }
 
+/// Takes down what is mounted below a directory, so that it can be removed.
+pub fn unmount_leftovers(directory: &Path) {
+    let table = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
+    let points = table.lines().filter_map(|line| line.split(' ').nth(4)).map(Path::new);
+    for point in points.filter(|point| point.starts_with(directory)).collect::<Vec<_>>().into_iter().rev() {
+        let _ = unmount(point, UnmountFlags::DETACH);
+    }
+}
+
 /// Reaps orphans that came to the suite as their reaper; no child of its own is waited for elsewhere at this moment.
 fn reap() {
-    while let Ok(Some(_)) = waitpid(None, WaitOptions::NOHANG) {}
+    while let Ok(Some(_)) = wait(WaitOptions::NOHANG) {}
 }
 
 fn files(directory: &Path, what: &str, found: &mut BTreeSet<String>) {

@@ -1,7 +1,7 @@
 //! Black-box tests of podhull: each starts the built binary on a host with KVM and looks at what comes out and what stays.
 //!
 //! [`runtime`] knows the program under test, [`bundle`] makes what it is given, [`run`] starts it and waits with a deadline,
-//! [`terminal`] gives it a terminal, [`container`] keeps it in the background, [`leaks`] finds what it left behind, [`seccomp`] reads the host's default profile,
+//! [`terminal`] gives it a terminal, [`container`] keeps it in the background, [`leaks`] finds what it left behind, [`seccomp`] reads the host's default profile, [`shape`] the keys of a document,
 //! [`podman`], [`docker`] and [`containerd`] are callers, [`image`] is what they load,
 //! [`suite`] drives [`cases`], one module for each topic. [`bench`] measures with the same tools; [`conformance`] runs the suites of
 //! others.
@@ -24,6 +24,7 @@ pub mod processes;
 pub mod run;
 pub mod runtime;
 pub mod seccomp;
+pub mod shape;
 pub mod suite;
 pub mod terminal;
 

@@ -38,12 +38,14 @@ pub struct Podman<'a> {
     storage: PathBuf,
     /// Where its networks are.
     netns: Option<&'a Netns>,
+    /// Who makes its control groups.
+    cgroups: &'static str,
 }
 
 impl<'a> Podman<'a> {
     /// Podman as it is on a fresh host.
     pub fn new(scene: &'a Scene) -> Outcome<Self> {
-        let podman = Self { scene, storage: scene.make_directory("podman")?, netns: None };
+        let podman = Self { scene, storage: scene.make_directory("podman")?, netns: None, cgroups: "cgroupfs" };
         // What it makes once for itself.
         podman.call(&["info"])?.output()?;
         Ok(podman)
@@ -51,7 +53,14 @@ impl<'a> Podman<'a> {
 
     /// The same with an image ([`image::NAME`]), on a host that has this network.
     pub fn with_network(scene: &'a Scene, netns: &'a Netns) -> Outcome<Self> {
-        let podman = Self { scene, storage: scene.make_directory("podman")?, netns: Some(netns) };
+        let podman = Self { scene, storage: scene.make_directory("podman")?, netns: Some(netns), cgroups: "cgroupfs" };
+        podman.load()?;
+        Ok(podman)
+    }
+
+    /// The same without a network, on a host that was booted with systemd.
+    pub fn with_systemd(scene: &'a Scene) -> Outcome<Self> {
+        let podman = Self { scene, storage: scene.make_directory("podman")?, netns: None, cgroups: "systemd" };
         podman.load()?;
         Ok(podman)
     }
@@ -78,7 +87,7 @@ impl<'a> Podman<'a> {
             all.extend([option.into(), self.storage.join(value).into()]);
         }
         all.extend(image::DRIVER.iter().map(Into::into));
-        all.extend(["--cgroup-manager", "cgroupfs", "--runtime"].map(Into::into));
+        all.extend(["--cgroup-manager", self.cgroups, "--runtime"].map(Into::into));
         all.push(self.scene.runtime.program().into());
         all.extend(words.iter().map(Into::into));
         all

@@ -170,8 +170,13 @@ impl Running {
 
     /// The next line of its standard output, without the end of line.
     pub fn line(&mut self) -> Outcome<String> {
+        self.line_within(DEADLINE)
+    }
+
+    /// As [`Self::line`], with another deadline.
+    pub fn line_within(&mut self, deadline: Duration) -> Outcome<String> {
         let start = self.read;
-        let line = self.stdout.wait(DEADLINE, |received| {
+        let line = self.stdout.wait(deadline, |received| {
             let rest = &received.bytes[start..];
             let length = rest.iter().position(|byte| *byte == b'\n')?;
             Some(String::from_utf8_lossy(&rest[..length]).into_owned())

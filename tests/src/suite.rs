@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use rustix::process::{getpid, set_child_subreaper};
 
 use crate::bundle::{Bundle, DEBIAN, make_busybox_root};
-use crate::leaks::{Leaks, kill_leftovers};
+use crate::leaks::{Leaks, kill_leftovers, unmount_leftovers};
 use crate::run::{DEADLINE, Ended, Running};
 use crate::runtime::Runtime;
 use crate::{Outcome, cases, ensure, processes};
@@ -231,17 +231,15 @@ fn one(case: &Case, scene: &mut Scene) -> Outcome {
     fs::create_dir_all(&scene.directory)?;
     let before = Leaks::watch();
     let mut result = (case.run)(scene);
+    if result.is_ok() {
+        result = before.check();
+    }
     if result.is_err() {
         // What a failed test leaves tells nothing new, and must not make the next one fail.
         kill_leftovers();
-    } else {
-        result = before.check();
-        if result.is_err() {
-            kill_leftovers();
-        }
+        unmount_leftovers(&scene.directory);
     }
     let removed = fs::remove_dir_all(&scene.directory);
-    // What a failed test left mounted is not the news.
     result?;
     Ok(removed?)
 }

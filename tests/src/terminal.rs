@@ -109,21 +109,26 @@ pub fn shell_line(words: &[OsString]) -> String {
     quoted.join(" ")
 }
 
-/// Waits for one connection and the file descriptor that it carries (SCM_RIGHTS), as callers of `--console-socket` do.
+/// Waits for the terminal, as callers of `--console-socket` do.
 pub fn receive_terminal(listener: &UnixListener) -> Outcome<File> {
-    wait_readable(listener, "nobody connected to the console socket")?;
+    receive(listener).map(|(fd, _)| File::from(fd))
+}
+
+/// Waits for one connection and the file descriptor that it carries (SCM_RIGHTS), with what it is called.
+pub fn receive(listener: &UnixListener) -> Outcome<(OwnedFd, String)> {
+    wait_readable(listener, "nobody connected to the socket")?;
     let (stream, _) = listener.accept()?;
-    wait_readable(&stream, "nothing came over the console socket")?;
+    wait_readable(&stream, "nothing came over the socket")?;
     let mut name = [0; 4096];
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
     let mut control = RecvAncillaryBuffer::new(&mut space);
-    recvmsg(&stream, &mut [IoSliceMut::new(&mut name)], &mut control, RecvFlags::CMSG_CLOEXEC)?;
+    let received = recvmsg(&stream, &mut [IoSliceMut::new(&mut name)], &mut control, RecvFlags::CMSG_CLOEXEC)?;
     let fds = control.drain().find_map(|message| match message {
         RecvAncillaryMessage::ScmRights(mut fds) => fds.next(),
         _ => None,
     });
-    let fd: OwnedFd = fds.ok_or("no file descriptor came over the console socket")?;
-    Ok(File::from(fd))
+    let fd = fds.ok_or("no file descriptor came over the socket")?;
+    Ok((fd, String::from_utf8_lossy(&name[..received.bytes]).into_owned()))
 }
 
 /// Reads from a terminal's master until `text` has come.

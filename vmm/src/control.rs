@@ -8,9 +8,10 @@
 //! removes what it was told to ([`Resource::Remove`]).
 //!
 //! Others than who started the machine speak to it through its control socket ([`Resource::Control`]): the same requests
-//! but [`Request::Start`], each with its one answer, and no other notice. A connection that is closed ends nothing. Of
-//! [`MAX_CLIENTS`] connections the one that has been silent longest makes room for a new one, and a client that does not take
-//! its answers is disconnected: who says nothing or does not listen holds up nobody.
+//! but [`Request::Start`] and [`Request::GiveUp`], and beside them [`Request::AwaitMemory`], each with its one answer, and no
+//! other notice. A connection that is closed ends nothing. Of [`MAX_CLIENTS`] connections the one that has been silent longest
+//! makes room for a new one, one that waits for its answer only if all do, and a client that does not take its answers is
+//! disconnected: who says nothing or does not listen holds up nobody.
 
 use std::io::{IoSlice, IoSliceMut};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -53,6 +54,13 @@ pub enum Request {
     /// block size of the memory device; less than the memory the machine began with counts as that; at most its maximum. A
     /// machine without a memory device gets one, which the guest sees after a rescan.
     SetMemory(u64),
+    /// Answered when the guest has, and its kernel counts, at least the memory last asked for ([`Request::SetMemory`]): at once
+    /// if it has, or if there is no memory device. That may be never: who asks waits as long as it cares to, and what it asks
+    /// meanwhile is answered after. Through a control socket only.
+    AwaitMemory,
+    /// Ends the machine, whose guest has not come up in time: the answer is [`End::Stuck`], with where the guest was. Not
+    /// through a control socket.
+    GiveUp,
 }
 
 /// A machine as it begins: what it is before any pod is in it.
@@ -180,6 +188,8 @@ pub enum End {
     Misbehaved(String),
     /// The machine monitor itself failed; one line.
     Failure(String),
+    /// The runtime gave the machine up; what its CPUs were doing, one line.
+    Stuck(String),
 }
 
 /// Why a message did not travel.

@@ -307,6 +307,16 @@ impl Machine {
         &self.file_backed
     }
 
+    /// What the guest is doing, in words.
+    pub fn describe(&self) -> String {
+        let mut words = format!("{} exits to user space", self.exits());
+        for (index, vcpu) in self.vcpus.iter().enumerate() {
+            let said = vcpu.describe();
+            words += &format!("; CPU {index} {}", said.as_deref().unwrap_or("does not answer"));
+        }
+        words
+    }
+
     /// Exits to user space so far.
     pub fn exits(&self) -> u64 {
         self.shared.exits.load(Ordering::Relaxed)

@@ -22,7 +22,7 @@ use crate::vcpu::{install_kick_handler, lock};
 use crate::virtio::fs::{Share, ShareConfig};
 use crate::virtio::mem::MemoryHandle;
 use crate::virtio::{Broken, vsock};
-use clients::{Clients, Ready};
+use clients::{Answer, Clients, Ready};
 use devices::{Batch, Known};
 
 /// The control channel is this descriptor of the process.
@@ -272,20 +272,23 @@ impl Process {
         let events = self.events.clone();
         let Ok(ready) = ready else { return Stop::Ended(End::Failure("no descriptor left".into())) };
         loop {
-            let (channel_ready, agent_ready, clients_ready) = {
+            let memory = self.memory.clone();
+            let (channel_ready, agent_ready, memory_taken, clients_ready) = {
                 let mut fds = vec![
                     PollFd::new(channel, PollFlags::IN),
                     PollFd::new(&events.wake, PollFlags::IN),
                     PollFd::from_borrowed_fd(borrow(&ready), PollFlags::IN),
                 ];
-                fds.extend(self.clients.descriptors().map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN)));
+                fds.extend(memory.iter().map(|memory| PollFd::from_borrowed_fd(borrow(memory.taken()), PollFlags::IN)));
+                fds.extend(self.clients.descriptors().map(|(fd, events)| PollFd::from_borrowed_fd(fd, events)));
                 match poll(&mut fds, None) {
                     Ok(_) | Err(Errno::INTR) => {}
                     Err(errno) => return Stop::Ended(End::Failure(format!("poll: {errno}"))),
                 }
                 let mut ready = fds.iter().map(|fd| !fd.revents().is_empty());
                 let first = [ready.next(), ready.next(), ready.next()];
-                (first[0] == Some(true), first[2] == Some(true), ready.collect::<Ready>())
+                let taken = memory.as_ref().and_then(|_| ready.next());
+                (first[0] == Some(true), first[2] == Some(true), taken == Some(true), ready.collect::<Ready>())
             };
             let _ = rustix::io::read(&events.wake, &mut [0; 8]);
             while let Some(event) = events.pop() {
@@ -304,7 +307,9 @@ impl Process {
             }
             if channel_ready {
                 let answer = match control::receive(channel) {
-                    Ok((request, fds)) => self.carry_out(request, fds),
+                    Ok((Request::GiveUp, _)) => return Stop::Ended(End::Stuck(self.machine.describe())),
+                    Ok((Request::AwaitMemory, _)) => Err("who waits for memory does so at the control socket".into()),
+                    Ok((request, fds)) => self.carry_out(request, fds).map(drop),
                     Err(ChannelError::Malformed(what)) => Err(what),
                     Err(_) => return Stop::Abandoned,
                 };
@@ -315,6 +320,13 @@ impl Process {
             }
             let mut clients = std::mem::take(&mut self.clients);
             clients.serve(&clients_ready, |request, fds| self.carry_out(request, fds));
+            if let (true, Some(memory)) = (memory_taken, memory) {
+                let _ = memory.taken().read();
+                // More may have been asked for since.
+                if memory.is_taken() {
+                    clients.memory_is_taken();
+                }
+            }
             self.clients = clients;
         }
     }
@@ -337,9 +349,10 @@ impl Process {
         Ok(())
     }
 
-    fn carry_out(&mut self, request: Request, fds: Vec<OwnedFd>) -> Result<(), Line> {
+    fn carry_out(&mut self, request: Request, fds: Vec<OwnedFd>) -> Result<Answer, Line> {
         match request {
-            Request::Start(_) => Err("the machine runs already".into()),
+            Request::Start(_) => return Err("the machine runs already".into()),
+            Request::GiveUp => return Err("who has the machine's channel decides that".into()),
             Request::Add { resources, devices } => {
                 if resources.len() != fds.len() {
                     return Err(format!("{} resources with {} descriptors", resources.len(), fds.len()));
@@ -357,11 +370,15 @@ impl Process {
                 }
                 self.add(batch)?;
                 self.held.append(&mut held);
-                Ok(())
             }
-            Request::SetCpus(count) => self.machine.set_cpus(count).map_err(line),
-            Request::SetMemory(bytes) => self.set_memory(bytes),
+            Request::SetCpus(count) => self.machine.set_cpus(count).map_err(line)?,
+            Request::SetMemory(bytes) => self.set_memory(bytes)?,
+            Request::AwaitMemory if self.memory.as_ref().is_some_and(|memory| !memory.is_taken()) => {
+                return Ok(Answer::OnceMemoryIsTaken);
+            }
+            Request::AwaitMemory => {}
         }
+        Ok(Answer::Now)
     }
 
     /// Puts all of it on the bus, or nothing.

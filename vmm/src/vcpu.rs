@@ -5,11 +5,12 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, Sender, SyncSender, channel, sync_channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
+use std::time::Duration;
 
 use kvm_ioctls::{VcpuExit, VcpuFd};
 use vmm_sys_util::signal::{SIGRTMIN, register_signal_handler};
 
-use crate::arch::state::{StateContext, StateError, VcpuState};
+use crate::arch::state::{StateContext, StateError, VcpuState, describe};
 use crate::bus::Bus;
 use crate::control::End;
 use crate::jail::{Confine, Kind};
@@ -20,8 +21,12 @@ enum Command {
     Pause(SyncSender<()>),
     Save(SyncSender<Result<VcpuState, StateError>>),
     Restore(Box<VcpuState>, SyncSender<Result<(), StateError>>),
+    Describe(SyncSender<String>),
     Leave,
 }
+
+/// How long a vCPU may take to come out of the guest and say where it was.
+const DESCRIBE: Duration = Duration::from_secs(1);
 
 /// A vCPU: paused when made, running after [`Vcpu::run`].
 pub struct Vcpu {
@@ -107,6 +112,14 @@ impl Vcpu {
         done.recv().ok()
     }
 
+    /// What it is doing, in words; it goes on with it. `None` if its thread has ended, or does not answer in time.
+    pub fn describe(&self) -> Option<String> {
+        let (answer, said) = sync_channel(1);
+        self.commands.send(Command::Describe(answer)).ok()?;
+        self.kick();
+        said.recv_timeout(DESCRIBE).ok()
+    }
+
     fn kick(&self) {
         if let Some(thread) = &self.thread {
             // SAFETY: the thread has not been joined, so its handle is valid; the signal has a handler.
@@ -171,6 +184,9 @@ impl Loop {
                 }
                 Command::Restore(state, answer) => {
                     let _ = answer.send(state.restore(&self.fd, &self.shared.context));
+                }
+                Command::Describe(answer) => {
+                    let _ = answer.send(describe(&self.fd));
                 }
                 Command::Leave => break,
             }

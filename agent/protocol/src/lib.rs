@@ -14,7 +14,7 @@ pub use generated::agent::*;
 pub use generated::agent_ttrpc::{Agent, AgentClient, create_agent};
 
 /// Version of the protocol. Both sides compare it in the first call and refuse to go on if it differs.
-pub const VERSION: u32 = 4;
+pub const VERSION: u32 = 6;
 
 /// Port of the guest on which the agent serves ttrpc.
 pub const AGENT_PORT: u32 = 1024;
@@ -49,3 +49,6 @@ pub const MAX_DATAGRAM: usize = 256 << 10;
 
 /// Most groups of a client that the host is told.
 pub const MAX_GROUPS: usize = 64;
+
+/// Most descriptors that a program has beyond its standard streams.
+pub const MAX_DESCRIPTORS: usize = 64;

@@ -56,6 +56,10 @@ const fn device(major: u32, minor: Option<u32>) -> Rule {
     Rule { allow: true, kind: Some(CHAR), major: Some(major), minor, access: READ | WRITE | MKNOD }
 }
 
+/// The kernel gives up checking a program, with EAGAIN, when a signal arrives: here that of a child's end. So often in a row
+/// none does.
+const LOAD_ATTEMPTS: u32 = 100;
+
 /// One instruction, `struct bpf_insn`.
 #[repr(C)]
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -115,14 +119,20 @@ impl Program {
             version: 0,
             flags: 0,
         };
-        // SAFETY: the attribute is of the given size, and the pointers in it are to a string and to `count` instructions that
-        // outlive the call.
-        let program = unsafe { libc::syscall(libc::SYS_bpf, PROG_LOAD, &raw const load, size_of_val(&load)) };
-        if program < 0 {
-            return Err(DevicesError::Load(io::Error::last_os_error()));
-        }
-        // SAFETY: the kernel just made this descriptor for us.
-        let program = unsafe { OwnedFd::from_raw_fd(program as i32) };
+        let mut attempts = 0..LOAD_ATTEMPTS;
+        let program = loop {
+            // SAFETY: the attribute is of the given size, and the pointers in it are to a string and to `count` instructions that
+            // outlive the call.
+            let program = unsafe { libc::syscall(libc::SYS_bpf, PROG_LOAD, &raw const load, size_of_val(&load)) };
+            if program >= 0 {
+                // SAFETY: the kernel just made this descriptor for us.
+                break unsafe { OwnedFd::from_raw_fd(program as i32) };
+            }
+            let error = io::Error::last_os_error();
+            if error.kind() != io::ErrorKind::WouldBlock || attempts.next().is_none() {
+                return Err(DevicesError::Load(error));
+            }
+        };
         let attach = Attach {
             target: cgroup.as_raw_fd() as u32,
             program: program.as_raw_fd() as u32,
@@ -156,12 +166,14 @@ fn parse(rule: &DeviceRule) -> Result<Rule, DevicesError> {
             'r' => READ,
             'w' => WRITE,
             'm' => MKNOD,
-            other => return Err(DevicesError::Rule(format!("expected access of r, w and m, not {other:?}"))),
+            _ => 0,
         };
     }
     // No letter at all is how the rule for everything is commonly written.
-    if access == 0 {
+    if rule.access.is_empty() {
         access = READ | WRITE | MKNOD;
+    } else if access == 0 {
+        return Err(DevicesError::Rule(format!("expected access of r, w and m, not {:?}", rule.access)));
     }
     Ok(Rule {
         allow: rule.allow,
@@ -338,9 +350,16 @@ mod tests {
     }
 
     #[test]
+    fn letters_that_mean_nothing_are_passed_over() {
+        let program =
+            program(r#"[{"allow":true,"type":"a","access":"rwm"},{"allow":false,"type":"c","access":"rwa"}]"#);
+        assert!(!allowed(&program, CHAR, READ, 10, 200));
+        assert!(!allowed(&program, CHAR, WRITE, 10, 200));
+    }
+
+    #[test]
     fn a_rule_that_says_nothing_known_is_refused() {
-        for json in [r#"{"allow":true,"type":"p"}"#, r#"{"allow":true,"access":"rx"}"#, r#"{"allow":true,"major":-2}"#]
-        {
+        for json in [r#"{"allow":true,"type":"p"}"#, r#"{"allow":true,"access":"x"}"#, r#"{"allow":true,"major":-2}"#] {
             assert!(parse(&serde_json::from_str(json).unwrap()).is_err(), "{json}");
         }
     }

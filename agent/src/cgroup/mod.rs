@@ -21,7 +21,7 @@ use crate::spec::{DeviceRule, Resources};
 pub use events::Watch;
 
 /// How long killed processes may take to be gone. A process stuck in the kernel longer stays, and the error says so.
-const KILL_DEADLINE: Duration = Duration::from_secs(10);
+const KILL_DEADLINE: Duration = Duration::from_secs(30);
 
 /// What cannot be done with a control group.
 #[derive(Debug, thiserror::Error)]

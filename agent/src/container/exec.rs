@@ -10,6 +10,7 @@ use super::launch::{self, LaunchError, Place};
 use super::limits::Limits;
 use super::watched::{Ready, Watched};
 use super::{Container, ContainerError, Streams, Surroundings, affinity, init, process};
+use crate::descriptors::Wanted;
 use crate::spec::{Process, Spec};
 use crate::stdio::{ContainerEnds, Pumps};
 
@@ -21,6 +22,7 @@ pub struct Request<'a> {
     pub id: String,
     pub process: &'a [u8],
     pub streams: Streams,
+    pub descriptors: Wanted,
     /// Path of a control group below the container's.
     pub cgroup: &'a str,
     pub ignore_paused: bool,
@@ -114,7 +116,8 @@ impl Container {
         let uid = spec.linux.guest_uid(process.user.uid);
         let gid = spec.linux.guest_gid(process.user.gid);
         let window = request.streams.window(process);
-        let (ends, terminal) = request.streams.ends(process, &mut pumps, uid, gid)?;
+        let (mut ends, terminal) = request.streams.ends(process, &mut pumps, uid, gid)?;
+        ends.further = request.descriptors.make(&mut pumps, uid, gid).await?;
         let config = init::Config {
             id: self.id.clone(),
             rootfs: self.rootfs.clone(),

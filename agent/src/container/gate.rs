@@ -9,7 +9,7 @@ use rustix::io::Errno;
 use rustix::net::{RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags};
 
 use super::capabilities::{self, Capabilities};
-use super::init::InitError;
+use super::init::{InitError, Places};
 use super::process::{self, ProcessError, Program};
 use super::report::Report;
 use super::rootfs::last_errno;
@@ -25,6 +25,7 @@ pub const START: &[u8] = b"start";
 pub struct Gate<'a> {
     /// To the agent.
     pub socket: &'a OwnedFd,
+    pub places: Places,
     pub process: &'a Process,
     pub env: Vec<CString>,
     pub capabilities: Capabilities,
@@ -37,7 +38,7 @@ impl Gate<'_> {
     /// Gives up every privilege, reports, waits for the agent's word, and becomes the program. `last` is done in between the
     /// word and the program.
     pub fn pass(self, last: impl FnOnce() -> Result<(), InitError>) -> Result<std::convert::Infallible, InitError> {
-        let Self { socket, process, env, capabilities, filter, personality, terminal } = self;
+        let Self { socket, places, process, env, capabilities, filter, personality, terminal } = self;
         let master = terminal.map(take_terminal).transpose()?;
         if let Some(personality) = personality {
             scheduling::set_personality(personality)?;
@@ -50,9 +51,9 @@ impl Gate<'_> {
         }
 
         // All there are; what follows opens none that would stay. Before the filter, which may not know the call.
-        keep_descriptors_from_program()?;
+        keep_descriptors_from_program(places)?;
         // A filter may be loaded by who has CAP_SYS_ADMIN, or by who gains no privileges any more. The first must be before
-        // the capabilities go, and so the filter sees the steps that follow; the second is the last step of all.
+        // the capabilities go, and so the filter sees the steps that follow; the second is the last step of its own.
         if process.no_new_privileges {
             capabilities::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0).map_err(InitError::NoNewPrivileges)?;
         } else if let Some(filter) = filter {
@@ -71,12 +72,13 @@ impl Gate<'_> {
 
         report_created(socket, master)?;
         wait_for_start(socket)?;
-        last()?;
+        // What is done last is hooks of whoever wrote the filter: it holds for them, too.
         if process.no_new_privileges
             && let Some(filter) = filter
         {
             filter.load()?;
         }
+        last()?;
         // What was ignored so far would stay ignored in the program.
         for signal in [libc::SIGPIPE, libc::SIGHUP] {
             // SAFETY: restores a default; no handler is involved.
@@ -95,11 +97,11 @@ fn take_terminal(terminal: Terminal) -> Result<OwnedFd, InitError> {
     Ok(master)
 }
 
-/// Everything but the standard streams is closed by `execve`.
-fn keep_descriptors_from_program() -> Result<(), InitError> {
+/// Everything but the program's own is closed by `execve`.
+fn keep_descriptors_from_program(places: Places) -> Result<(), InitError> {
     const CLOSE_RANGE_CLOEXEC: libc::c_int = 4;
     // SAFETY: the call takes no pointers, and marking descriptors invalidates none.
-    if unsafe { libc::syscall(libc::SYS_close_range, 3, libc::c_uint::MAX, CLOSE_RANGE_CLOEXEC) } < 0 {
+    if unsafe { libc::syscall(libc::SYS_close_range, places.first, libc::c_uint::MAX, CLOSE_RANGE_CLOEXEC) } < 0 {
         return Err(InitError::CloseDescriptors(last_errno()));
     }
     Ok(())

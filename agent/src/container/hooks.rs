@@ -1,8 +1,9 @@
 //! `startContainer` hooks: the one kind that runs in the container.
 
+use std::ffi::CStr;
 use std::io::{self, Write};
 use std::os::fd::AsFd;
-use std::os::unix::process::CommandExt;
+use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
@@ -19,10 +20,18 @@ pub const DEFAULT_TIMEOUT: Duration = Duration::from_secs(60);
 pub enum HookError {
     #[error("error running startContainer hook #{number}: {source}")]
     Run { number: usize, source: io::Error },
-    #[error("error running startContainer hook #{number}: {status}")]
+    #[error("error running startContainer hook #{number}: {}", ended(*status))]
     Failed { number: usize, status: ExitStatus },
     #[error("error running startContainer hook #{number}: hook ran past specified timeout of {}s", timeout.as_secs())]
     TimedOut { number: usize, timeout: Duration },
+}
+
+/// How a hook ended, in the words of runc, which are Go's.
+fn ended(status: ExitStatus) -> String {
+    let Some(signal) = status.signal() else { return format!("exit status {}", status.code().unwrap_or_default()) };
+    // SAFETY: the process has one thread, and the text is copied before the next call.
+    let name = unsafe { CStr::from_ptr(libc::strsignal(signal)) };
+    format!("signal: {}", name.to_string_lossy().to_lowercase())
 }
 
 /// How long a hook may take.

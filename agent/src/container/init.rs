@@ -1,13 +1,15 @@
 //! A process of a container, from `execve` of the agent to `execve` of its program: the first one here, others in [`join`].
 //!
 //! It is in its namespaces and its control group from the start ([`super::launch`]); descriptors 0 to 2 are its standard
-//! streams, [`SOCKET`] leads to the agent and [`CONFIG`] holds what to do. What follows is one sequence of steps, each a few
-//! system calls with an error of its own; order matters and is said at each step.
+//! streams, those that the program is to have beyond them follow, and then what the process itself needs ([`Places`]). The
+//! rest is one sequence of steps, each a few system calls with an error of its own; order matters and is said at each step.
 
+use std::ffi::OsString;
 use std::io::Read;
 use std::os::fd::{FromRawFd, OwnedFd};
 use std::path::PathBuf;
 
+use podhull_protocol::MAX_DESCRIPTORS;
 use rustix::io::Errno;
 use rustix::net::SendFlags;
 use serde::{Deserialize, Serialize};
@@ -32,13 +34,37 @@ use super::terminal::{Terminal, TerminalError, Window};
 use super::{devices, hooks, join, keyring, mounts, namespaces, paths, process, sysctl};
 use crate::spec::{Process, Spec};
 
-/// Descriptor of the socket to the agent, packets in both directions.
-pub const SOCKET: i32 = 3;
-/// Descriptor of the file with the [`Config`].
-pub const CONFIG: i32 = 4;
-/// First descriptor of those that lead to the namespaces of a container that is there: a pidfd of its init, then its time
-/// namespace if it has one.
-pub const JOIN: i32 = 5;
+/// Numbers of the descriptors that the process itself needs: they come after those of the program, which are where the program is
+/// to find them.
+#[derive(Debug, Clone, Copy)]
+pub struct Places {
+    /// The first that is not the program's.
+    pub first: i32,
+}
+
+impl Places {
+    /// After so many descriptors of the program beyond its standard streams.
+    pub fn after(further: usize) -> Option<Self> {
+        let further = i32::try_from(further).ok()?;
+        usize::try_from(further).is_ok_and(|count| count <= MAX_DESCRIPTORS).then_some(Self { first: 3 + further })
+    }
+
+    /// The socket to the agent, packets in both directions.
+    pub fn socket(self) -> i32 {
+        self.first
+    }
+
+    /// The file with the [`Config`].
+    pub fn config(self) -> i32 {
+        self.first + 1
+    }
+
+    /// The first of those that lead to the namespaces of a container that is there: a pidfd of its init, then its time namespace
+    /// if it has one.
+    pub fn join(self) -> i32 {
+        self.first + 2
+    }
+}
 
 /// What the agent has its init do.
 #[derive(Serialize, Deserialize)]
@@ -169,8 +195,11 @@ fn process_kind(error: &ProcessError) -> ErrorKind {
     }
 }
 
-/// Entry of `podhull-agent init`. Returns only if the program could not be executed.
-pub fn main() -> i32 {
+/// Entry of `podhull-agent init N`, whose program is to have N descriptors beyond its standard streams. Returns only if the program
+/// could not be executed.
+pub fn main(mut arguments: impl Iterator<Item = OsString>) -> i32 {
+    let further = arguments.next().and_then(|number| number.to_str()?.parse().ok());
+    let Some(places) = further.and_then(Places::after) else { return 2 };
     for signal in 1..=libc::SIGRTMAX() {
         // Ignored signals would stay ignored in the program: a shell has its background jobs ignore the terminal's, and
         // whoever starts an agent without a machine may be one. Not all can be set; those are not ignored either.
@@ -183,8 +212,8 @@ pub fn main() -> i32 {
         unsafe { libc::signal(signal, libc::SIG_IGN) };
     }
     // SAFETY: the agent starts us with this descriptor open, and nothing else uses it.
-    let socket = unsafe { OwnedFd::from_raw_fd(SOCKET) };
-    match run(&socket) {
+    let socket = unsafe { OwnedFd::from_raw_fd(places.socket()) };
+    match run(&socket, places) {
         Ok(never) => match never {},
         Err(error) => {
             let report = Report::Failed { kind: error.kind(), message: error.to_string() };
@@ -195,13 +224,13 @@ pub fn main() -> i32 {
     }
 }
 
-fn run(socket: &OwnedFd) -> Result<std::convert::Infallible, InitError> {
-    let text = read_config().map_err(InitError::ReadConfig)?;
+fn run(socket: &OwnedFd, places: Places) -> Result<std::convert::Infallible, InitError> {
+    let text = read_config(places).map_err(InitError::ReadConfig)?;
     let config: Config = serde_json::from_str(&text).map_err(InitError::ParseConfig)?;
     let spec: Spec = serde_json::from_str(config.spec.get()).map_err(InitError::ParseSpec)?;
     if let Some(process) = config.process {
         let process: Process = serde_json::from_str(process.get()).map_err(InitError::ParseProcess)?;
-        return join::run(socket, &config, &spec, &process.within(&spec.process));
+        return join::run(socket, places, &config, &spec, &process.within(&spec.process));
     }
     let namespaces = Namespaces { shared_flags: config.shared_flags, ..Namespaces::of(&spec)? };
     let capabilities = Capabilities::of(spec.process.capabilities.as_ref())?;
@@ -223,6 +252,7 @@ fn run(socket: &OwnedFd) -> Result<std::convert::Infallible, InitError> {
     process::make_cwd(&spec.process.cwd)?;
     let gate = Gate {
         socket,
+        places,
         process: &spec.process,
         env: process::environment(&spec.process)?,
         capabilities,
@@ -233,9 +263,9 @@ fn run(socket: &OwnedFd) -> Result<std::convert::Infallible, InitError> {
     gate.pass(|| Ok(hooks::run(&spec, &config.id)?))
 }
 
-fn read_config() -> std::io::Result<String> {
+fn read_config(places: Places) -> std::io::Result<String> {
     // SAFETY: the agent starts us with this descriptor open, and nothing else uses it.
-    let mut file = std::fs::File::from(unsafe { OwnedFd::from_raw_fd(CONFIG) });
+    let mut file = std::fs::File::from(unsafe { OwnedFd::from_raw_fd(places.config()) });
     let mut text = String::new();
     file.read_to_string(&mut text)?;
     Ok(text)

@@ -8,7 +8,7 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 
 use super::capabilities::{self, Capabilities};
 use super::gate::Gate;
-use super::init::{Config, InitError, JOIN};
+use super::init::{Config, InitError, Places};
 use super::namespaces::Namespaces;
 use super::rootfs::{Rootfs, last_errno};
 use super::seccomp::Filter;
@@ -19,6 +19,7 @@ use crate::spec::{Process, Spec};
 /// Joins the container and becomes the program.
 pub fn run(
     socket: &OwnedFd,
+    places: Places,
     config: &Config<'_>,
     spec: &Spec,
     process: &Process,
@@ -33,7 +34,7 @@ pub fn run(
     }
 
     let namespaces = Namespaces::of(spec)?;
-    join_namespaces(namespaces)?;
+    join_namespaces(namespaces, places)?;
     rustix::process::setsid().map_err(InitError::Session)?;
     keyring::join(&config.id)?;
     if !spec.has_namespace("mount") {
@@ -45,6 +46,7 @@ pub fn run(
     };
     let gate = Gate {
         socket,
+        places,
         process,
         env: process::environment(process)?,
         capabilities,
@@ -55,9 +57,9 @@ pub fn run(
     gate.pass(|| Ok(()))
 }
 
-fn join_namespaces(namespaces: Namespaces) -> Result<(), InitError> {
+fn join_namespaces(namespaces: Namespaces, places: Places) -> Result<(), InitError> {
     // SAFETY: the agent starts us with this descriptor open, and nothing else uses it.
-    let init = unsafe { OwnedFd::from_raw_fd(JOIN) };
+    let init = unsafe { OwnedFd::from_raw_fd(places.join()) };
     let mut flags = namespaces.clone_flags & !u64::from(libc::CLONE_NEWPID.unsigned_abs());
     if namespaces.cgroup {
         flags |= u64::from(libc::CLONE_NEWCGROUP.unsigned_abs());
@@ -67,7 +69,7 @@ fn join_namespaces(namespaces: Namespaces) -> Result<(), InitError> {
     }
     if namespaces.time {
         // SAFETY: the agent starts us with this descriptor open, and nothing else uses it.
-        let time = unsafe { OwnedFd::from_raw_fd(JOIN + 1) };
+        let time = unsafe { OwnedFd::from_raw_fd(places.join() + 1) };
         setns(&time, libc::CLONE_NEWTIME).map_err(InitError::JoinTime)?;
     }
     if namespaces.user {

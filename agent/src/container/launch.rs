@@ -15,7 +15,7 @@ use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tokio::sync::oneshot;
 
-use super::init::{CONFIG, Config, JOIN, SOCKET};
+use super::init::{Config, Places};
 use super::join::setns;
 use super::namespaces::{self, NamespaceError, Namespaces};
 use super::report::Report;
@@ -31,6 +31,8 @@ pub enum LaunchError {
     Config(io::Error),
     #[error("open the agent's own program: {0}")]
     OwnProgram(Errno),
+    #[error("hand the program its descriptors: {0}")]
+    Descriptors(Errno),
     #[error("make a socket for the container's init: {0}")]
     Socket(io::Error),
     #[error("make the container's init in its namespaces: {0}")]
@@ -77,9 +79,14 @@ impl Launched {
 struct Handover {
     program: RawFd,
     standard: [RawFd; 3],
+    /// Those of the program beyond, out of the way of all numbers that are given.
+    further: Vec<RawFd>,
+    places: Places,
+    /// What is not given to anything has this number, or a higher one.
+    first_free: RawFd,
     socket: RawFd,
     config: RawFd,
-    /// What to join, from [`JOIN`] on; -1 is nothing.
+    /// What to join, from [`Places::join`] on; -1 is nothing.
     join: [RawFd; 2],
     waits_for_mappings: bool,
 }
@@ -95,11 +102,18 @@ pub fn launch(
     let program = rustix::fs::openat(CWD, "/proc/self/exe", OFlags::PATH | OFlags::CLOEXEC, Mode::empty())
         .map_err(LaunchError::OwnProgram)?;
     let file = config_file(config).map_err(LaunchError::Config)?;
+    let places = Places::after(ends.further.len()).ok_or(LaunchError::Descriptors(Errno::MFILE))?;
+    let first_free = places.join() + 2;
+    let further = ends.further.iter().map(|fd| rustix::io::fcntl_dupfd_cloexec(fd, first_free));
+    let further = further.collect::<Result<Vec<_>, _>>().map_err(LaunchError::Descriptors)?;
     let (ours, theirs) = socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)
         .map_err(|errno| LaunchError::Socket(errno.into()))?;
     let handover = Handover {
         program: program.as_raw_fd(),
         standard: [ends.stdin.as_raw_fd(), ends.stdout.as_raw_fd(), ends.stderr.as_raw_fd()],
+        further: further.iter().map(AsRawFd::as_raw_fd).collect(),
+        places,
+        first_free,
         socket: theirs.as_raw_fd(),
         config: file.as_raw_fd(),
         join: match place {
@@ -193,8 +207,9 @@ fn clone(flags: u64, cgroup: &OwnedFd, handover: &Handover) -> io::Result<(Pid, 
         cgroup: cgroup.as_raw_fd() as u64,
         ..CloneArgs::default()
     };
-    let arguments = [c"podhull-agent".to_owned(), CString::new(super::INIT_ARGUMENT).unwrap_or_default()];
-    let argv = [arguments[0].as_ptr(), arguments[1].as_ptr(), std::ptr::null()];
+    let word = |word: &str| CString::new(word).unwrap_or_default();
+    let arguments = [word("podhull-agent"), word(super::INIT_ARGUMENT), word(&handover.further.len().to_string())];
+    let argv = [arguments[0].as_ptr(), arguments[1].as_ptr(), arguments[2].as_ptr(), std::ptr::null()];
     // SAFETY: the arguments are of the given size. Without CLONE_VM the child has a copy of this process and this stack; it
     // makes only system calls until execve or its end, so it does not matter what other threads held when it was copied.
     let pid = unsafe { libc::syscall(libc::SYS_clone3, &raw const args, size_of_val(&args)) };
@@ -216,7 +231,6 @@ fn clone(flags: u64, cgroup: &OwnedFd, handover: &Handover) -> io::Result<(Pid, 
 ///
 /// To be called only in a new process. `argv` is a list of strings, both ended by zero.
 unsafe fn become_init(handover: &Handover, argv: *const *const libc::c_char) -> ! {
-    const FIRST_FREE: RawFd = 16;
     // SAFETY: plain system calls; their pointers are to what the caller vouches for or to the stack.
     unsafe {
         if handover.waits_for_mappings {
@@ -230,17 +244,19 @@ unsafe fn become_init(handover: &Handover, argv: *const *const libc::c_char) -> 
             }
         }
         // Out of the way of the numbers they are to get, first.
-        let high = |fd| libc::fcntl(fd, libc::F_DUPFD_CLOEXEC, FIRST_FREE);
+        let high = |fd| libc::fcntl(fd, libc::F_DUPFD_CLOEXEC, handover.first_free);
         let [stdin, stdout, stderr] = handover.standard.map(high);
         let (socket, config, program) = (high(handover.socket), high(handover.config), high(handover.program));
         let [first, second] = handover.join.map(high);
-        let mut next = CONFIG + 1;
-        for (from, to) in [(stdin, 0), (stdout, 1), (stderr, 2), (socket, SOCKET), (config, CONFIG)] {
+        let (places, join) = (handover.places, handover.places.join());
+        let mut next = join;
+        let own = [(stdin, 0), (stdout, 1), (stderr, 2), (socket, places.socket()), (config, places.config())];
+        for (from, to) in own.into_iter().chain(handover.further.iter().copied().zip(3..)) {
             if libc::dup2(from, to) < 0 {
                 libc::_exit(126);
             }
         }
-        for (given, from, to) in [(handover.join[0], first, JOIN), (handover.join[1], second, JOIN + 1)] {
+        for (given, from, to) in [(handover.join[0], first, join), (handover.join[1], second, join + 1)] {
             if given >= 0 {
                 if libc::dup2(from, to) < 0 {
                     libc::_exit(126);

@@ -39,6 +39,7 @@ use rustix::process::{Pid, Signal};
 use tokio::io::unix::AsyncFd;
 
 use crate::cgroup::{Cgroup, CgroupError, Hierarchy};
+use crate::descriptors::{DescriptorError, Wanted};
 use crate::events::Events;
 use crate::network::{Configure, NetworkError, PodNetwork};
 use crate::reaper::{ExitStatus, Reaper};
@@ -78,6 +79,8 @@ pub enum ContainerError {
     Cgroup(#[from] CgroupError),
     #[error(transparent)]
     Stdio(#[from] StdioError),
+    #[error(transparent)]
+    Descriptor(#[from] DescriptorError),
     #[error("process.terminal is {spec}, but the call says {call}")]
     Terminal { spec: bool, call: bool },
     #[error("a container with a terminal needs a stdout token")]
@@ -163,6 +166,7 @@ impl ContainerError {
             Self::Limit(LimitError::Set { source, .. }) if *source != Errno::INVAL => ErrorKind::Internal,
             Self::Limit(LimitError::WriteOomScore(_)) => ErrorKind::Internal,
             Self::Limit(_) => ErrorKind::Invalid,
+            Self::Descriptor(error) if error.is_invalid() => ErrorKind::Invalid,
             Self::Cgroup(error) if error.is_invalid() => ErrorKind::Invalid,
             Self::Network(error) if error.is_invalid() => ErrorKind::Invalid,
             Self::NoProcess(_) => ErrorKind::NotFound,
@@ -218,6 +222,7 @@ pub struct Request<'a> {
     pub spec: &'a [u8],
     pub rootfs: PathBuf,
     pub streams: Streams,
+    pub descriptors: Wanted,
     pub shared: &'a [Shared],
     pub network: Network<'a>,
 }
@@ -339,7 +344,8 @@ impl Container {
         let mut pumps = Pumps::new();
         let (uid, gid) = (spec.linux.guest_uid(spec.process.user.uid), spec.linux.guest_gid(spec.process.user.gid));
         let window = request.streams.window(&spec.process);
-        let (ends, terminal) = request.streams.ends(&spec.process, &mut pumps, uid, gid)?;
+        let (mut ends, terminal) = request.streams.ends(&spec.process, &mut pumps, uid, gid)?;
+        ends.further = request.descriptors.make(&mut pumps, uid, gid).await?;
         let config = init::Config {
             id: request.id,
             rootfs: request.rootfs,

@@ -23,7 +23,7 @@ pub enum SeccompError {
     #[error("linux.seccomp.{0}: not supported: its listener would be in another kernel")]
     Listener(&'static str),
     #[error(
-        "linux.seccomp.architectures: {0:?} does not run on this machine: expected SCMP_ARCH_X86_64, SCMP_ARCH_X86 or SCMP_ARCH_X32"
+        "linux.seccomp.architectures: {0:?} is unknown, or has another order of bytes than this machine: leave it out"
     )]
     Architecture(String),
     #[error("linux.seccomp.flags: unknown flag {0:?}")]
@@ -108,8 +108,10 @@ impl Filter {
             return Err(SeccompError::Listener("listenerMetadata"));
         }
         let default = action(&profile.default_action, profile.default_errno_ret)?;
-        let architectures =
-            profile.architectures.iter().map(|name| architecture(name)).collect::<Result<Vec<_>, _>>()?;
+        let mut architectures = Vec::new();
+        for name in &profile.architectures {
+            architectures.extend(architecture(name)?);
+        }
         let mut context = ScmpFilterContext::new(default)?;
         for architecture in &architectures {
             context.add_arch(*architecture)?;
@@ -215,11 +217,21 @@ fn return_value(action: ScmpAction) -> u32 {
     }
 }
 
-fn architecture(name: &str) -> Result<ScmpArch, SeccompError> {
+/// `None` for one that this machine does not run: nothing ever asks its rules, and profiles for several machines have them.
+fn architecture(name: &str) -> Result<Option<ScmpArch>, SeccompError> {
     match name {
-        "SCMP_ARCH_X86_64" => Ok(ScmpArch::X8664),
-        "SCMP_ARCH_X86" => Ok(ScmpArch::X86),
-        "SCMP_ARCH_X32" => Ok(ScmpArch::X32),
+        "SCMP_ARCH_X86_64" => Ok(Some(ScmpArch::X8664)),
+        "SCMP_ARCH_X86" => Ok(Some(ScmpArch::X86)),
+        "SCMP_ARCH_X32" => Ok(Some(ScmpArch::X32)),
+        "SCMP_ARCH_ARM"
+        | "SCMP_ARCH_AARCH64"
+        | "SCMP_ARCH_MIPSEL"
+        | "SCMP_ARCH_MIPSEL64"
+        | "SCMP_ARCH_MIPSEL64N32"
+        | "SCMP_ARCH_PPC64LE"
+        | "SCMP_ARCH_RISCV64"
+        | "SCMP_ARCH_LOONGARCH64"
+        | "SCMP_ARCH_SH" => Ok(None),
         other => Err(SeccompError::Architecture(other.into())),
     }
 }
@@ -438,6 +450,22 @@ mod tests {
     }
 
     #[test]
+    fn architectures_of_other_machines_do_nothing_here() {
+        let rules = r#"[{"names":["read"],"action":"SCMP_ACT_ALLOW"}]"#;
+        let with = |architectures: &str| {
+            let json =
+                format!(r#"{{"defaultAction":"SCMP_ACT_ERRNO","architectures":[{architectures}],"syscalls":{rules}}}"#);
+            compile(&json).unwrap()
+        };
+        let (here, everywhere) =
+            (with(r#""SCMP_ARCH_X86_64""#), with(r#""SCMP_ARCH_AARCH64","SCMP_ARCH_X86_64","SCMP_ARCH_ARM""#));
+        for (architecture, number) in [(X86_64, libc::SYS_read as u32), (X86_64, libc::SYS_write as u32), (I386, 3)] {
+            let found = run(&everywhere, architecture, number, [0; 6]);
+            assert_eq!(found, run(&here, architecture, number, [0; 6]), "{architecture:x} {number}");
+        }
+    }
+
+    #[test]
     fn calls_of_other_architectures_are_known_and_do_nothing_here() {
         let filter = profile(
             "SCMP_ACT_ERRNO",
@@ -488,7 +516,7 @@ mod tests {
         for (json, word) in [
             (r#"{"defaultAction":"SCMP_ACT_NOTIFY"}"#, "SCMP_ACT_NOTIFY"),
             (r#"{"defaultAction":"SCMP_ACT_DREAM"}"#, "SCMP_ACT_DREAM"),
-            (r#"{"defaultAction":"SCMP_ACT_ALLOW","architectures":["SCMP_ARCH_AARCH64"]}"#, "SCMP_ARCH_AARCH64"),
+            (r#"{"defaultAction":"SCMP_ACT_ALLOW","architectures":["SCMP_ARCH_S390X"]}"#, "SCMP_ARCH_S390X"),
             (r#"{"defaultAction":"SCMP_ACT_ALLOW","flags":["SECCOMP_FILTER_FLAG_X"]}"#, "SECCOMP_FILTER_FLAG_X"),
             (r#"{"defaultAction":"SCMP_ACT_ALLOW","listenerPath":"/x"}"#, "listenerPath"),
             (

@@ -181,11 +181,14 @@ async fn await_ready(
     }
     // Not before: our own steps are not to run into them.
     limits.set(launched.pid)?;
-    let Some(claim) = terminal else { return Ok(None) };
-    let master = Arc::new(master.ok_or(ContainerError::NoTerminal)?);
-    let weak = Arc::downgrade(&master);
-    pumps.terminal(master, claim)?;
-    Ok(Some(weak))
+    let mut weak = None;
+    if let Some(claim) = terminal {
+        let master = Arc::new(master.ok_or(ContainerError::NoTerminal)?);
+        weak = Some(Arc::downgrade(&master));
+        pumps.terminal(master, claim)?;
+    }
+    pumps.connected().await?;
+    Ok(weak)
 }
 
 fn kill(pidfd: &OwnedFd) {

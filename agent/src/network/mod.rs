@@ -33,7 +33,7 @@ use names::Sockets;
 use netlink::{NetlinkError, Socket};
 
 /// How long an interface may take to appear: its driver has bound when the scan of the bus returns.
-const DEADLINE: Duration = Duration::from_secs(10);
+const DEADLINE: Duration = Duration::from_secs(20);
 
 /// The network is not what it should be.
 #[derive(Debug, thiserror::Error)]

@@ -25,7 +25,8 @@ async fn a_container_waits_for_its_start() {
     let stdio = Stdio { stdout: token, ..Stdio::default() };
     let pid = agent.create("a", &rootfs, &shell("echo started"), stdio).await.unwrap();
     let line = std::fs::read_to_string(format!("/proc/{pid}/cmdline")).unwrap();
-    assert_eq!(line, "podhull-agent\0init\0");
+    // None beyond the standard streams.
+    assert_eq!(line.split('\0').collect::<Vec<_>>(), ["podhull-agent", "init", "0", ""]);
     agent.start_container("a").await.unwrap();
     assert_eq!(read_all(stdout).await, "started\n");
     assert_eq!(agent.exit_of("a").await.code, 0);
@@ -133,10 +134,13 @@ async fn events_from_before_the_call_are_sent_first() {
     let agent = Agent::start().await;
     let rootfs = agent.rootfs();
     for (id, code) in [("a", 5), ("b", 6)] {
-        agent.create(id, &rootfs, &shell(&format!("exit {code}")), Stdio::default()).await.unwrap();
+        let token = new_token();
+        let stdout = agent.stream(token).await;
+        let stdio = Stdio { stdout: token, ..Stdio::default() };
+        agent.create(id, &rootfs, &shell(&format!("exit {code}")), stdio).await.unwrap();
         agent.start_container(id).await.unwrap();
-    }
-    for id in ["a", "b"] {
+        // To be deleted before it exits would be to be killed.
+        read_all(stdout).await;
         agent.delete(id).await;
     }
     let mut events = agent.client.events(deadline(), &EventsRequest::default()).await.unwrap();

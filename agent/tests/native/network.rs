@@ -359,7 +359,7 @@ async fn a_device_that_comes_late_is_waited_for_and_one_that_does_not_is_named()
     assert_eq!(code, ttrpc::Code::NOT_FOUND);
     assert_eq!(
         message,
-        "network: interface eth2: no device with the MAC address 02:00:00:00:00:03 appeared within 10 s"
+        "network: interface eth2: no device with the MAC address 02:00:00:00:00:03 appeared within 20 s"
     );
 }
 

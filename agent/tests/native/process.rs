@@ -221,7 +221,16 @@ async fn start_container_hooks_run_inside_before_the_program() {
     assert_eq!(agent.run(&spec).await.ok(), "\"status\":\"created\"\nb\n");
     let failing = json!({"startContainer": [{"path": "/bin/true"}, {"path": "/bin/false"}]});
     let (_, message) = agent.refusal(&with(shell("true"), [("/hooks", failing)])).await;
-    assert!(message.starts_with("error running startContainer hook #1: "), "{message}");
+    assert_eq!(message, "error running startContainer hook #1: exit status 1");
+    let filter =
+        json!({"defaultAction": "SCMP_ACT_ALLOW", "syscalls": [{"names": ["mkdir"], "action": "SCMP_ACT_KILL"}]});
+    for privileges in [true, false] {
+        let filtered = json!({"startContainer": [{"path": "/bin/mkdir", "args": ["mkdir", "/tmp/made"]}]});
+        let fields =
+            [("/hooks", filtered), ("/linux/seccomp", filter.clone()), ("/process/noNewPrivileges", json!(privileges))];
+        let (_, message) = agent.refusal(&with(shell("true"), fields)).await;
+        assert_eq!(message, "error running startContainer hook #0: signal: bad system call");
+    }
     let slow = json!({"startContainer": [{"path": "/bin/sleep", "args": ["sleep", "60"], "timeout": 1}]});
     let (_, message) = agent.refusal(&with(shell("true"), [("/hooks", slow)])).await;
     assert!(message.contains("timeout of 1s"), "{message}");

@@ -63,13 +63,17 @@ async fn streams_without_a_token_are_dev_null() {
 }
 
 #[tokio::test(flavor = "current_thread")]
-async fn a_stream_may_come_after_its_call() {
+async fn a_call_waits_for_its_stream() {
     let agent = Agent::start().await;
     let token = new_token();
     let stdio = Stdio { stdout: token, ..Stdio::default() };
-    agent.create("a", &agent.rootfs(), &shell("echo early"), stdio).await.unwrap();
-    agent.start_container("a").await.unwrap();
+    let (rootfs, spec) = (agent.rootfs(), shell("echo early"));
+    let mut create = std::pin::pin!(agent.create("a", &rootfs, &spec, stdio));
+    let early = tokio::time::timeout(std::time::Duration::from_millis(300), &mut create).await;
+    assert!(early.is_err(), "its output would be lost");
     let stdout = agent.stream(token).await;
+    create.await.unwrap();
+    agent.start_container("a").await.unwrap();
     assert_eq!(read_all(stdout).await, "early\n");
     agent.exit_of("a").await;
     agent.delete("a").await;
@@ -180,8 +184,12 @@ async fn strangers_on_the_stream_port_are_turned_away() {
     set(&mut spec, "/hostname", "x");
     let token = new_token();
     let stdio = Stdio { stdout: token, ..Stdio::default() };
-    agent.create("a", &agent.rootfs(), &spec, stdio).await.unwrap();
+    let rootfs = agent.rootfs();
+    let mut create = std::pin::pin!(agent.create("a", &rootfs, &spec, stdio));
+    // The agent is to know of the token first.
+    let _ = tokio::time::timeout(std::time::Duration::from_millis(300), &mut create).await;
     let stdout = agent.stream(token).await;
+    create.await.unwrap();
     agent
         .client
         .start_container(deadline(), &podhull_protocol::StartContainerRequest { id: "a".into(), ..Default::default() })

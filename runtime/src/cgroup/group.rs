@@ -72,6 +72,11 @@ impl Cgroup {
         value(&events, "oom_kill").unwrap_or_default()
     }
 
+    /// The file of its limit of memory, to be written; `None` where memory is not controlled, or it is gone.
+    pub fn memory_limit(&self) -> Option<File> {
+        fs::OpenOptions::new().write(true).open(self.place.directory().join("memory.max")).ok()
+    }
+
     /// Makes it without systemd, with its process in it.
     pub(super) fn make(&self) -> Result<(), CgroupError> {
         let mut group = PathBuf::from(MOUNT_POINT);

@@ -24,6 +24,7 @@ use std::time::Duration;
 pub use group::Cgroup;
 pub use placement::{Manager, Placement};
 use podhull_limits::LimitError;
+pub use properties::PROPERTY_ANNOTATION;
 
 /// How long processes that were killed may take to end, before their group is given up.
 pub const PATIENCE: Duration = Duration::from_secs(10);

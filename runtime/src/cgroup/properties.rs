@@ -7,7 +7,7 @@ use zbus::Variant;
 use super::CgroupError;
 
 /// What annotations that name properties begin with: the rest is the name, the value is one in GVariant's text form.
-const ANNOTATION: &str = "org.systemd.property.";
+pub const PROPERTY_ANNOTATION: &str = "org.systemd.property.";
 
 /// No limit.
 pub const INFINITY: u64 = u64::MAX;
@@ -149,7 +149,7 @@ fn bits(list: &str) -> Option<Vec<u8>> {
 
 /// The property an annotation names; none if it names none.
 pub fn of_annotation(key: &str, text: &str) -> Result<Option<Property>, CgroupError> {
-    let Some(name) = key.strip_prefix(ANNOTATION) else { return Ok(None) };
+    let Some(name) = key.strip_prefix(PROPERTY_ANNOTATION) else { return Ok(None) };
     let wrong = |what| CgroupError::Annotation(key.to_owned(), what);
     if name.len() < 3 || !name.bytes().all(|c| c.is_ascii_alphabetic()) {
         return Err(wrong("not the name of a systemd property: three or more letters"));

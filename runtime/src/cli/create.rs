@@ -2,8 +2,8 @@
 
 use std::path::PathBuf;
 
-use super::Context;
-use crate::pod::{self, CreateError};
+use super::{Context, Failure};
+use crate::pod;
 
 /// Create a container from a bundle; `start` runs its program
 ///
@@ -29,6 +29,10 @@ pub struct Container {
     #[arg(long, value_name = "FILE")]
     pub pid_file: Option<PathBuf>,
 
+    /// Unix socket that is sent a pidfd of the process that stands for the container
+    #[arg(long, value_name = "SOCKET")]
+    pub pidfd_socket: Option<PathBuf>,
+
     /// Unix socket that is sent the terminal of a container with `process.terminal`
     #[arg(long, value_name = "SOCKET")]
     pub console_socket: Option<PathBuf>,
@@ -45,6 +49,10 @@ pub struct Container {
     #[arg(long)]
     pub no_new_keyring: bool,
 
+    /// Pass so many descriptors from number 3 on to the program; those of $LISTEN_FDS come before them
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub preserve_fds: usize,
+
     /// Name of the container: letters, digits, `_`, `+`, `-` and `.`
     pub id: String,
 }
@@ -55,7 +63,7 @@ impl Container {
         pod::Create {
             id: &self.id,
             bundle: &self.bundle,
-            pid_file: self.pid_file.as_deref(),
+            announce: pod::Announce { pid_file: self.pid_file.as_deref(), pidfd_socket: self.pidfd_socket.as_deref() },
             console_socket: self.console_socket.is_some(),
             cgroups: context.cgroups,
             root: &context.root,
@@ -80,7 +88,9 @@ impl Container {
 
 impl Arguments {
     /// Makes the container.
-    pub fn execute(self, context: &Context) -> Result<u8, CreateError> {
-        pod::create(&self.container.create(context)).map(|()| 0)
+    pub fn execute(self, context: &Context) -> Result<u8, Failure> {
+        let inherited = context.take_inherited()?;
+        pod::create(&self.container.create(context), inherited)?;
+        Ok(0)
     }
 }

@@ -55,6 +55,18 @@ pub struct Arguments {
     #[arg(long, value_name = "FILE")]
     pid_file: Option<PathBuf>,
 
+    /// Unix socket that is sent a pidfd of the process that stands for the program
+    #[arg(long, value_name = "SOCKET")]
+    pidfd_socket: Option<PathBuf>,
+
+    /// SELinux label; taken for callers of runc, and left out: the virtual machine confines the program
+    #[arg(long, value_name = "LABEL")]
+    process_label: Option<String>,
+
+    /// AppArmor profile; taken for callers of runc, and left out: the virtual machine confines the program
+    #[arg(long, value_name = "PROFILE")]
+    apparmor: Option<String>,
+
     /// Let it gain no privileges
     #[arg(long)]
     no_new_privs: bool,
@@ -63,13 +75,17 @@ pub struct Arguments {
     #[arg(short, long, value_name = "NAME")]
     cap: Vec<String>,
 
-    /// Control group below the container's
-    #[arg(long, value_name = "PATH", default_value = "")]
-    cgroup: String,
+    /// Control group below the container's. Callers of runc may name controllers before a colon; all of them share a path
+    #[arg(long, value_name = "[CONTROLLER:]PATH")]
+    cgroup: Vec<String>,
 
     /// Execute in a paused container too
     #[arg(long)]
     ignore_paused: bool,
+
+    /// Pass so many descriptors from number 3 on to the program
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub preserve_fds: usize,
 
     /// Name of the container
     id: String,
@@ -82,28 +98,34 @@ pub struct Arguments {
 impl Arguments {
     /// Executes the program; returns its exit status.
     pub fn execute(self, context: &Context) -> Result<u8, ExecError> {
-        if self.detach {
-            let known = pod::running(&context.root, &self.id, self.ignore_paused)?;
-            pod::exec_in_background(&known, self.pid_file.as_deref())?;
-            return Ok(0);
-        }
-        self.run(context, None)
-    }
-
-    /// Executes it in this process; if that is a shadow, `creator` is told when it runs.
-    pub fn run(&self, context: &Context, creator: Option<&pod::Creator>) -> Result<u8, ExecError> {
+        let inherited = context.take_inherited()?;
         let known = pod::running(&context.root, &self.id, self.ignore_paused)?;
         let config = self.config(&known.state.bundle)?;
-        pod::exec(pod::Exec {
-            known,
-            config,
-            cgroup: &self.cgroup,
+        for remark in config.remarks() {
+            context.log.debug(|| format!("{}: {remark}", self.id));
+        }
+        let console_socket = self.console_socket.is_some();
+        let execution = pod::Execution { known, config, announce: self.announce(), console_socket, inherited };
+        match self.detach {
+            true => pod::exec_in_background(execution).map(|()| 0),
+            false => pod::exec_in_foreground(execution),
+        }
+    }
+
+    /// The same as its shadow, for `creator`.
+    pub fn run(&self, context: &Context, creator: &pod::Creator) -> Result<u8, ExecError> {
+        pod::exec(&pod::Exec {
+            known: pod::running(&context.root, &self.id, self.ignore_paused)?,
+            cgroup: sub_cgroup(&self.cgroup)?,
             ignore_paused: self.ignore_paused,
-            pid_file: self.pid_file.as_deref(),
             console_socket: self.console_socket.as_deref(),
             creator,
             log: &context.log,
         })
+    }
+
+    fn announce(&self) -> pod::Announce<'_> {
+        pod::Announce { pid_file: self.pid_file.as_deref(), pidfd_socket: self.pidfd_socket.as_deref() }
     }
 
     /// The container's configuration with the process that is asked for.
@@ -143,12 +165,35 @@ impl Arguments {
             }
         }
         append(process, &["user", "additionalGids"], &self.additional_gids);
+        for (field, given) in [("selinuxLabel", &self.process_label), ("apparmorProfile", &self.apparmor)] {
+            if let Some(given) = given {
+                process[field] = json!(given);
+            }
+        }
         if self.no_new_privs {
             process["noNewPrivileges"] = json!(true);
         }
         for set in ["bounding", "effective", "permitted"] {
             append(process, &["capabilities", set], &self.cap);
         }
+    }
+}
+
+/// The path that the `--cgroup` arguments give: one. With control groups of version 1, runc takes one for each controller;
+/// those of a container here are of version 2, where it takes a plain one, too.
+fn sub_cgroup(given: &[String]) -> Result<&str, ExecError> {
+    let wrong = |argument: &str, why| Err(ExecError::SubCgroup(argument.into(), why));
+    match given {
+        [] => Ok(""),
+        [path] if !path.contains(':') => Ok(path),
+        several => match several.iter().find(|argument| argument.matches(':').count() != 1) {
+            Some(plain) if !plain.contains(':') => wrong(plain, "missing <controller>: prefix"),
+            Some(argument) => wrong(argument, "expected [<controller>:]<path>"),
+            None => wrong(
+                &several[0],
+                "the control groups of a container are of version 2, where all controllers have the same path: give that alone",
+            ),
+        },
     }
 }
 
@@ -163,5 +208,30 @@ fn append<T: serde::Serialize>(process: &mut Value, path: &[&str], items: &[T]) 
     }
     if let Some(list) = value.as_array_mut() {
         list.extend(items.iter().map(|item| json!(item)));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_control_group_is_one_path_for_all_controllers() {
+        let of = |given: &[&str]| {
+            let given: Vec<_> = given.iter().map(|argument| (*argument).to_owned()).collect();
+            sub_cgroup(&given).map(str::to_owned).map_err(|error| error.to_string())
+        };
+        assert_eq!(of(&[]), Ok(String::new()));
+        assert_eq!(of(&["/a/b"]), Ok("/a/b".into()));
+        for (given, expected) in [
+            (&["cpu:/a"][..], "cpu:/a: the control groups of a container are of version 2"),
+            (&["cpu,memory:/a", "pids:/b"], "cpu,memory:/a: the control groups"),
+            (&["/a", "/b"], "/a: missing <controller>: prefix"),
+            (&["cpu:/a", "/b"], "/b: missing <controller>: prefix"),
+            (&["a:b:c"], "a:b:c: expected [<controller>:]<path>"),
+        ] {
+            let error = of(given).unwrap_err();
+            assert!(error.starts_with(&format!("invalid --cgroup argument: {expected}")), "{error}");
+        }
     }
 }

@@ -39,13 +39,18 @@ impl Arguments {
         let text = match self.format {
             _ if self.quiet => containers.iter().map(|container| format!("{}\n", container.id)).collect(),
             Listing::Table => table(&containers),
-            // As Go writes a list that was never made.
-            Listing::Json if containers.is_empty() => "null\n".into(),
-            Listing::Json => serde_json::to_string(&containers).map_err(std::io::Error::from)? + "\n",
+            Listing::Json => json(&containers)?,
         };
         std::io::stdout().write_all(text.as_bytes())?;
         Ok(0)
     }
+}
+
+/// One line.
+pub fn json(containers: &[Shown]) -> std::io::Result<String> {
+    // As Go writes a list that was never made.
+    let text = if containers.is_empty() { "null".into() } else { serde_json::to_string(containers)? };
+    Ok(text + "\n")
 }
 
 /// Columns at least 12 wide, with at least 3 spaces between them.

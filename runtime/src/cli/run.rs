@@ -34,10 +34,11 @@ pub struct Arguments {
 impl Arguments {
     /// Runs the container; returns its exit status.
     pub fn execute(self, context: &Context) -> Result<u8, Failure> {
+        let inherited = context.take_inherited()?;
         if !self.detach {
-            return Ok(pod::run_in_foreground(&self.container.create(context), self.keep)?);
+            return Ok(pod::run_in_foreground(&self.container.create(context), inherited, self.keep)?);
         }
-        pod::create(&self.container.create(context))?;
+        pod::create(&self.container.create(context), inherited)?;
         let id = &self.container.id;
         if let Err(error) = pod::start_created(&context.root, id, &context.log) {
             // What this command made it removes; the error that counts is the first.

@@ -24,7 +24,7 @@ pub fn stand(command: Option<Command>, context: Context) -> ExitCode {
     let result = match command {
         Some(Command::Create(create)) => pod::run(&create.container.run(&context, &creator)).map_err(Failure::from),
         Some(Command::Run(run)) => pod::run(&run.container.run(&context, &creator)).map_err(Failure::from),
-        Some(Command::Exec(exec)) => exec.run(&context, Some(&creator)).map_err(Failure::from),
+        Some(Command::Exec(exec)) => exec.run(&context, &creator).map_err(Failure::from),
         _ => Err(Failure::NoShadow),
     };
     match result {

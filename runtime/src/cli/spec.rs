@@ -1,8 +1,11 @@
 //! `podhull spec`: a `config.json` to begin with.
 
+use std::borrow::Cow;
 use std::fs::OpenOptions;
 use std::io::{self, Write};
 use std::path::PathBuf;
+
+use rustix::process::{getegid, geteuid};
 
 use crate::spec::document;
 
@@ -15,6 +18,10 @@ pub struct Arguments {
     /// Directory to write config.json to
     #[arg(short, long, value_name = "DIR", default_value = ".")]
     bundle: PathBuf,
+
+    /// Write what runc needs for a user who is not root: the host's network among it, which podhull refuses
+    #[arg(long)]
+    rootless: bool,
 }
 
 /// Why no specification was written.
@@ -32,8 +39,12 @@ impl Arguments {
     /// Writes the file.
     pub fn execute(self) -> Result<(), SpecError> {
         let path = self.bundle.join("config.json");
+        let text = match self.rootless {
+            true => Cow::Owned(document::rootless(geteuid().as_raw(), getegid().as_raw())),
+            false => Cow::Borrowed(document::TEXT),
+        };
         match OpenOptions::new().write(true).create_new(true).open(&path) {
-            Ok(mut file) => file.write_all(document::TEXT.as_bytes()).map_err(|e| SpecError::Write(path, e)),
+            Ok(mut file) => file.write_all(text.as_bytes()).map_err(|e| SpecError::Write(path, e)),
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Err(SpecError::Exists(path)),
             Err(error) => Err(SpecError::Write(path, error)),
         }

@@ -1,6 +1,6 @@
 //! `podhull state`: what is known of a container, as JSON.
 
-use std::collections::HashMap;
+use std::collections::BTreeMap;
 use std::io::Write;
 use std::path::PathBuf;
 
@@ -30,8 +30,9 @@ pub struct Shown {
     pub bundle: PathBuf,
     rootfs: PathBuf,
     pub created: String,
+    /// Sorted, as Go writes them.
     #[serde(skip_serializing_if = "Option::is_none")]
-    annotations: Option<HashMap<String, String>>,
+    annotations: Option<BTreeMap<String, String>>,
     /// Only `list` says who.
     pub owner: String,
 }
@@ -48,7 +49,7 @@ impl From<Known> for Shown {
             bundle: state.bundle,
             rootfs: state.rootfs,
             created: state.created,
-            annotations: state.annotations.filter(|annotations| !annotations.is_empty()),
+            annotations: state.annotations.filter(|all| !all.is_empty()).map(BTreeMap::from_iter),
             owner: String::new(),
         }
     }
@@ -58,9 +59,41 @@ impl Arguments {
     /// Prints it.
     pub fn execute(self, context: &Context) -> Result<u8, Failure> {
         let shown = Shown::from(Known::load(&context.root, &self.id)?);
-        // Without an end of line, as runc prints it.
-        let text = serde_json::to_vec_pretty(&shown).map_err(std::io::Error::from)?;
-        std::io::stdout().write_all(&text)?;
+        std::io::stdout().write_all(text(&shown)?.as_bytes())?;
         Ok(0)
+    }
+}
+
+/// Without an end of line, as runc prints it.
+fn text(shown: &Shown) -> std::io::Result<String> {
+    Ok(serde_json::to_string_pretty(shown)?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_text_is_runc_s() {
+        let annotations = ["b", "a"].map(|key| (key.to_owned(), format!("of {key}")));
+        let mut shown = Shown {
+            oci_version: "1.2.0".into(),
+            id: "x".into(),
+            pid: 7,
+            status: Status::Running,
+            bundle: "/b".into(),
+            rootfs: "/b/rootfs".into(),
+            created: "2026-01-31T12:00:00.123456789Z".into(),
+            annotations: Some(BTreeMap::from(annotations)),
+            owner: String::new(),
+        };
+        let golden = include_str!("../../tests/golden/state.json");
+        assert_eq!(text(&shown).unwrap() + "\n", golden);
+        // `list` has it on a line, and says who made it.
+        shown.owner = "root".into();
+        shown.annotations = None;
+        let golden = include_str!("../../tests/golden/list.json");
+        assert_eq!(super::super::list::json(&[shown]).unwrap(), golden);
+        assert_eq!(super::super::list::json(&[]).unwrap(), "null\n");
     }
 }

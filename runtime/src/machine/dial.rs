@@ -14,6 +14,9 @@ pub const CONTROL_SOCKET: &str = "control.sock";
 /// How long a machine may take to answer: what it is asked for here takes milliseconds, on a host that is not very busy.
 const DEADLINE: Duration = Duration::from_secs(30);
 
+/// How long a guest may take for the memory it was given. A host so slow is one that has none.
+const MEMORY_DEADLINE: Duration = Duration::from_secs(30);
+
 /// A connection to a machine's control socket. The machine does not end with it.
 pub struct Control {
     socket: AsyncFd<OwnedFd>,
@@ -46,7 +49,22 @@ impl Control {
         self.request(&Request::SetMemory(bytes), &[]).await
     }
 
+    /// Waits until the guest's kernel has the memory that it should have, which it sees only if it has seen the device.
+    pub async fn await_memory(&mut self) -> Result<(), MachineError> {
+        self.exchange(&Request::AwaitMemory, &[], MEMORY_DEADLINE, MachineError::MemoryNotTaken).await
+    }
+
     async fn request(&mut self, request: &Request, fds: &[OwnedFd]) -> Result<(), MachineError> {
+        self.exchange(request, fds, DEADLINE, MachineError::Silent).await
+    }
+
+    async fn exchange(
+        &mut self,
+        request: &Request,
+        fds: &[OwnedFd],
+        deadline: Duration,
+        late: fn(Duration) -> MachineError,
+    ) -> Result<(), MachineError> {
         if self.lost {
             return Err(ChannelError::Closed.into());
         }
@@ -55,7 +73,7 @@ impl Control {
             receive(&self.socket).await
         };
         self.lost = true;
-        let notice = tokio::time::timeout(DEADLINE, exchange).await.map_err(|_| MachineError::Silent(DEADLINE))??;
+        let notice = tokio::time::timeout(deadline, exchange).await.map_err(|_| late(deadline))??;
         self.lost = false;
         match notice {
             Notice::Done => Ok(()),
@@ -106,6 +124,29 @@ mod tests {
         // The machine went away; what comes now would be an answer to what was asked then.
         assert!(matches!(control.set_memory(7).await, Err(MachineError::Channel(ChannelError::Closed))));
         assert!(matches!(control.set_cpus(1).await, Err(MachineError::Channel(ChannelError::Closed))));
+        server.join().unwrap();
+    }
+
+    #[tokio::test]
+    async fn memory_that_is_not_taken_in_time_is_named_and_its_answer_is_for_no_other_request() {
+        let (end, wait) = std::sync::mpsc::channel::<()>();
+        let (directory, server) = served(move |client| {
+            for answered in [true, false] {
+                assert!(matches!(control::receive(&client).unwrap(), (Request::AwaitMemory, _)));
+                if answered {
+                    control::send(&client, &Notice::Done, &[]).unwrap();
+                }
+            }
+            let _ = wait.recv();
+        });
+        let pod = std::fs::File::open(directory.path()).unwrap();
+        let mut control = Control::dial(pod.as_fd()).unwrap();
+        control.await_memory().await.unwrap();
+        let (deadline, late) = (Duration::from_millis(20), MachineError::MemoryNotTaken);
+        let late = control.exchange(&Request::AwaitMemory, &[], deadline, late).await;
+        assert!(matches!(late, Err(MachineError::MemoryNotTaken(waited)) if waited == deadline));
+        assert!(matches!(control.set_cpus(1).await, Err(MachineError::Channel(ChannelError::Closed))));
+        drop(end);
         server.join().unwrap();
     }
 

@@ -1,29 +1,36 @@
 //! A machine of a container's own: from its first instruction to the container in it, and what it grows by meanwhile.
 
 use std::cell::Cell;
+use std::future;
+use std::os::fd::OwnedFd;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use podhull_protocol::CreatePodRequest;
 use podhull_vmm::control::Device;
 
-use super::link::Orders;
+use super::link::{Handed, Orders};
 use super::names::Names;
 use super::network::Wiring;
 use super::session::Session;
 use super::size::Size;
 use super::start::RunError;
 use crate::agent::Growth;
-use crate::machine::{Channel, MachineError};
+use crate::machine::{Channel, Control, MachineError};
 use crate::stdio::Flow;
 
 /// How long a guest may take to boot, on a host that boots many at once.
-pub const BOOT: Duration = Duration::from_secs(60);
+pub const BOOT: Duration = Duration::from_secs(120);
+
+/// How long the process of a machine that is given up may take to say where the guest was.
+const ANSWER: Duration = Duration::from_secs(5);
 
 /// A machine on its way up.
 pub struct Boot<'a> {
     pub channel: &'a Channel,
     pub size: Size,
     pub booted: Cell<bool>,
+    /// The file of the limit of memory of the container's group on the host, once it was handed over.
+    pub memory_limit: Cell<Option<OwnedFd>>,
 }
 
 impl Boot<'_> {
@@ -44,14 +51,20 @@ impl Boot<'_> {
             let exits = match tokio::time::timeout(BOOT, ready).await {
                 Ok(Ok(exits)) => exits,
                 Ok(Err(_)) => return Err(MachineError::Gone.into()),
-                Err(_) => return Err(RunError::NoBoot),
+                Err(_) => {
+                    self.channel.give_up().await?;
+                    // Its answer is the machine's end, which whoever polls this hears of first.
+                    let _ = tokio::time::timeout(ANSWER, future::pending::<()>()).await;
+                    return Err(RunError::Late("its process does not say where it is".into()));
+                }
             };
             self.booted.set(true);
             log.debug(|| format!("{id}: agent ready after {exits} exits to user space"));
             Ok(())
         };
         let ordered = async { Ok(orders.entered().await?) };
-        let ((), network) = tokio::try_join!(boot, ordered)?;
+        let ((), Handed { network, memory_limit }) = tokio::try_join!(boot, ordered)?;
+        self.memory_limit.set(memory_limit);
         if let Some(Wiring { resources, fds, description }) = network {
             self.channel.add(resources, &fds, Vec::new()).await?;
             request.network = Some(description).into();
@@ -66,12 +79,22 @@ impl Boot<'_> {
         let names = async { Ok(names.serve().await?) };
         let (flow, release, (), ()) = tokio::try_join!(session.streams(), pod, self.add_cpus_and_memory(), names)?;
         log.debug(|| format!("{id}: container created on Linux {release}"));
-        if self.size.cpus > 1 || self.grows() {
-            // Programs look once, when they start, at how many CPUs and how much memory there are, and size thread pools
-            // and heaps by it.
-            let memory_bytes = if self.grows() { self.size.memory } else { 0 };
-            session.agent.grow(Growth { cpus: self.size.cpus, memory_bytes, rescan: false }).await?;
-        }
+        // Programs look once, when they start, at how many CPUs and how much memory there are, and size thread pools and heaps
+        // by it.
+        let cpus = async {
+            if self.size.cpus > 1 {
+                session.agent.grow(Growth { cpus: self.size.cpus, rescan: false }).await?;
+            }
+            Ok::<_, RunError>(())
+        };
+        let memory = async {
+            if self.grows() {
+                // Over a connection of its own: the answers of the channel come in order, and this one takes its time.
+                Control::dial(session.pod)?.await_memory().await?;
+            }
+            Ok(())
+        };
+        tokio::try_join!(cpus, memory)?;
         Ok(flow)
     }
 
@@ -95,7 +118,7 @@ impl Boot<'_> {
     pub async fn add_helpers(&self, session: &Session<'_>) -> Result<(), RunError> {
         self.channel.add(Vec::new(), &[], vec![Device::Entropy, Device::Balloon]).await?;
         // CPUs may be others meanwhile.
-        session.agent.grow(Growth { cpus: 0, memory_bytes: 0, rescan: true }).await?;
+        session.agent.grow(Growth { cpus: 0, rescan: true }).await?;
         let Size { cpus, memory, .. } = self.size;
         session.log.debug(|| format!("{}: {cpus} CPUs, {memory} bytes of memory", session.id));
         Ok(())

@@ -6,6 +6,7 @@ use std::path::Path;
 
 use super::hooks::{self, HookError, Point};
 use super::network::{self, WireError};
+use super::notify::Waiting;
 use super::resize;
 use super::size::SizeError;
 use crate::agent::{Agent, AgentError};
@@ -67,6 +68,9 @@ pub enum CommandError {
     /// Its control group.
     #[error(transparent)]
     Cgroup(#[from] CgroupError),
+    /// A service manager waits for the container.
+    #[error("cannot tell the service manager at NOTIFY_SOCKET that the container is ready: {0}")]
+    Notify(#[source] std::io::Error),
     /// No event loop.
     #[error("cannot set up event handling: {0}")]
     Events(#[source] std::io::Error),
@@ -82,18 +86,25 @@ pub fn start(root: &Path, id: &str, log: &Log) -> Result<(), CommandError> {
         Status::Creating | Status::Running => return Err(CommandError::Started(id.into())),
     }
     network::renew(root, &known, log)?;
+    // Before: the program may have said it, and ended, by the time this looks.
+    let waiting = Waiting::of(&known).map_err(CommandError::Notify)?;
     ask(&known, async |agent| agent.start_container(id).await)?;
     log.debug(|| format!("{id}: container started"));
     known.state.status = Status::Running;
     known.write()?;
     // A hook may be another command on the same container.
     known.release();
-    let Some(hooks) = &known.state.hooks else { return Ok(()) };
-    hooks::run(hooks, Point::Started, &known.state, None).map_err(|error| {
-        // As runc does. It may have ended meanwhile.
-        let _ = ask(&known, async |agent| agent.signal(id, libc::SIGKILL, false).await);
-        error.into()
-    })
+    if let Some(hooks) = &known.state.hooks {
+        hooks::run(hooks, Point::Started, &known.state, None).map_err(|error| {
+            // As runc does. It may have ended meanwhile.
+            let _ = ask(&known, async |agent| agent.signal(id, libc::SIGKILL, false).await);
+            CommandError::from(error)
+        })?;
+    }
+    match waiting {
+        Some(waiting) => waiting.pass_on(Some(known.state.process.pid)).map_err(CommandError::Notify),
+        None => Ok(()),
+    }
 }
 
 /// Sends a signal to the container's first process, or to all of them.

@@ -3,30 +3,30 @@
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::ExitStatus;
 
 use oci_spec::runtime::{Hooks, LinuxNamespaceType};
-use rustix::event::{PollFd, PollFlags, poll};
-use rustix::io::Errno;
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 
+use super::announce::{Announce, AnnounceError, Stands};
 use super::command::CommandError;
+use super::descriptors::Inherited;
+use super::foreground::{Foreground, ForegroundError, Next};
 use super::hooks::{self, HookError, Point};
 use super::join::{self, JoinError, Joined};
 use super::link::{Begin, News};
 use super::network::{self, WireError, Wiring};
+use super::notify::{self, Waiting};
 use super::resize;
 use super::shadow::Shadow;
 use super::size::{Demand, Size, SizeError};
 use super::view::namespaces;
 use crate::bundle::{Bundle, BundleError};
-use crate::cgroup::{CgroupError, Manager, PATIENCE, Placement};
+use crate::cgroup::{Cgroup, CgroupError, Manager, PATIENCE, Placement};
 use crate::log::Log;
 use crate::machine::{MachineError, PidNamespace, Process};
-use crate::signals::{self, Waiting};
 use crate::state::{self, Known, Machine, State, StateError};
-use crate::stdio::{Proxy, StdioError};
 
 /// What to make, and for whom.
 pub struct Create<'a> {
@@ -34,8 +34,8 @@ pub struct Create<'a> {
     pub id: &'a str,
     /// Directory of the bundle.
     pub bundle: &'a Path,
-    /// Where to write the pid that stands for the container.
-    pub pid_file: Option<&'a Path>,
+    /// Who is told which process stands for the container.
+    pub announce: Announce<'a>,
     /// Whether somebody else is sent the terminal.
     pub console_socket: bool,
     /// Who makes its control group.
@@ -58,9 +58,9 @@ pub enum CreateError {
     /// Its id, or what is written under the state root.
     #[error(transparent)]
     State(#[from] StateError),
-    /// Its terminal.
+    /// It cannot stay in the foreground.
     #[error(transparent)]
-    Stdio(#[from] StdioError),
+    Foreground(#[from] ForegroundError),
     /// Its control group.
     #[error(transparent)]
     Cgroup(#[from] CgroupError),
@@ -97,9 +97,9 @@ pub enum CreateError {
     /// The size of the machine it is to be in.
     #[error(transparent)]
     Resize(#[from] CommandError),
-    /// The pid file cannot be written.
-    #[error("cannot write the pid file {0}: {1}")]
-    PidFile(PathBuf, #[source] io::Error),
+    /// Who asked for it cannot be told.
+    #[error(transparent)]
+    Announce(#[from] AnnounceError),
 }
 
 /// A container in the making, or one in the foreground.
@@ -108,6 +108,8 @@ struct Pod<'a> {
     machine: Option<Process>,
     /// Whether its network is another's.
     shares_network: bool,
+    /// Whether the command stays.
+    foreground: bool,
     shadow: Shadow,
     made: Made<'a>,
 }
@@ -123,10 +125,11 @@ struct Made<'a> {
     begun: bool,
 }
 
-/// Makes a container, which waits for `start`; it is its shadow's from then on.
-pub fn create(create: &Create<'_>) -> Result<(), CreateError> {
+/// Makes a container, which waits for `start`; it is its shadow's from then on, and so is what its program is to inherit.
+pub fn create(create: &Create<'_>, inherited: Inherited) -> Result<(), CreateError> {
     let (bundle, wanted) = create.check()?;
-    let mut pod = Pod::begin(create, &bundle, wanted, Begin { kept: true, ..Begin::default() }, None)?;
+    let begin = Begin { kept: true, ..Begin::default() };
+    let mut pod = Pod::begin(create, &bundle, wanted, begin, Handed { terminal: None, inherited })?;
     loop {
         match pod.shadow.news() {
             Ok(News::Entered) => {
@@ -151,78 +154,51 @@ pub fn create(create: &Create<'_>) -> Result<(), CreateError> {
 }
 
 /// Runs a container in the foreground; returns its exit status. Without `kept` nothing is left of it then.
-pub fn run(create: &Create<'_>, kept: bool) -> Result<u8, CreateError> {
+pub fn run(create: &Create<'_>, inherited: Inherited, kept: bool) -> Result<u8, CreateError> {
     let (bundle, wanted) = create.check()?;
-    // From here on nothing ends this process between making something and removing it.
-    signals::block();
-    let signals = Waiting::new().map_err(CreateError::Wait)?;
-    let mut proxy = match bundle.config.terminal() && !create.console_socket {
-        true => Some(Proxy::open(bundle.config.console_size())?),
-        false => None,
-    };
+    let mut foreground = Foreground::new(&bundle.config, create.console_socket)?;
     let begin = Begin { kept, foreground: true, ..Begin::default() };
-    let mut pod = Pod::begin(create, &bundle, wanted, begin, proxy.as_mut().and_then(Proxy::take_peer))?;
-    let mut running = false;
+    let mut pod = Pod::begin(create, &bundle, wanted, begin, Handed { terminal: foreground.take_peer(), inherited })?;
     loop {
-        let (signal, news) = {
-            let link = pod.shadow.link();
-            let mut fds = [PollFd::new(&signals, PollFlags::IN), PollFd::new(&link, PollFlags::IN)];
-            match poll(&mut fds, None) {
-                Ok(_) | Err(Errno::INTR) => {}
-                Err(errno) => return Err(pod.end(CreateError::Wait(errno.into()))),
+        match foreground.next(&pod.shadow) {
+            Ok(Next::News(News::Entered)) => {
+                if let Err(error) = pod.entered() {
+                    return Err(pod.end(error));
+                }
             }
-            (!fds[0].revents().is_empty(), !fds[1].revents().is_empty())
-        };
-        if news {
-            match pod.shadow.news() {
-                Ok(News::Entered) => {
-                    if let Err(error) = pod.entered() {
-                        return Err(pod.end(error));
-                    }
+            Ok(Next::News(News::Made)) => {
+                if let Err(error) = pod.made.settle() {
+                    return Err(pod.end(error));
                 }
-                Ok(News::Made) => {
-                    if let Err(error) = pod.made.settle() {
-                        return Err(pod.end(error));
-                    }
-                    if let Some(Err(error)) = proxy.as_mut().map(Proxy::start) {
-                        return Err(pod.end(error.into()));
-                    }
-                    running = true;
-                    pod.shadow.go_on();
+                if let Err(error) = foreground.begin() {
+                    return Err(pod.end(error.into()));
                 }
-                Ok(News::Started) => {
-                    create.log.debug(|| format!("{}: container runs", create.id));
-                    if let Err(error) = pod.made.run_hooks(Point::Started, None) {
-                        return Err(pod.end(error.into()));
-                    }
-                }
-                Ok(News::Warning(text)) => create.log.warning(&text),
-                Ok(News::Failed(error)) => return Err(pod.failed(error)),
-                Ok(News::MachineGone) => return Err(pod.machine_gone()),
-                Err(_) => break,
+                pod.shadow.go_on();
             }
-        }
-        if signal && let Some(signal) = signals.next() {
-            match (signal, &proxy) {
-                (libc::SIGWINCH, Some(proxy)) => proxy.resize(),
-                // From outside: the key of the terminal goes to the container. The shell gets a sane terminal.
-                (libc::SIGTSTP, Some(proxy)) => proxy.stop(),
-                (libc::SIGCONT, Some(proxy)) if running => {
-                    if let Err(error) = proxy.resume() {
-                        return Err(pod.end(error.into()));
-                    }
+            Ok(Next::News(News::Started)) => {
+                create.log.debug(|| format!("{}: container runs", create.id));
+                if let Err(error) = pod.made.run_hooks(Point::Started, None) {
+                    return Err(pod.end(error.into()));
                 }
-                (signal, _) if signals::is_ours(signal) => {}
-                (signal, _) if running => pod.shadow.signal(signal),
-                (signal, _) if signals::ends_by_default(signal) => {
-                    pod.remove();
-                    return Ok(u8::try_from(128 + signal).unwrap_or(u8::MAX));
-                }
-                _ => {}
+                pod.made.pass_on_readiness();
             }
+            Ok(Next::News(News::Warning(text))) => create.log.warning(&text),
+            Ok(Next::News(News::Failed(error))) => return Err(pod.failed(error)),
+            Ok(Next::News(News::MachineGone)) => return Err(pod.machine_gone()),
+            Ok(Next::Over) => return pod.wait(foreground, kept),
+            Ok(Next::Interrupted(status)) => {
+                pod.remove();
+                return Ok(status);
+            }
+            Err(error) => return Err(pod.end(error.into())),
         }
     }
-    pod.wait(proxy, kept)
+}
+
+/// What a container's program is to have of the caller's, or of what this process has made for it.
+struct Handed {
+    terminal: Option<OwnedFd>,
+    inherited: Inherited,
 }
 
 /// Where a container is to be.
@@ -232,14 +208,15 @@ struct Wanted {
 }
 
 impl<'a> Pod<'a> {
-    /// Starts both processes. `terminal` is one that the container is to have.
+    /// Starts both processes. What is handed to the container this process keeps nothing of.
     fn begin(
         create: &'a Create<'a>,
         bundle: &Bundle,
         wanted: Wanted,
         begin: Begin,
-        terminal: Option<OwnedFd>,
+        handed: Handed,
     ) -> Result<Self, CreateError> {
+        let Handed { terminal, inherited: Inherited { fds: descriptors, listening } } = handed;
         let Wanted { joined: Joined { pod: member_of, shared, namespaces: joined }, placement } = wanted;
         let (mut machine, mounts) = match &member_of {
             None => (Some(Process::spawn()?), None),
@@ -253,11 +230,15 @@ impl<'a> Pod<'a> {
             pod: member_of.clone(),
             shared,
             namespaces: kinds.clone(),
+            descriptors: descriptors.len(),
+            listening,
+            notify: notify::asked().is_some(),
             ..begin
         };
+        let foreground = begin.foreground;
         let channel = machine.as_mut().and_then(Process::take_channel);
-        let fds: Vec<_> = channel.into_iter().chain(terminal).chain(mounts).chain(joined).collect();
-        let joined = &fds[fds.len() - kinds.len()..];
+        let fds: Vec<_> = channel.into_iter().chain(terminal).chain(mounts).chain(joined).chain(descriptors).collect();
+        let joined = &fds[fds.len() - begin.descriptors - kinds.len()..];
         let namespace = match kinds.iter().position(|kind| *kind == LinuxNamespaceType::Pid) {
             Some(index) => PidNamespace::Is(joined[index].as_fd()),
             None if namespaces(&bundle.config).pid => PidNamespace::New,
@@ -273,7 +254,7 @@ impl<'a> Pod<'a> {
         state.demand = Demand::of(spec);
         let hooks = spec.hooks().clone().unwrap_or_default();
         let made = Made { create, state, placement, hooks, begun: false };
-        let pod = Self { machine, shares_network, shadow, made };
+        let pod = Self { machine, shares_network, foreground, shadow, made };
         // At once: what the machine uses before counts as ours. The shadow is as yet busy with itself.
         match pod.made.move_machine() {
             Ok(()) => Ok(pod),
@@ -301,17 +282,21 @@ impl<'a> Pod<'a> {
         if self.made.state.member_of.is_some() {
             resize::join(self.made.create.root, &self.made.state, self.made.create.log)?;
         }
+        // In the foreground nobody looks into the group when the container has ended.
+        if !self.foreground
+            && let Some(file) = self.made.state.cgroup.as_ref().and_then(Cgroup::memory_limit)
+        {
+            self.shadow.give_memory_limit(&file).map_err(CreateError::Spawn)?;
+        }
         self.shadow.go_on();
         Ok(())
     }
 
     /// The container has ended, and its shadow is about to, with its status.
-    fn wait(self, proxy: Option<Proxy>, kept: bool) -> Result<u8, CreateError> {
+    fn wait(self, foreground: Foreground, kept: bool) -> Result<u8, CreateError> {
         let Self { machine, shadow, made, .. } = self;
         let status = shadow.wait().map_err(CreateError::Wait)?;
-        if let Some(mut proxy) = proxy {
-            proxy.drain();
-        }
+        foreground.end();
         drop(machine);
         match status.code() {
             Some(code) => {
@@ -389,9 +374,22 @@ impl Made<'_> {
         if let Some(placement) = &self.placement {
             placement.limit(self.state.process, self.state.machine.map(|machine| machine.0))?;
         }
-        let Some(path) = self.create.pid_file else { return Ok(()) };
-        state::replace(path, self.state.process.pid.to_string().as_bytes())
-            .map_err(|e| CreateError::PidFile(path.to_owned(), e))
+        Ok(self.create.announce.tell(self.state.process.pid, Stands::Container)?)
+    }
+
+    /// Tells the service manager that waits for it, beside everything else, when the program is ready.
+    fn pass_on_readiness(&self) {
+        let waiting = Known::load(self.create.root, self.create.id).map_err(|error| error.to_string());
+        let waiting = waiting.and_then(|known| Waiting::of(&known).map_err(|error| error.to_string()));
+        let waits = waiting.and_then(|waiting| {
+            let Some(waiting) = waiting else { return Ok(()) };
+            // It ends with this process at the latest. What keeps it from telling, the service manager says itself.
+            let thread = std::thread::Builder::new().name("notify".into()).spawn(move || waiting.pass_on(None));
+            thread.map(drop).map_err(|error| error.to_string())
+        });
+        if let Err(error) = waits {
+            self.create.log.warning(&format!("NOTIFY_SOCKET: {error}"));
+        }
     }
 
     fn run_hooks(&self, point: Point, shadow: Option<BorrowedFd<'_>>) -> Result<(), HookError> {
@@ -405,12 +403,9 @@ impl Made<'_> {
         if starved { CreateError::OutOfMemory } else { CreateError::Died(status) }
     }
 
-    /// Removes all there is of a container that failed: it has no pid. A file that somebody else made meanwhile is not told
-    /// apart.
+    /// Removes all there is of a container that failed: it has no pid.
     fn remove_failed(&self) {
-        if let Some(path) = self.create.pid_file {
-            let _ = std::fs::remove_file(path);
-        }
+        self.create.announce.withdraw();
         self.remove();
     }
 

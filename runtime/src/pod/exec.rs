@@ -1,27 +1,34 @@
 //! `podhull exec`: a further program in a running container, as a process of its own on the host.
 
 use std::fmt::Write as _;
-use std::io;
-use std::os::fd::AsFd;
+use std::fs::File;
+use std::io::{self, Read, Seek, Write as _};
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::process::ExitStatusExt as _;
 use std::path::{Path, PathBuf};
 use std::process::ExitStatus;
 
 use podhull_protocol::ExecProcessRequest;
+use rustix::fs::{MemfdFlags, memfd_create};
 use rustix::io::Errno;
 use rustix::rand::GetRandomFlags;
+use serde_json::Value;
 
-use super::link::{Begin, Creator, LinkError, News};
+use super::announce::{Announce, AnnounceError, Stands};
+use super::descriptors::{self, Attached, DescriptorError, Inherited};
+use super::foreground::{Foreground, ForegroundError, Next};
+use super::link::{Begin, Creator, Given, LinkError, News};
 use super::shadow::Shadow;
 use super::view::{self, ViewError};
 use crate::agent::{Agent, AgentError, Exit};
-use crate::bundle::BundleError;
+use crate::bundle::{self, BundleError};
 use crate::cgroup::CgroupError;
 use crate::confine::confine;
 use crate::log::Log;
 use crate::machine::PidNamespace;
 use crate::signals::{self, Signals};
 use crate::spec::Config;
-use crate::state::{self, Known, StateError, Status};
+use crate::state::{Known, Process, StateError, Status};
 use crate::stdio::{Stdio, StdioError};
 
 /// Why a program was not executed, or its end not seen. Callers match on some of the words.
@@ -42,6 +49,9 @@ pub enum ExecError {
     /// `--process`.
     #[error("{0}: {1}")]
     Process(PathBuf, String),
+    /// `--cgroup`.
+    #[error("invalid --cgroup argument: {0}: {1}")]
+    SubCgroup(String, &'static str),
     /// Its standard streams.
     #[error(transparent)]
     Stdio(#[from] StdioError),
@@ -57,6 +67,15 @@ pub enum ExecError {
     /// Its shadow ended without a word.
     #[error("the process's shadow ended before the process was executed: {0}")]
     Died(ExitStatus),
+    /// It cannot stay in the foreground.
+    #[error(transparent)]
+    Foreground(#[from] ForegroundError),
+    /// What it is to inherit.
+    #[error(transparent)]
+    Descriptor(#[from] DescriptorError),
+    /// The pod's machine could not be given the files of its descriptors.
+    #[error("container {0:?}: {1}")]
+    Share(String, #[source] podhull_vmm::jail::JailError),
     /// The namespaces of the container.
     #[error(transparent)]
     View(#[from] ViewError),
@@ -66,9 +85,9 @@ pub enum ExecError {
     /// The container's control group.
     #[error(transparent)]
     Cgroup(#[from] CgroupError),
-    /// The pid file cannot be written.
-    #[error("cannot write the pid file {0}: {1}")]
-    PidFile(PathBuf, #[source] io::Error),
+    /// Who asked for it cannot be told.
+    #[error(transparent)]
+    Announce(#[from] AnnounceError),
     /// Who asked for it is gone.
     #[error(transparent)]
     Link(#[from] LinkError),
@@ -80,22 +99,32 @@ pub enum ExecError {
     Random(#[source] Errno),
 }
 
-/// What to execute, and for whom.
-pub struct Exec<'a> {
+/// What to execute, as the command sees it that is asked to.
+pub struct Execution<'a> {
     /// The container.
     pub known: Known,
     /// Its configuration, with the `process` to execute.
     pub config: Config,
+    /// Who is told of the process that stands for the program.
+    pub announce: Announce<'a>,
+    /// Whether somebody else is sent the terminal.
+    pub console_socket: bool,
+    /// What the program is to have beyond its standard streams.
+    pub inherited: Inherited,
+}
+
+/// What to execute, as the program's shadow sees it.
+pub struct Exec<'a> {
+    /// The container.
+    pub known: Known,
     /// Control group below the container's.
     pub cgroup: &'a str,
     /// Whether to wait until a paused container is resumed.
     pub ignore_paused: bool,
-    /// Where to write the pid of this process, which stands for the program.
-    pub pid_file: Option<&'a Path>,
     /// Where to send the terminal.
     pub console_socket: Option<&'a Path>,
-    /// Who asked for it, if this is its shadow.
-    pub creator: Option<&'a Creator>,
+    /// Who asked for it.
+    pub creator: &'a Creator,
     /// Where to say what happens.
     pub log: &'a Log,
 }
@@ -111,24 +140,17 @@ pub fn running(root: &Path, id: &str, ignore_paused: bool) -> Result<Known, Exec
 }
 
 /// Executes the program with a shadow of its own; returns when the program runs.
-pub fn exec_in_background(known: &Known, pid_file: Option<&Path>) -> Result<(), ExecError> {
-    let id = &known.state.id;
-    let container = known.process().ok_or_else(|| ExecError::NotRunning(id.into()))?;
-    let begin = Begin { kept: true, container: true, ..Begin::default() };
-    let copy = container.try_clone().map_err(ExecError::Spawn)?;
-    let shadow = Shadow::spawn(PidNamespace::Of(container.as_fd()), begin, &[copy]).map_err(ExecError::Spawn)?;
+pub fn exec_in_background(execution: Execution<'_>) -> Result<(), ExecError> {
+    let (execution, shadow) = execution.spawn(None, false)?;
     loop {
         match shadow.news() {
             Ok(News::Made) => break,
-            Ok(News::Failed(error)) => {
-                let _ = shadow.wait();
-                return Err(ExecError::Failed(error));
-            }
+            Ok(News::Failed(error)) => return Err(failed(shadow, error)),
             Ok(_) => {}
-            Err(_) => return Err(shadow.wait().map_or_else(ExecError::Spawn, ExecError::Died)),
+            Err(_) => return Err(died(shadow)),
         }
     }
-    match settle(known, &shadow, pid_file) {
+    match settle(&execution.known, &shadow, execution.announce) {
         Ok(()) => Ok(()),
         Err(error) => {
             shadow.kill();
@@ -137,19 +159,104 @@ pub fn exec_in_background(known: &Known, pid_file: Option<&Path>) -> Result<(), 
     }
 }
 
+/// Executes the program with a shadow of its own, which lives no longer than this; returns the program's exit status.
+pub fn exec_in_foreground(execution: Execution<'_>) -> Result<u8, ExecError> {
+    let mut foreground = Foreground::new(&execution.config, execution.console_socket)?;
+    let (execution, shadow) = execution.spawn(foreground.take_peer(), true)?;
+    let mut made = false;
+    loop {
+        match foreground.next(&shadow) {
+            Ok(Next::News(News::Made)) => {
+                made = true;
+                let begun = settle(&execution.known, &shadow, execution.announce);
+                if let Err(error) = begun.and_then(|()| Ok(foreground.begin()?)) {
+                    shadow.kill();
+                    return Err(error);
+                }
+            }
+            Ok(Next::News(News::Failed(error))) => return Err(failed(shadow, error)),
+            Ok(Next::News(_)) => {}
+            Ok(Next::Over) if made => break,
+            Ok(Next::Over) => return Err(died(shadow)),
+            Ok(Next::Interrupted(status)) => {
+                shadow.kill();
+                return Ok(status);
+            }
+            Err(error) => {
+                shadow.kill();
+                return Err(error.into());
+            }
+        }
+    }
+    let status = shadow.wait().map_err(ExecError::Spawn)?;
+    foreground.end();
+    // One that was killed takes the program along, for which it stands.
+    let code = status.code().or(status.signal().map(|signal| 128 + signal));
+    Ok(code.and_then(|code| u8::try_from(code).ok()).unwrap_or(u8::MAX))
+}
+
+/// The shadow has said why.
+fn failed(shadow: Shadow, error: String) -> ExecError {
+    let _ = shadow.wait();
+    ExecError::Failed(error)
+}
+
+/// The shadow ended without a word.
+fn died(shadow: Shadow) -> ExecError {
+    shadow.wait().map_or_else(ExecError::Spawn, ExecError::Died)
+}
+
+impl Execution<'_> {
+    /// Starts the shadow, which is given all that it cannot find out; `terminal` is to be the program's.
+    fn spawn(mut self, terminal: Option<OwnedFd>, foreground: bool) -> Result<(Self, Shadow), ExecError> {
+        let container = self.known.process().ok_or_else(|| ExecError::NotRunning(self.known.state.id.clone()))?;
+        let copy = container.try_clone().map_err(ExecError::Spawn)?;
+        let process = || {
+            let mut file = File::from(memfd_create("process", MemfdFlags::CLOEXEC)?);
+            file.write_all(&self.config.process())?;
+            file.rewind()?;
+            Ok(OwnedFd::from(file))
+        };
+        let process = process().map_err(ExecError::Spawn)?;
+        let descriptors = std::mem::take(&mut self.inherited.fds);
+        let mounts = machine_for(&self.known, &descriptors)?;
+        let begin = Begin {
+            kept: true,
+            foreground,
+            terminal: terminal.is_some(),
+            container: true,
+            process: true,
+            pod: mounts.as_ref().and_then(|_| self.known.state.pod()),
+            descriptors: descriptors.len(),
+            ..Begin::default()
+        };
+        let fds: Vec<_> = terminal.into_iter().chain([copy, process]).chain(mounts).chain(descriptors).collect();
+        let shadow = Shadow::spawn(PidNamespace::Of(container.as_fd()), begin, &fds).map_err(ExecError::Spawn)?;
+        Ok((self, shadow))
+    }
+}
+
+/// The mount namespace of a container's machine, if something is handed on, which may be a file.
+fn machine_for(known: &Known, descriptors: &[OwnedFd]) -> Result<Option<OwnedFd>, ExecError> {
+    if descriptors.is_empty() {
+        return Ok(None);
+    }
+    let gone = || ExecError::NotRunning(known.state.id.clone());
+    known.state.pod().ok_or_else(gone)?.mounts()?.ok_or_else(gone).map(Some)
+}
+
 /// Puts a shadow where it belongs, and says who it is. It has all its threads, which the group may have no room for.
-fn settle(known: &Known, shadow: &Shadow, pid_file: Option<&Path>) -> Result<(), ExecError> {
+fn settle(known: &Known, shadow: &Shadow, announce: Announce<'_>) -> Result<(), ExecError> {
     if let Some(group) = &known.state.cgroup {
         group.add(shadow.pid())?;
     }
-    let Some(path) = pid_file else { return Ok(()) };
-    state::replace(path, shadow.pid().to_string().as_bytes()).map_err(|e| ExecError::PidFile(path.to_owned(), e))
+    Ok(announce.tell(shadow.pid(), Stands::Executed)?)
 }
 
 /// Executes the program and lives as long as it; returns its exit status.
-pub fn exec(exec: Exec<'_>) -> Result<u8, ExecError> {
+pub fn exec(exec: &Exec<'_>) -> Result<u8, ExecError> {
     signals::block();
-    execute(&exec).map_err(|error| match error {
+    execute(exec, exec.creator.begin()?).map_err(|error| match error {
         // It ended on the way.
         ExecError::Agent(AgentError::Connect(_) | AgentError::Gone(_)) | ExecError::Stdio(StdioError::Connect(..))
             if exec.known.status() == Status::Stopped =>
@@ -160,12 +267,28 @@ pub fn exec(exec: Exec<'_>) -> Result<u8, ExecError> {
     })
 }
 
-fn execute(exec: &Exec<'_>) -> Result<u8, ExecError> {
-    let Exec { known, config, creator, log, .. } = exec;
+/// The container's configuration with the process that was attached.
+fn configured(bundle: &Path, process: Option<File>) -> Result<Config, ExecError> {
+    let read = || {
+        let mut text = String::new();
+        process.ok_or(io::ErrorKind::NotFound)?.read_to_string(&mut text)?;
+        Ok(serde_json::from_str::<Value>(&text)?)
+    };
+    let process = read().map_err(ExecError::Spawn)?;
+    Ok(bundle::with_process(bundle, |value| *value = process)?)
+}
+
+fn execute(exec: &Exec<'_>, given: Given) -> Result<u8, ExecError> {
+    let Exec { known, creator, log, .. } = exec;
+    let Given { begin, terminal, container, process, mounts: machine, descriptors, .. } = given;
+    let host_process = Process::of(begin.pid);
+    let config = configured(&known.state.bundle, process)?;
     let id = known.state.id.as_str();
     let pod = known.pod()?;
-    let stdio = Stdio::new(config.terminal(), exec.console_socket, config.console_size(), None, creator.is_some())?;
-    let stdio = stdio.leased()?;
+    let directory = descriptors::directory_of_executed(id, host_process);
+    let descriptors = descriptors::prepare(descriptors, &directory)?;
+    let stdio = Stdio::new(config.terminal(), exec.console_socket, config.console_size(), terminal)?;
+    let stdio = stdio.leased()?.and(descriptors.streams);
     let name = name()?;
     let request = ExecProcessRequest {
         container_id: id.into(),
@@ -174,20 +297,31 @@ fn execute(exec: &Exec<'_>) -> Result<u8, ExecError> {
         stdio: Some(stdio.announcement()).into(),
         cgroup: exec.cgroup.into(),
         ignore_paused: exec.ignore_paused,
+        descriptors: descriptors.told,
         ..Default::default()
     };
+    let mut files = match machine {
+        Some(machine) if !descriptors.files.is_empty() => {
+            let attached = Attached::new(machine, id, host_process, descriptors.files);
+            Some(attached.map_err(|error| ExecError::Share(id.into(), error))?)
+        }
+        _ => None,
+    };
     let agent = crate::stdio::dial(pod.as_fd(), podhull_protocol::AGENT_PORT).map_err(AgentError::Connect)?;
-    if let Some(creator) = creator {
-        let container = creator.begin()?.container.ok_or_else(|| ExecError::NotRunning(id.into()))?;
-        view::join(container.as_fd())?;
-        confine().map_err(ExecError::Privileges)?;
+    let container = container.ok_or_else(|| ExecError::NotRunning(id.into()))?;
+    view::join(container.as_fd())?;
+    drop(container);
+    if let Some(files) = &mut files {
+        files.leave();
     }
+    confine().map_err(ExecError::Privileges)?;
     let runtime =
         tokio::runtime::Builder::new_current_thread().enable_io().enable_time().build().map_err(ExecError::Signals)?;
     let outcome = runtime.block_on(async {
         let signals = Signals::new().map_err(ExecError::Signals)?;
+        let orders = creator.orders().map_err(ExecError::Signals)?;
         let agent = Agent::new(agent)?;
-        let process = Process { agent: &agent, id, name: &name, stdio: &stdio, log };
+        let program = Program { agent: &agent, id, name: &name, stdio: &stdio, log };
         let mut events = agent.events(id, &name).await?;
         let streams = async {
             let mut flow = stdio.connect(pod.as_fd())?;
@@ -197,22 +331,19 @@ fn execute(exec: &Exec<'_>) -> Result<u8, ExecError> {
         let executed = async { Ok(agent.exec(&request).await?) };
         let (mut flow, ()) = tokio::try_join!(streams, executed)?;
         log.debug(|| format!("{id}: executed {name}"));
-        match creator {
-            Some(creator) => creator.tell(&News::Made)?,
-            None => {
-                if let Some(path) = exec.pid_file {
-                    let pid = std::process::id().to_string();
-                    state::replace(path, pid.as_bytes()).map_err(|e| ExecError::PidFile(path.to_owned(), e))?;
-                }
-                if let Some(terminal) = stdio.terminal() {
-                    terminal.set_raw()?;
-                }
+        creator.tell(&News::Made)?;
+        let abandoned = async {
+            // No order comes, but that there will be none.
+            match begin.foreground {
+                true => orders.go_on().await,
+                false => std::future::pending().await,
             }
-        }
+        };
         let exit = tokio::select! {
             biased;
             exit = events.exit_of(id, &name) => exit?,
-            error = process.signals(&signals) => return Err(error),
+            error = program.signals(&signals) => return Err(error),
+            Err(gone) = abandoned => return Err(gone.into()),
         };
         let (drained, deleted) = tokio::join!(flow.drained(), agent.delete_exec(id, &name));
         if let Err(error) = deleted {
@@ -229,7 +360,7 @@ fn execute(exec: &Exec<'_>) -> Result<u8, ExecError> {
 }
 
 /// An executed program.
-struct Process<'a> {
+struct Program<'a> {
     agent: &'a Agent,
     id: &'a str,
     name: &'a str,
@@ -237,7 +368,7 @@ struct Process<'a> {
     log: &'a Log,
 }
 
-impl Process<'_> {
+impl Program<'_> {
     /// Passes signals on; returns only when that is not possible any more.
     async fn signals(&self, signals: &Signals) -> ExecError {
         loop {

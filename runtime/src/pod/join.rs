@@ -237,7 +237,9 @@ mod tests {
         for path in ["/dev/zero", "/etc/passwd", "/proc/self/ns/uts"] {
             assert_eq!(error("network", path), format!("linux.namespaces[1].path: {path:?} is no network namespace"));
         }
-        assert!(error("cgroup", "/proc/self/ns/cgroup").contains("a cgroup namespace cannot be joined"));
+        for (kind, path) in [("cgroup", "/proc/self/ns/cgroup"), ("user", "/proc/self/ns/user")] {
+            assert!(error(kind, path).contains(&format!("a {kind} namespace cannot be joined")));
+        }
         assert!(error("ipc", "/proc/self/ns/ipc").contains("the ipc namespace of no podhull container"));
     }
 

@@ -1,6 +1,7 @@
 //! What a shadow and the command that makes it say to each other: a `SOCK_SEQPACKET` socket pair with messages in JSON, as
 //! on the channel to a machine. The command writes [`Order`]s, the shadow [`News`].
 
+use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, FromRawFd, OwnedFd};
 
@@ -24,12 +25,15 @@ const MAX_TEXT: usize = 32 * 1024;
 #[serde(rename_all = "snake_case")]
 pub enum Order {
     /// The first. Attached are, in this order and as far as there is one, the channel to its machine, the terminal, the
-    /// process whose namespaces it is to join (a pidfd), the mount namespace of the machine of its pod, and the namespaces
-    /// that it is to be in.
+    /// process whose namespaces it is to join (a pidfd), the `process` to execute in a file, the mount namespace of the machine
+    /// of its pod, the namespaces that it is to be in, and the program's descriptors.
     Begin(Begin),
     /// The pod's network, before the first [`Order::GoOn`] and only if there is one. Attached are what the agent is told of
     /// it, in a file, and what the resources are.
     Network(Vec<Resource>),
+    /// The file of the limit of memory of the container's control group, before the first [`Order::GoOn`]; attached. See
+    /// [`super::starve`].
+    MemoryLimit,
     /// What the shadow waits for was done.
     GoOn,
 }
@@ -45,7 +49,9 @@ pub struct Begin {
     pub terminal: bool,
     /// Whether a process is attached, which stands for the container.
     pub container: bool,
-    /// Whether the command stays, and the container ends with it.
+    /// Whether a file with the `process` to execute is attached.
+    pub process: bool,
+    /// Whether the command stays, and the container, or the program, ends with it.
     pub foreground: bool,
     /// Whether the container stays when it has ended, until `delete`.
     pub kept: bool,
@@ -55,6 +61,12 @@ pub struct Begin {
     pub shared: Vec<Shared>,
     /// Types of the namespaces that are attached.
     pub namespaces: Vec<LinuxNamespaceType>,
+    /// How many descriptors are attached that the program is to have beyond its standard streams, and how many of them are
+    /// listening sockets that it is to be told of.
+    pub descriptors: usize,
+    pub listening: usize,
+    /// Whether a service manager waits for the program to say that it is ready.
+    pub notify: bool,
 }
 
 /// A namespace that a container has from another one of its pod.
@@ -100,10 +112,23 @@ pub struct Given {
     pub terminal: Option<OwnedFd>,
     /// The process that stands for its container. Its number would mean another here, in its pid namespace.
     pub container: Option<OwnedFd>,
+    /// The `process` to execute, as JSON: what the command line names may be readable once.
+    pub process: Option<File>,
     /// The mount namespace of its pod's machine, if that is another's.
     pub mounts: Option<OwnedFd>,
     /// Namespaces to be in.
     pub namespaces: Vec<(LinuxNamespaceType, OwnedFd)>,
+    /// What the program is to have beyond its standard streams.
+    pub descriptors: Vec<OwnedFd>,
+}
+
+/// What a shadow is handed when it is in its namespaces.
+#[derive(Default)]
+pub struct Handed {
+    /// The pod's network.
+    pub network: Option<Wiring>,
+    /// The file of the limit of memory of its control group.
+    pub memory_limit: Option<OwnedFd>,
 }
 
 /// The shadow's end.
@@ -133,9 +158,11 @@ impl Creator {
                 let channel = next(begin.machine.is_some());
                 let terminal = next(begin.terminal);
                 let container = next(begin.container);
+                let process = next(begin.process).map(File::from);
                 let mounts = next(begin.pod.is_some());
-                let namespaces = begin.namespaces.iter().copied().zip(fds).collect();
-                Ok(Given { begin, channel, terminal, container, mounts, namespaces })
+                let namespaces = begin.namespaces.iter().copied().zip(fds.by_ref()).collect();
+                let descriptors = fds.take(begin.descriptors).collect();
+                Ok(Given { begin, channel, terminal, container, process, mounts, namespaces, descriptors })
             }
             (order, _) => Err(ChannelError::Malformed(format!("{order:?} is not how one begins")).into()),
         }
@@ -173,17 +200,20 @@ impl Orders {
         }
     }
 
-    /// Waits for the first [`Order::GoOn`], and takes the pod's network if it comes before it.
-    pub async fn entered(&self) -> Result<Option<Wiring>, LinkError> {
-        match self.next().await? {
-            (Order::GoOn, _) => Ok(None),
-            (Order::Network(resources), fds) => {
-                let wiring = Wiring::receive(resources, fds);
-                let wiring = wiring.ok_or_else(|| ChannelError::Malformed("no description of the network".into()))?;
-                self.go_on().await?;
-                Ok(Some(wiring))
+    /// Waits for the first [`Order::GoOn`], and takes what comes before it.
+    pub async fn entered(&self) -> Result<Handed, LinkError> {
+        let mut handed = Handed::default();
+        loop {
+            match self.next().await? {
+                (Order::GoOn, _) => return Ok(handed),
+                (Order::Network(resources), fds) => {
+                    let wiring = Wiring::receive(resources, fds);
+                    let wiring = wiring.ok_or_else(|| ChannelError::Malformed("no description of the network".into()));
+                    handed.network = Some(wiring?);
+                }
+                (Order::MemoryLimit, fds) => handed.memory_limit = fds.into_iter().next(),
+                (order, _) => return Err(ChannelError::Malformed(format!("{order:?} in the middle")).into()),
             }
-            (order, _) => Err(ChannelError::Malformed(format!("{order:?} in the middle")).into()),
         }
     }
 

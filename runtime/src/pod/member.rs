@@ -1,5 +1,6 @@
 //! A container's shadow in a pod that is there already: its machine is another's, and so is everything about that.
 
+use std::cell::Cell;
 use std::os::fd::AsFd;
 
 use podhull_protocol::SharedNamespace;
@@ -12,7 +13,7 @@ use super::size::memory_limit;
 use super::sockets::{Socket, Sockets};
 use super::start::{Run, RunError};
 use super::view::{View, namespaces};
-use super::{disks, mounts};
+use super::{descriptors, disks, mounts};
 use crate::agent::{self, Agent, AgentError};
 use crate::machine::Control;
 use crate::signals::{self, Signals};
@@ -22,23 +23,27 @@ use crate::stdio::Stdio;
 /// Runs a container; returns the status to exit with. Its files stay in the pod's machine: this process has no rights left by
 /// then, so it is up to whoever asked for it, or deletes it, to take them out.
 pub fn run(run: &Run<'_>, given: Given) -> Result<u8, RunError> {
-    let Given { begin, terminal, mounts: machine, namespaces: joined, .. } = given;
+    let Given { begin, terminal, mounts: machine, namespaces: joined, descriptors, .. } = given;
     let (Some(pod), Some(machine)) = (&begin.pod, machine) else { return Err(RunError::NoMachine) };
     if run.guest_console.is_some() {
         return Err(RunError::ConsoleOfAnother(pod.pod.clone()));
     }
     let mut bundle = run.open_bundle()?;
+    bundle.config.add_environment(descriptors::environment(begin.listening));
+    let descriptors = descriptors::prepare(descriptors, &descriptors::directory(run.id))?;
     let limit = memory_limit(bundle.config.spec());
 
     // From here on there is something to remove.
     signals::block();
-    let mut made = run.make(&begin, &bundle)?;
+    let mut made = run.make(&begin, &mut bundle)?;
     let console_size = bundle.config.console_size();
-    let stdio = Stdio::new(bundle.config.terminal(), run.console_socket, console_size, terminal, true)?.leased()?;
+    let stdio = Stdio::new(bundle.config.terminal(), run.console_socket, console_size, terminal)?;
+    let stdio = stdio.leased()?.and(descriptors.streams);
     let sockets = state::open_pod(run.root, &pod.pod)?;
     let agent = crate::stdio::dial(sockets.as_fd(), podhull_protocol::AGENT_PORT).map_err(AgentError::Connect)?;
 
-    let mounts = mounts::prepare(run.id, &mut bundle)?;
+    let mut mounts = mounts::prepare(run.id, &mut bundle)?;
+    mounts.add_files(descriptors.files)?;
     let files = mounts.resources;
     let attached = Jail::of_running(machine.as_fd(), |share| {
         // Of one with the same name whose creator was killed.
@@ -62,7 +67,7 @@ pub fn run(run: &Run<'_>, given: Given) -> Result<u8, RunError> {
     let told = mounts.sockets.iter().map(Socket::told).collect();
     let mut request = agent::container(run.id, spec, rootfs, stdio.announcement(), mounts.memory, told);
     request.shared = shared.collect();
-    request.disks = disks.told;
+    (request.disks, request.descriptors) = (disks.told, descriptors.told);
     let view = View {
         root: mounts.root,
         places: mounts.places,
@@ -79,12 +84,13 @@ pub fn run(run: &Run<'_>, given: Given) -> Result<u8, RunError> {
 
     let runtime =
         tokio::runtime::Builder::new_current_thread().enable_io().enable_time().build().map_err(RunError::Signals)?;
+    let memory_limit = Cell::new(None);
     let outcome: Result<Outcome, RunError> = runtime.block_on(async {
         let signals = Signals::new().map_err(RunError::Signals)?;
         let orders = run.creator.orders().map_err(RunError::Signals)?;
         let session = Session::new(run.id, Agent::new(agent)?, &stdio, sockets.as_fd(), run.log);
         let make = async {
-            orders.go_on().await?;
+            memory_limit.set(orders.entered().await?.memory_limit);
             if !disks.resources.is_empty() {
                 let (resources, fds) = disks.resources.into_iter().unzip::<_, _, Vec<_>, Vec<_>>();
                 Control::dial(sockets.as_fd())?.add(resources, &fds).await?;
@@ -105,5 +111,5 @@ pub fn run(run: &Run<'_>, given: Given) -> Result<u8, RunError> {
     });
     // Threads that still wait for input must not hold up the end; they end with the process.
     runtime.shutdown_background();
-    Ok(run.status(outcome?, limit))
+    Ok(run.end(made, outcome?, limit, memory_limit.take()))
 }

@@ -1,10 +1,13 @@
 //! A pod on the host: what is opened for it, how large it is, and its life from start to end.
 
+mod announce;
 mod boot;
 mod command;
 mod create;
+mod descriptors;
 mod disks;
 mod exec;
+mod foreground;
 mod forwards;
 mod hooks;
 mod join;
@@ -13,6 +16,7 @@ mod member;
 mod mounts;
 mod names;
 mod network;
+mod notify;
 mod resize;
 mod resources;
 mod session;
@@ -20,6 +24,7 @@ mod shadow;
 mod size;
 mod sockets;
 mod start;
+mod starve;
 mod tree;
 mod update;
 mod view;
@@ -27,9 +32,11 @@ mod watch;
 
 use std::path::PathBuf;
 
+pub use announce::Announce;
 pub use command::{CommandError, delete, kill, pause, resume, start as start_created};
 pub use create::{Create, CreateError, create, run as run_in_foreground};
-pub use exec::{Exec, ExecError, exec, exec_in_background, running};
+pub use descriptors::{Asked, DescriptorError, Inherited};
+pub use exec::{Exec, ExecError, Execution, exec, exec_in_background, exec_in_foreground, running};
 pub use link::{Creator, News};
 pub use resources::ResourceError;
 pub use shadow::{FLAG as SHADOW_FLAG, NAME as SHADOW_NAME};

@@ -84,7 +84,7 @@ pub enum MountError {
     #[error("socket {0:?}: {1}")]
     Socket(PathBuf, #[source] std::io::Error),
     /// More than a message can carry.
-    #[error("mounts: {0} bind mounts are more than {MAX_BINDS}")]
+    #[error("mounts: {0} bind mounts, and files that the program is to inherit, are more than {MAX_BINDS}")]
     TooMany(usize),
 }
 
@@ -121,6 +121,18 @@ pub struct Prepared {
     pub memory: Vec<SharedMemory>,
     /// Sockets of the host, in whose places the guest has its own.
     pub sockets: Vec<Socket>,
+}
+
+impl Prepared {
+    /// Adds files of the host that are no mounts of the container.
+    pub fn add_files(&mut self, files: Vec<(String, OwnedFd)>) -> Result<(), MountError> {
+        self.resources.extend(files.into_iter().map(|(path, mount)| (Resource::Mount { path }, mount)));
+        // One is the root.
+        match self.resources.len() - 1 {
+            count if count > MAX_BINDS => Err(MountError::TooMany(count)),
+            _ => Ok(()),
+        }
+    }
 }
 
 /// Clones the mounts of the root filesystem and of each bind mount, and writes into the specification where the guest

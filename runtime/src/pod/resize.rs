@@ -58,8 +58,10 @@ impl<'a> Machine<'a> {
             let mut control = Control::dial(pod.as_fd())?;
             control.set_cpus(cpus).await?;
             control.set_memory(memory).await?;
-            let growth = Growth { cpus, memory_bytes: memory, rescan: true };
-            Ok::<_, CommandError>(Agent::dial(pod.as_fd())?.grow(growth).await?)
+            let online = Agent::dial(pod.as_fd())?.grow(Growth { cpus, rescan: true }).await?;
+            // Not before: the memory device may be one that the guest has to find.
+            control.await_memory().await?;
+            Ok::<_, CommandError>(online)
         })?;
         self.log.debug(|| format!("pod {}: {online} CPUs, {memory} bytes of memory", self.pod));
         if online < cpus {

@@ -2,6 +2,7 @@
 //! host. It is a child of the command, runs the same command line with [`FLAG`] in front, and when the command has ended it
 //! is the child of whoever the caller chose for orphans.
 
+use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::process::CommandExt;
@@ -79,6 +80,14 @@ impl Shadow {
         match control::send(&self.link, &Order::Network(wiring.resources), &fds) {
             Ok(()) | Err(ChannelError::Closed) => Ok(()),
             Err(error) => Err(WireError::Hand(io::Error::other(error))),
+        }
+    }
+
+    /// Gives it the file of the limit of memory of its control group, before it goes on.
+    pub fn give_memory_limit(&self, file: &File) -> io::Result<()> {
+        match control::send(&self.link, &Order::MemoryLimit, &[file.as_fd()]) {
+            Ok(()) | Err(ChannelError::Closed) => Ok(()),
+            Err(error) => Err(io::Error::other(error)),
         }
     }
 

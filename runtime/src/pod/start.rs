@@ -5,27 +5,30 @@ use std::convert::Infallible;
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::net::{UnixDatagram, UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use podhull_protocol::{CreatePodRequest, HostSocket, SharedMemory};
-use podhull_vmm::control::{Device, MachineConfig, Resource, SHARE_TAG};
+use podhull_vmm::control::{ChannelError, Device, MachineConfig, Resource, SHARE_TAG};
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 use rustix::rand::GetRandomFlags;
 
 use super::boot::{BOOT, Boot};
+use super::descriptors::{self, DescriptorError};
 use super::disks::{self, DiskError};
 use super::forwards::Forwards;
 use super::hooks;
 use super::link::{Begin, Creator, Given, LinkError, News};
 use super::member;
 use super::mounts::{self, MountError};
+use super::notify::Notify;
 use super::resources::{self, IMAGE, KERNEL, ResourceError, library_file};
 use super::session::{Outcome, Session, Step};
 use super::size::{Demand, Size, SizeError, memory_limit};
 use super::sockets::{Socket, Sockets};
+use super::starve::starve;
 use super::view::{Entered, View, ViewError, namespaces};
 use crate::agent::{self, Agent, AgentError, Exit};
 use crate::bundle::{Bundle, BundleError};
@@ -81,6 +84,9 @@ pub enum RunError {
     /// Its files.
     #[error(transparent)]
     Mount(#[from] MountError),
+    /// What its program is to inherit.
+    #[error(transparent)]
+    Descriptor(#[from] DescriptorError),
     /// A block device of the host.
     #[error(transparent)]
     Disk(#[from] DiskError),
@@ -99,9 +105,12 @@ pub enum RunError {
     /// The machine ended before its agent listened.
     #[error("the guest did not come up: {0}; are {1} and {2} intact?")]
     Boot(#[source] MachineError, PathBuf, PathBuf),
-    /// It did not end either.
-    #[error("the guest did not come up within {} seconds; are guest kernel and image intact?", BOOT.as_secs())]
-    NoBoot,
+    /// It did not end either; where it was.
+    #[error(
+        "the guest did not come up within {seconds} seconds ({0}); is the host that slow, or the guest kernel damaged?",
+        seconds = BOOT.as_secs()
+    )]
+    Late(String),
     /// The pod's socket cannot be made.
     #[error("cannot make the pod's socket in {0}: {1}")]
     Socket(PathBuf, #[source] io::Error),
@@ -114,6 +123,9 @@ pub enum RunError {
     /// Who asked for the container is gone.
     #[error(transparent)]
     Link(#[from] LinkError),
+    /// Nobody could be told that it is ready.
+    #[error("cannot make the socket for NOTIFY_SOCKET: {0}")]
+    Notify(#[source] io::Error),
     /// Nobody can connect to sockets of the host.
     #[error("cannot serve the container's sockets: {0}")]
     Sockets(#[source] io::Error),
@@ -149,20 +161,23 @@ pub fn run(run: &Run<'_>) -> Result<u8, RunError> {
     if given.begin.pod.is_some() {
         return member::run(run, given);
     }
-    let Given { begin, channel, terminal, namespaces: joined, .. } = given;
+    let Given { begin, channel, terminal, namespaces: joined, descriptors, .. } = given;
     let channel = channel.ok_or(RunError::NoMachine)?;
     let mut bundle = run.open_bundle()?;
+    bundle.config.add_environment(descriptors::environment(begin.listening));
+    let descriptors = descriptors::prepare(descriptors, &descriptors::directory(run.id))?;
     let limit = memory_limit(bundle.config.spec());
     let size = Size::for_container(bundle.config.spec())?;
 
     // From here on there is something to remove.
     signals::block();
-    let mut made = run.make(&begin, &bundle)?;
+    let mut made = run.make(&begin, &mut bundle)?;
     let directory = &made.directory;
     let files = Files { kernel: library_file(KERNEL), image: library_file(IMAGE) };
     let (kvm, kernel, image) = (resources::kvm()?, resources::kernel()?, resources::image()?);
     let console_size = bundle.config.console_size();
-    let stdio = Stdio::new(bundle.config.terminal(), run.console_socket, console_size, terminal, true)?;
+    let stdio = Stdio::new(bundle.config.terminal(), run.console_socket, console_size, terminal)?;
+    let stdio = stdio.and(descriptors.streams);
 
     let pod = directory.open_pod()?;
     let (agent, their_agent) = UnixStream::pair().map_err(|e| RunError::Socket(directory.pod(), e))?;
@@ -184,7 +199,8 @@ pub fn run(run: &Run<'_>) -> Result<u8, RunError> {
         let file = File::options().append(true).create(true).open(path);
         machine.push((Resource::Console, file.map_err(|e| RunError::GuestConsole(path.to_owned(), e))?.into()));
     }
-    let mounts = mounts::prepare(run.id, &mut bundle)?;
+    let mut mounts = mounts::prepare(run.id, &mut bundle)?;
+    mounts.add_files(descriptors.files)?;
     machine.extend(mounts.resources);
     let disks = disks::open(&bundle.config)?;
     machine.extend(disks.resources);
@@ -192,7 +208,8 @@ pub fn run(run: &Run<'_>) -> Result<u8, RunError> {
     bundle.config.clear_namespace_paths();
     let told = mounts.sockets.iter().map(Socket::told).collect();
     let mut request = pod_request(run.id, &bundle, &stdio, mounts.memory, told)?;
-    request.container.mut_or_insert_default().disks = disks.told;
+    let container = request.container.mut_or_insert_default();
+    (container.disks, container.descriptors) = (disks.told, descriptors.told);
     let view = View {
         root: mounts.root,
         places: mounts.places,
@@ -222,7 +239,7 @@ pub fn run(run: &Run<'_>) -> Result<u8, RunError> {
         let orders = run.creator.orders().map_err(RunError::Signals)?;
         let channel = Channel::new(channel)?;
         let session = Session::new(run.id, Agent::new(agent)?, &stdio, pod.as_fd(), run.log);
-        let boot = Boot { channel: &channel, size, booted: Cell::new(false) };
+        let boot = Boot { channel: &channel, size, booted: Cell::new(false), memory_limit: Cell::new(None) };
         let start = async {
             let sent = channel.start(config, &fds).await;
             drop(fds);
@@ -231,15 +248,17 @@ pub fn run(run: &Run<'_>) -> Result<u8, RunError> {
         let make = boot.make(&session, start, request, &orders);
         let reached = |step| made.reached(step, run.creator, &begin);
         let live = session.live(make, boot.add_helpers(&session), &orders, begin.foreground, reached);
-        tokio::select! {
+        let outcome = tokio::select! {
             biased;
-            lived = supervise(&session, &boot, &signals, &files, live) => lived,
+            lived = supervise(&session, &boot, &signals, &files, live) => lived?,
             never = connections => match never {},
-        }
+        };
+        Ok::<_, RunError>((outcome, boot.memory_limit.take()))
     });
     // Threads that still wait for input must not hold up the end; they end with the process.
     runtime.shutdown_background();
-    Ok(run.status(outcome?, limit))
+    let (outcome, memory_limit) = outcome?;
+    Ok(run.end(made, outcome, limit, memory_limit))
 }
 
 impl Run<'_> {
@@ -247,19 +266,14 @@ impl Run<'_> {
     pub fn open_bundle(&self) -> Result<Bundle, RunError> {
         state::check_id(self.id)?;
         let bundle = Bundle::open(self.bundle)?;
-        for property in bundle.config.unknown() {
-            self.log.debug(|| format!("config.json: {property} is no property of the specification: ignored"));
-        }
-        for path in bundle.config.left_out() {
-            self.log.debug(|| {
-                format!("config.json: linux.devices: {path} is the host's and not named by a rule: left out")
-            });
+        for remark in bundle.config.remarks() {
+            self.log.debug(|| format!("config.json: {remark}"));
         }
         Ok(bundle)
     }
 
     /// Takes the container's id, and writes down what there is to say of it as it begins.
-    pub fn make(&self, begin: &Begin, bundle: &Bundle) -> Result<Made, RunError> {
+    pub fn make(&self, begin: &Begin, bundle: &mut Bundle) -> Result<Made, RunError> {
         let placement = Placement::new(self.cgroups, &bundle.config, self.id)?;
         let spec = bundle.config.spec();
         let annotations = spec.annotations().clone();
@@ -270,20 +284,35 @@ impl Run<'_> {
         state.place(placement.as_ref());
         state.demand = Demand::of(spec);
         let mut directory = Directory::create(self.root, self.id)?;
+        let notify = match begin.notify {
+            true => Some(Notify::new(&directory.container()).map_err(RunError::Notify)?),
+            false => None,
+        };
+        let notify = notify.map(|Notify { socket, mount, environment }| {
+            bundle.config.add_mount(mount);
+            bundle.config.add_environment(vec![environment]);
+            socket
+        });
+        state.notify = notify.as_ref().map(AsRawFd::as_raw_fd);
         directory.write(&state)?;
         directory.write_groups(&state)?;
         if state.cgroup.is_some() {
             // It says where the groups are: it goes after them, by who asked for the container or comes later.
             directory.keep();
         }
-        Ok(Made { directory, state, entered: None, sockets: None, forwards: None })
+        Ok(Made { directory, state, entered: None, sockets: None, forwards: None, _notify: notify })
     }
 
-    /// The status to exit with.
-    pub fn status(&self, outcome: Outcome, limit: Option<u64>) -> u8 {
+    /// Removes what there is of the container; returns the status to exit with. If it was killed for lack of memory, this process
+    /// ends the same way, if it can.
+    pub fn end(&self, made: Made, outcome: Outcome, limit: Option<u64>, memory_limit: Option<OwnedFd>) -> u8 {
+        drop(made);
         match outcome {
             Outcome::Exited(exit) => {
                 report_out_of_memory(self, exit, limit);
+                if let (true, true, Some(file)) = (exit.out_of_memory, exit.killed, memory_limit) {
+                    starve(file);
+                }
                 exit.status
             }
             Outcome::Interrupted(signal) => u8::try_from(128 + signal).unwrap_or(u8::MAX),
@@ -301,6 +330,8 @@ pub struct Made {
     pub sockets: Option<Arc<Sockets>>,
     /// Connections to its own addresses.
     pub forwards: Option<Arc<Forwards>>,
+    /// Where its program says that it is ready; see [`State::notify`].
+    _notify: Option<UnixDatagram>,
 }
 
 impl Made {
@@ -376,8 +407,12 @@ async fn supervise(
             Err(RunError::Machine(MachineError::Failed(line))) if !boot.booted.get() => {
                 return Err(MachineError::Failed(with_paths(line, files)).into());
             }
-            // The connection to the agent breaks when the machine does; the machine knows why.
-            Err(RunError::Agent(AgentError::Gone(_)) | RunError::Stdio(StdioError::Connect(..))) => {
+            // Connections to the agent and to the machine's control socket break when the machine does; the machine knows why.
+            Err(
+                RunError::Agent(AgentError::Gone(_))
+                | RunError::Stdio(StdioError::Connect(..))
+                | RunError::Machine(MachineError::Dial(_) | MachineError::Channel(ChannelError::Closed)),
+            ) => {
                 match tokio::time::timeout(GRACE, &mut drive).await {
                     Ok(ended) => ended,
                     Err(_) => return lived,
@@ -392,6 +427,7 @@ async fn supervise(
         error @ (MachineError::Reset | MachineError::Crash(_)) if !boot.booted.get() => {
             Err(RunError::Boot(error, files.kernel.clone(), files.image.clone()))
         }
+        MachineError::Stuck(what) => Err(RunError::Late(what)),
         error => Err(error.into()),
     }
 }
@@ -403,7 +439,7 @@ fn with_paths(line: String, files: &Files) -> String {
 }
 
 /// How long the end of a machine may come after the end of the connection to its agent.
-const GRACE: std::time::Duration = std::time::Duration::from_millis(500);
+const GRACE: std::time::Duration = std::time::Duration::from_secs(10);
 
 fn machine_config(size: Size, machine: Vec<(Resource, OwnedFd)>) -> (MachineConfig, Vec<OwnedFd>) {
     let (resources, fds) = machine.into_iter().unzip();

@@ -14,13 +14,17 @@ pub enum Fate {
     Enforced,
     /// The runtime enforces it on the host, or both sides do.
     Host,
+    /// Taken, checked for its type, and left out for the guest, because what it is for the machine gives; and how.
+    /// See [`labels`](super::labels).
+    LeftOut(&'static str),
     /// Not supported, and why. Empty values (`null`, `""`, `0`, `false`, `[]`, `{}`) ask for nothing and are let through.
     Refused(&'static str),
 }
 
-use Fate::{Enforced, Host, Refused};
+use Fate::{Enforced, Host, LeftOut, Refused};
 
-const LSM: &str = "labels of the host's security modules mean nothing in the guest's kernel";
+const LSM: &str = "it confines a process of the host, and this one is in the virtual machine";
+const LABEL: &str = "it guards files against processes of the host, and who uses them here is in the virtual machine";
 const CGROUP_V1: &str = "cgroup v2, which every pod uses, has no such control";
 const HOST_DEVICE: &str = "host devices are not passed into the pod yet";
 const OTHER_SYSTEM: &str = "for another operating system";
@@ -36,15 +40,19 @@ pub const FIELDS: &[(&str, Fate)] = &[
     ("mounts[]", Host),
     ("mounts[].destination", Enforced),
     ("mounts[].source", Host),
-    ("mounts[].type", Enforced),
+    ("mounts[].type", Host),
     ("mounts[].options", Host),
     ("mounts[].options[]", Host),
     ("mounts[].uidMappings", Host),
     ("mounts[].uidMappings[]", Host),
-    ("mounts[].uidMappings[].*", Host),
+    ("mounts[].uidMappings[].containerID", Host),
+    ("mounts[].uidMappings[].hostID", Host),
+    ("mounts[].uidMappings[].size", Host),
     ("mounts[].gidMappings", Host),
     ("mounts[].gidMappings[]", Host),
-    ("mounts[].gidMappings[].*", Host),
+    ("mounts[].gidMappings[].containerID", Host),
+    ("mounts[].gidMappings[].hostID", Host),
+    ("mounts[].gidMappings[].size", Host),
     ("process", Enforced),
     ("process.terminal", Host),
     ("process.consoleSize", Host),
@@ -61,18 +69,33 @@ pub const FIELDS: &[(&str, Fate)] = &[
     ("process.rlimits[].type", Enforced),
     ("process.rlimits[].soft", Enforced),
     ("process.rlimits[].hard", Enforced),
-    ("process.apparmorProfile", Refused(LSM)),
+    ("process.apparmorProfile", LeftOut(LSM)),
     ("process.capabilities", Enforced),
-    ("process.capabilities.*", Enforced),
-    ("process.capabilities.*[]", Enforced),
+    ("process.capabilities.bounding", Enforced),
+    ("process.capabilities.bounding[]", Enforced),
+    ("process.capabilities.permitted", Enforced),
+    ("process.capabilities.permitted[]", Enforced),
+    ("process.capabilities.effective", Enforced),
+    ("process.capabilities.effective[]", Enforced),
+    ("process.capabilities.inheritable", Enforced),
+    ("process.capabilities.inheritable[]", Enforced),
+    ("process.capabilities.ambient", Enforced),
+    ("process.capabilities.ambient[]", Enforced),
     ("process.noNewPrivileges", Enforced),
     ("process.oomScoreAdj", Enforced),
     ("process.scheduler", Enforced),
-    ("process.scheduler.*", Enforced),
-    ("process.scheduler.*[]", Enforced),
-    ("process.selinuxLabel", Refused(LSM)),
+    ("process.scheduler.policy", Enforced),
+    ("process.scheduler.nice", Enforced),
+    ("process.scheduler.priority", Enforced),
+    ("process.scheduler.flags", Enforced),
+    ("process.scheduler.flags[]", Enforced),
+    ("process.scheduler.runtime", Enforced),
+    ("process.scheduler.deadline", Enforced),
+    ("process.scheduler.period", Enforced),
+    ("process.selinuxLabel", LeftOut(LSM)),
     ("process.ioPriority", Enforced),
-    ("process.ioPriority.*", Enforced),
+    ("process.ioPriority.class", Enforced),
+    ("process.ioPriority.priority", Enforced),
     ("process.execCPUAffinity", Enforced),
     ("process.execCPUAffinity.initial", Enforced),
     ("process.execCPUAffinity.final", Enforced),
@@ -88,16 +111,28 @@ pub const FIELDS: &[(&str, Fate)] = &[
     ("hooks", Enforced),
     ("hooks.prestart", Host),
     ("hooks.prestart[]", Host),
-    ("hooks.prestart[].*", Host),
-    ("hooks.prestart[].*[]", Host),
+    ("hooks.prestart[].path", Host),
+    ("hooks.prestart[].args", Host),
+    ("hooks.prestart[].args[]", Host),
+    ("hooks.prestart[].env", Host),
+    ("hooks.prestart[].env[]", Host),
+    ("hooks.prestart[].timeout", Host),
     ("hooks.createRuntime", Host),
     ("hooks.createRuntime[]", Host),
-    ("hooks.createRuntime[].*", Host),
-    ("hooks.createRuntime[].*[]", Host),
+    ("hooks.createRuntime[].path", Host),
+    ("hooks.createRuntime[].args", Host),
+    ("hooks.createRuntime[].args[]", Host),
+    ("hooks.createRuntime[].env", Host),
+    ("hooks.createRuntime[].env[]", Host),
+    ("hooks.createRuntime[].timeout", Host),
     ("hooks.createContainer", Host),
     ("hooks.createContainer[]", Host),
-    ("hooks.createContainer[].*", Host),
-    ("hooks.createContainer[].*[]", Host),
+    ("hooks.createContainer[].path", Host),
+    ("hooks.createContainer[].args", Host),
+    ("hooks.createContainer[].args[]", Host),
+    ("hooks.createContainer[].env", Host),
+    ("hooks.createContainer[].env[]", Host),
+    ("hooks.createContainer[].timeout", Host),
     ("hooks.startContainer", Enforced),
     ("hooks.startContainer[]", Enforced),
     ("hooks.startContainer[].path", Enforced),
@@ -108,12 +143,20 @@ pub const FIELDS: &[(&str, Fate)] = &[
     ("hooks.startContainer[].timeout", Enforced),
     ("hooks.poststart", Host),
     ("hooks.poststart[]", Host),
-    ("hooks.poststart[].*", Host),
-    ("hooks.poststart[].*[]", Host),
+    ("hooks.poststart[].path", Host),
+    ("hooks.poststart[].args", Host),
+    ("hooks.poststart[].args[]", Host),
+    ("hooks.poststart[].env", Host),
+    ("hooks.poststart[].env[]", Host),
+    ("hooks.poststart[].timeout", Host),
     ("hooks.poststop", Host),
     ("hooks.poststop[]", Host),
-    ("hooks.poststop[].*", Host),
-    ("hooks.poststop[].*[]", Host),
+    ("hooks.poststop[].path", Host),
+    ("hooks.poststop[].args", Host),
+    ("hooks.poststop[].args[]", Host),
+    ("hooks.poststop[].env", Host),
+    ("hooks.poststop[].env[]", Host),
+    ("hooks.poststop[].timeout", Host),
     ("annotations", Host),
     ("annotations.*", Host),
     ("linux", Enforced),
@@ -129,14 +172,21 @@ pub const FIELDS: &[(&str, Fate)] = &[
     ("linux.namespaces[].path", Host),
     ("linux.uidMappings", Enforced),
     ("linux.uidMappings[]", Enforced),
-    ("linux.uidMappings[].*", Enforced),
+    ("linux.uidMappings[].containerID", Enforced),
+    ("linux.uidMappings[].hostID", Enforced),
+    ("linux.uidMappings[].size", Enforced),
     ("linux.gidMappings", Enforced),
     ("linux.gidMappings[]", Enforced),
-    ("linux.gidMappings[].*", Enforced),
+    ("linux.gidMappings[].containerID", Enforced),
+    ("linux.gidMappings[].hostID", Enforced),
+    ("linux.gidMappings[].size", Enforced),
     ("linux.timeOffsets", Enforced),
-    ("linux.timeOffsets.*", Enforced),
-    ("linux.timeOffsets.*.secs", Enforced),
-    ("linux.timeOffsets.*.nanosecs", Enforced),
+    ("linux.timeOffsets.boottime", Enforced),
+    ("linux.timeOffsets.boottime.secs", Enforced),
+    ("linux.timeOffsets.boottime.nanosecs", Enforced),
+    ("linux.timeOffsets.monotonic", Enforced),
+    ("linux.timeOffsets.monotonic.secs", Enforced),
+    ("linux.timeOffsets.monotonic.nanosecs", Enforced),
     ("linux.devices", Host),
     ("linux.devices[]", Host),
     ("linux.devices[].type", Host),
@@ -151,7 +201,11 @@ pub const FIELDS: &[(&str, Fate)] = &[
     ("linux.resources", Host),
     ("linux.resources.devices", Enforced),
     ("linux.resources.devices[]", Enforced),
-    ("linux.resources.devices[].*", Enforced),
+    ("linux.resources.devices[].allow", Enforced),
+    ("linux.resources.devices[].type", Enforced),
+    ("linux.resources.devices[].major", Enforced),
+    ("linux.resources.devices[].minor", Enforced),
+    ("linux.resources.devices[].access", Enforced),
     ("linux.resources.memory", Host),
     ("linux.resources.memory.limit", Host),
     ("linux.resources.memory.reservation", Host),
@@ -177,10 +231,32 @@ pub const FIELDS: &[(&str, Fate)] = &[
     ("linux.resources.blockIO", Host),
     ("linux.resources.blockIO.weight", Host),
     ("linux.resources.blockIO.leafWeight", Refused(CGROUP_V1)),
-    ("linux.resources.blockIO.*", Host),
-    ("linux.resources.blockIO.*[]", Host),
-    ("linux.resources.blockIO.*[].leafWeight", Refused(CGROUP_V1)),
-    ("linux.resources.blockIO.*[].*", Host),
+    ("linux.resources.blockIO.weightDevice", Host),
+    ("linux.resources.blockIO.weightDevice[]", Host),
+    ("linux.resources.blockIO.weightDevice[].major", Host),
+    ("linux.resources.blockIO.weightDevice[].minor", Host),
+    ("linux.resources.blockIO.weightDevice[].weight", Host),
+    ("linux.resources.blockIO.weightDevice[].leafWeight", Refused(CGROUP_V1)),
+    ("linux.resources.blockIO.throttleReadBpsDevice", Host),
+    ("linux.resources.blockIO.throttleReadBpsDevice[]", Host),
+    ("linux.resources.blockIO.throttleReadBpsDevice[].major", Host),
+    ("linux.resources.blockIO.throttleReadBpsDevice[].minor", Host),
+    ("linux.resources.blockIO.throttleReadBpsDevice[].rate", Host),
+    ("linux.resources.blockIO.throttleWriteBpsDevice", Host),
+    ("linux.resources.blockIO.throttleWriteBpsDevice[]", Host),
+    ("linux.resources.blockIO.throttleWriteBpsDevice[].major", Host),
+    ("linux.resources.blockIO.throttleWriteBpsDevice[].minor", Host),
+    ("linux.resources.blockIO.throttleWriteBpsDevice[].rate", Host),
+    ("linux.resources.blockIO.throttleReadIOPSDevice", Host),
+    ("linux.resources.blockIO.throttleReadIOPSDevice[]", Host),
+    ("linux.resources.blockIO.throttleReadIOPSDevice[].major", Host),
+    ("linux.resources.blockIO.throttleReadIOPSDevice[].minor", Host),
+    ("linux.resources.blockIO.throttleReadIOPSDevice[].rate", Host),
+    ("linux.resources.blockIO.throttleWriteIOPSDevice", Host),
+    ("linux.resources.blockIO.throttleWriteIOPSDevice[]", Host),
+    ("linux.resources.blockIO.throttleWriteIOPSDevice[].major", Host),
+    ("linux.resources.blockIO.throttleWriteIOPSDevice[].minor", Host),
+    ("linux.resources.blockIO.throttleWriteIOPSDevice[].rate", Host),
     ("linux.resources.hugepageLimits", Host),
     ("linux.resources.hugepageLimits[]", Host),
     ("linux.resources.hugepageLimits[].pageSize", Host),
@@ -210,13 +286,16 @@ pub const FIELDS: &[(&str, Fate)] = &[
     ("linux.seccomp.syscalls[].errnoRet", Enforced),
     ("linux.seccomp.syscalls[].args", Enforced),
     ("linux.seccomp.syscalls[].args[]", Enforced),
-    ("linux.seccomp.syscalls[].args[].*", Enforced),
+    ("linux.seccomp.syscalls[].args[].index", Enforced),
+    ("linux.seccomp.syscalls[].args[].value", Enforced),
+    ("linux.seccomp.syscalls[].args[].valueTwo", Enforced),
+    ("linux.seccomp.syscalls[].args[].op", Enforced),
     ("linux.rootfsPropagation", Enforced),
     ("linux.maskedPaths", Enforced),
     ("linux.maskedPaths[]", Enforced),
     ("linux.readonlyPaths", Enforced),
     ("linux.readonlyPaths[]", Enforced),
-    ("linux.mountLabel", Refused(LSM)),
+    ("linux.mountLabel", LeftOut(LABEL)),
     ("linux.personality", Enforced),
     ("linux.personality.domain", Enforced),
     ("linux.personality.flags", Enforced),
@@ -259,7 +338,7 @@ fn walk(value: &mut Value, path: &str, pattern: &str, checked: &mut Checked) -> 
                 match fate(pattern, &key) {
                     Some((_, Refused(_))) if is_empty(&member) => {}
                     Some((_, Refused(reason))) => return Err(ConfigError::Refused { field: path, reason }),
-                    Some((pattern, Enforced | Host)) => {
+                    Some((pattern, Enforced | Host | LeftOut(_))) => {
                         walk(&mut member, &path, pattern, checked)?;
                         kept.insert(key, member);
                     }
@@ -280,6 +359,11 @@ fn walk(value: &mut Value, path: &str, pattern: &str, checked: &mut Checked) -> 
         _ => {}
     }
     Ok(())
+}
+
+/// The fields that are taken and left out.
+pub fn left_out() -> impl Iterator<Item = &'static str> {
+    FIELDS.iter().filter(|(_, fate)| matches!(fate, LeftOut(_))).map(|(pattern, _)| *pattern)
 }
 
 /// The line of the table for a member of an object: by its name, else by `*`.
@@ -333,7 +417,7 @@ mod tests {
     #[test]
     fn refused_fields_that_ask_for_nothing_are_taken_out() {
         let mut document = json!({
-            "process": {"apparmorProfile": "", "user": {"username": ""}, "cwd": "/"},
+            "process": {"commandLine": "", "user": {"username": ""}, "cwd": "/"},
             "linux": {"resources": {"memory": {"swappiness": null, "disableOOMKiller": false, "limit": 5}}, "intelRdt": {}},
         });
         assert_eq!(check(&mut document).unwrap(), Checked::default());
@@ -435,12 +519,19 @@ mod tests {
              number that the guest's kernel gives it, which also counts in the rules about devices. Where these allow all\n\
              devices, as in a privileged container, a device of the host that no rule names is left out, and `--debug` says so:\n\
              callers list all that the host has there, and what they mean is that nothing is closed to the container.\n\n\
+             The profile of AppArmor and the labels of SELinux that callers give every container on a host with such a module\n\
+             are taken and left out, and `--debug` says so, as are the options `context`, `fscontext`, `defcontext` and\n\
+             `rootcontext` of mounts. They keep a process of the host from what its kernel has, and no program of a container\n\
+             is one: its virtual machine is the boundary, whose kernel has no such module. The process that stands for a\n\
+             container on the host is not put under them either: they are written for the program, and may forbid what that\n\
+             process does for it. It has no capabilities and few system calls instead.\n\n\
              | field | |\n| --- | --- |\n",
         );
         for (pattern, fate) in FIELDS {
             page += &match fate {
                 Enforced => format!("| `{pattern}` | enforced in the guest |\n"),
                 Host => format!("| `{pattern}` | enforced on the host, or on both sides |\n"),
+                LeftOut(reason) => format!("| `{pattern}` | taken and left out: {reason} |\n"),
                 Refused(reason) => format!("| `{pattern}` | refused: {reason} |\n"),
             };
         }
@@ -466,13 +557,7 @@ mod tests {
                 (None, Some(dot)) => Some(&pattern[..dot]),
                 (None, None) => None,
             };
-            let covered = |p: &str| {
-                FIELDS.iter().any(|(other, _)| *other == p)
-                    || p.rsplit_once('.').is_some_and(|(base, last)| {
-                        let star = if last.ends_with("[]") { format!("{base}.*[]") } else { format!("{base}.*") };
-                        FIELDS.iter().any(|(other, _)| *other == star)
-                    })
-            };
+            let covered = |parent: &str| before.iter().any(|(other, _)| *other == parent);
             assert!(parent.is_none_or(covered), "{pattern} has no parent in the table");
         }
     }

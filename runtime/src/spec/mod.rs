@@ -3,6 +3,7 @@
 pub mod devices;
 pub mod document;
 mod fields;
+mod labels;
 mod position;
 pub mod read;
 mod validate;
@@ -28,8 +29,17 @@ pub struct Config {
     unknown: Vec<String>,
     /// `linux.resources` once more, as the limits they are.
     limits: Limits,
-    /// Paths of devices that are not meant.
-    left_out: Vec<String>,
+    /// What was left out for the guest.
+    left_out: LeftOut,
+}
+
+/// What of a specification is taken and is not for the guest.
+#[derive(Debug)]
+struct LeftOut {
+    /// Paths of the devices that a privileged container is not given, because they are all that the host has.
+    devices: Vec<String>,
+    /// Paths of fields with profiles and labels.
+    labels: Vec<String>,
 }
 
 impl Config {
@@ -38,14 +48,13 @@ impl Config {
         &self.spec
     }
 
-    /// Paths of the properties that were ignored because no specification we know has them.
-    pub fn unknown(&self) -> &[String] {
-        &self.unknown
-    }
-
-    /// Paths of the devices that a privileged container is not given, because they are all that the host has.
-    pub fn left_out(&self) -> &[String] {
-        &self.left_out
+    /// What of the file has no effect in the guest though nothing is wrong with it, and why: a sentence each.
+    pub fn remarks(&self) -> impl Iterator<Item = String> {
+        let LeftOut { devices, labels } = &self.left_out;
+        let unknown = |field| format!("{field} is no property of the specification: ignored");
+        let device = |path| format!("linux.devices: {path} is the host's and not named by a rule: left out");
+        let label = |field| format!("{field}: the machine confines the container, and has no such module: left out");
+        self.unknown.iter().map(unknown).chain(devices.iter().map(device)).chain(labels.iter().map(label))
     }
 
     /// `linux.resources`.
@@ -105,6 +114,35 @@ impl Config {
         let namespaces = self.document.pointer_mut("/linux/namespaces").and_then(Value::as_array_mut);
         for namespace in namespaces.into_iter().flatten().filter_map(Value::as_object_mut) {
             namespace.remove("path");
+        }
+    }
+
+    /// Adds to the program's environment.
+    pub fn add_environment(&mut self, entries: Vec<String>) {
+        if entries.is_empty() {
+            return;
+        }
+        let env = &mut self.document["process"]["env"];
+        if !env.is_array() {
+            *env = Value::Array(Vec::new());
+        }
+        if let Some(env) = env.as_array_mut() {
+            env.extend(entries.into_iter().map(Value::from));
+        }
+    }
+
+    /// Adds a mount, the last.
+    pub fn add_mount(&mut self, mount: Mount) {
+        let entry = serde_json::to_value(&mount).unwrap_or_default();
+        let mut mounts = self.spec.mounts().clone().unwrap_or_default();
+        mounts.push(mount);
+        self.spec.set_mounts(Some(mounts));
+        let mounts = &mut self.document["mounts"];
+        if !mounts.is_array() {
+            *mounts = Value::Array(Vec::new());
+        }
+        if let Some(mounts) = mounts.as_array_mut() {
+            mounts.push(entry);
         }
     }
 

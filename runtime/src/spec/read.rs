@@ -5,7 +5,7 @@ use podhull_limits::Resources as Limits;
 use serde::Deserialize;
 use serde_json::{Value, json};
 
-use super::{Config, devices, fields, position, validate};
+use super::{Config, LeftOut, devices, fields, labels, position, validate};
 
 /// What is wrong with `config.json`. Shown directly after the file's name.
 #[derive(Debug, thiserror::Error)]
@@ -87,7 +87,8 @@ pub fn read(text: &str) -> Result<Config, ConfigError> {
     }
     let fields::Checked { unknown, lists, respelt } = fields::check(&mut document)?;
     validate::capability_names(&document)?;
-    let spec: Spec = match respelt {
+    let completed = complete_user(&mut document);
+    let spec: Spec = match respelt || completed {
         false => serde_json::from_str(text).map_err(|e| ConfigError::Type {
             line: e.line(),
             column: e.column(),
@@ -111,8 +112,21 @@ pub fn read(text: &str) -> Result<Config, ConfigError> {
     if let Some(resources) = document.pointer_mut("/linux/resources") {
         leave_to_host(resources);
     }
-    let left_out = devices::leave_out(&spec, &mut document);
+    let left_out =
+        LeftOut { devices: devices::leave_out(&spec, &mut document), labels: labels::leave_out(&mut document) };
     Ok(Config { spec, document, unknown, limits, left_out })
+}
+
+/// A process that says nothing of its user is root's, as with runc: callers give programs to execute without it.
+fn complete_user(document: &mut Value) -> bool {
+    let Some(process) = document.get_mut("process").and_then(Value::as_object_mut) else { return false };
+    let user = process.entry("user").or_insert_with(|| json!({}));
+    let Some(user) = user.as_object_mut() else { return false };
+    let before = user.len();
+    for number in ["uid", "gid"] {
+        user.entry(number).or_insert_with(|| json!(0));
+    }
+    user.len() > before
 }
 
 /// `linux.resources` as limits, checked beyond their types as far as that goes without a control group.
@@ -164,8 +178,43 @@ mod tests {
     fn the_document_podhull_writes_is_one_it_reads() {
         let config = read(crate::spec::document::TEXT).unwrap();
         assert_eq!(config.mounts().len(), 7);
-        assert!(config.unknown().is_empty());
+        assert!(config.remarks().next().is_none());
         assert_eq!(config.document, serde_json::from_str::<Value>(crate::spec::document::TEXT).unwrap());
+    }
+
+    #[test]
+    fn a_process_that_names_no_user_is_root_s() {
+        for (user, expected) in [(None, [0, 0]), (Some(json!({})), [0, 0]), (Some(json!({ "gid": 7 })), [0, 7])] {
+            let mut document: Value = serde_json::from_str(crate::spec::document::TEXT).unwrap();
+            let process = document["process"].as_object_mut().unwrap();
+            process.remove("user");
+            process.extend(user.map(|user| ("user".to_owned(), user)));
+            let config = read(&document.to_string()).unwrap();
+            assert_eq!(config.document["process"]["user"], json!({ "uid": expected[0], "gid": expected[1] }));
+        }
+        let mut document: Value = serde_json::from_str(crate::spec::document::TEXT).unwrap();
+        document["process"]["user"] = "root".into();
+        assert!(error(&document.to_string()).contains("process.user: "));
+    }
+
+    #[test]
+    fn profiles_and_labels_are_taken_left_out_and_remarked() {
+        let mut document: Value = serde_json::from_str(crate::spec::document::TEXT).unwrap();
+        document["process"]["apparmorProfile"] = "docker-default".into();
+        document["process"]["selinuxLabel"] = "system_u:system_r:container_t:s0:c1,c2".into();
+        document["linux"]["mountLabel"] = "system_u:object_r:container_file_t:s0:c1,c2".into();
+        document["mounts"][1]["options"][3] = "context=\"system_u:object_r:container_file_t:s0:c1,c2\"".into();
+        let config = read(&document.to_string()).unwrap();
+        let text = config.document.to_string();
+        assert!(!text.contains("docker-default") && !text.contains("system_u"), "{text}");
+        let remarks: Vec<_> = config.remarks().collect();
+        let fields = ["process.apparmorProfile", "process.selinuxLabel", "linux.mountLabel", "mounts[1].options"];
+        assert_eq!(remarks.len(), fields.len(), "{remarks:?}");
+        for (remark, field) in remarks.iter().zip(fields) {
+            assert!(remark.starts_with(field), "{remark}");
+        }
+        document["process"]["apparmorProfile"] = 7.into();
+        assert!(error(&document.to_string()).contains("process.apparmorProfile: invalid type: integer `7`"));
     }
 
     #[test]
@@ -199,10 +248,10 @@ mod tests {
 
     #[test]
     fn a_wrong_type_is_reported_with_its_field() {
-        let text = "{\n\"ociVersion\": \"1.2.0\",\n\"process\": {\"cwd\": \"/\", \"args\": [\"a\", 7]}\n}";
+        let text = "{\n\"ociVersion\": \"1.2.0\",\n\"process\":\n{\"user\": {\"uid\": 0, \"gid\": 0}, \"args\": [\"a\", 7]}\n}";
         assert_eq!(
             error(text),
-            "config.json: line 3, column 39: process.args[1]: invalid type: integer `7`, expected a string"
+            "config.json: line 4, column 46: process.args[1]: invalid type: integer `7`, expected a string"
         );
     }
 

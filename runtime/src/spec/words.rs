@@ -1,6 +1,8 @@
 //! The closed vocabularies of a specification that `oci-spec` leaves open: mount types, mount options, system calls,
 //! devices.
 
+use super::labels;
+
 /// Options every mount takes: flags, propagation, and what runc added.
 const MOUNT_OPTIONS: &[&str] = &[
     "acl",
@@ -165,12 +167,10 @@ pub const CAPABILITIES: [&str; 41] = [
 /// Linux 6.12's system calls on every architecture, and later ones; separated by white space.
 const SYSCALLS: &str = include_str!("syscalls.txt");
 
-/// Every option that a mount may have, of whatever type, sorted.
+/// Every option that a mount may have, whatever its file system, sorted.
 pub fn mount_options() -> Vec<&'static str> {
-    let own = FILE_SYSTEMS.iter().flat_map(|(_, options)| *options);
-    let mut all: Vec<_> = MOUNT_OPTIONS.iter().chain(BIND_OPTIONS).chain(OVERLAY_OPTIONS).chain(own).copied().collect();
+    let mut all: Vec<_> = MOUNT_OPTIONS.iter().chain(BIND_OPTIONS).copied().collect();
     all.sort_unstable();
-    all.dedup();
     all
 }
 
@@ -190,7 +190,7 @@ pub fn mount_option(kind: &str, option: &str) -> Result<(), String> {
         OVERLAY => OVERLAY_OPTIONS,
         _ => FILE_SYSTEMS.iter().find(|(k, _)| *k == kind).map_or(&[][..], |(_, options)| options),
     };
-    if MOUNT_OPTIONS.contains(&option) || own.contains(&name) {
+    if MOUNT_OPTIONS.contains(&option) || own.contains(&name) || labels::is_option(option) {
         Ok(())
     } else if SHARED_OPTIONS.contains(&option) {
         Err(format!(
@@ -240,6 +240,8 @@ mod tests {
         assert!(mount_option("overlay", "size=1").is_err());
         assert!(mount_option("bind", "rshared").unwrap_err().contains("rprivate"));
         assert!(mount_option("tmpfs", "nosuidd").is_err());
+        assert!(mount_option("bind", "context=\"a:b,c\"").is_ok());
+        assert!(mount_option("tmpfs", "context=").is_err());
     }
 
     #[test]

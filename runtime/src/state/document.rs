@@ -60,6 +60,9 @@ pub struct State {
     pub cgroup: Option<Cgroup>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub machine_cgroup: Option<Cgroup>,
+    /// The descriptor at which its process hears that its program is ready, if somebody waits for that.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub notify: Option<i32>,
 }
 
 /// A process that is not taken for another with its number.
@@ -160,6 +163,7 @@ impl State {
             demand: Demand::default(),
             cgroup: None,
             machine_cgroup: None,
+            notify: None,
         }
     }
 

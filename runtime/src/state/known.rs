@@ -150,7 +150,11 @@ pub fn take_turn_of_pod(root: &Path, pod: &str) -> Result<OwnedFd, StateError> {
 /// The directory of a pod, with its sockets.
 pub fn open_pod(root: &Path, pod: &str) -> Result<OwnedFd, StateError> {
     check_id(pod)?;
-    super::open(&root.join(PODS).join(pod))
+    super::open(&root.join(PODS).join(pod)).map_err(|error| match error {
+        // It was deleted a moment ago.
+        StateError::Write(_, error) if error.kind() == io::ErrorKind::NotFound => StateError::Missing(pod.into()),
+        other => other,
+    })
 }
 
 /// Removes a container whose state cannot be read, and ends the process that holds it.

@@ -30,7 +30,7 @@ use rustix::rand::GetRandomFlags;
 use serde::Serialize;
 
 use crate::cgroup::CgroupError;
-pub use document::{Machine, Membership, Process, State, Status};
+pub use document::{Machine, Membership, Process, State, Status, start_time};
 pub use known::{Known, list, open_pod, remove, take_turn_of_pod};
 
 /// Directory of the pods; not a container's id.

@@ -1,16 +1,15 @@
 //! `--console-socket`: a new terminal, whose master the caller gets and whose other side carries the container's bytes.
 
-use std::io::{self, IoSlice};
+use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::os::unix::net::UnixStream;
 use std::path::Path;
 
 use rustix::io::Errno;
-use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 use rustix::pty::{OpenptFlags, ioctl_tiocgptpeer, openpt, ptsname, unlockpt};
 use rustix::termios::{OptionalActions, Winsize, tcgetattr, tcsetattr, tcsetwinsize};
 
 use super::{StdioError, terminal};
+use crate::handover;
 
 /// The container's side of the terminal.
 pub struct Console {
@@ -68,14 +67,8 @@ pub fn set_size(terminal: BorrowedFd<'_>, (rows, columns): (u16, u16)) -> Result
 }
 
 fn send(socket: &Path, master: &OwnedFd) -> io::Result<()> {
-    let stream = UnixStream::connect(socket)?;
     let name = ptsname(master, Vec::new())?;
-    let fds = [master.as_fd()];
-    let mut space = [std::mem::MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
-    let mut ancillary = SendAncillaryBuffer::new(&mut space);
-    ancillary.push(SendAncillaryMessage::ScmRights(&fds));
-    sendmsg(&stream, &[IoSlice::new(name.as_bytes())], &mut ancillary, SendFlags::NOSIGNAL)?;
-    Ok(())
+    handover::send(socket, master.as_fd(), name.as_bytes())
 }
 
 #[cfg(test)]

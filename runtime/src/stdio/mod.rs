@@ -9,7 +9,9 @@ mod proxy;
 mod pump;
 mod terminal;
 
+use std::cell::RefCell;
 use std::io;
+use std::net::Shutdown;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
@@ -27,7 +29,6 @@ use console::Console;
 pub use proxy::Proxy;
 use pump::Progress;
 pub use pump::STACK;
-use terminal::Terminal;
 
 /// What can go wrong with standard streams.
 #[derive(Debug, thiserror::Error)]
@@ -76,21 +77,44 @@ enum Report {
     Failed(&'static str, io::Error),
     /// An output has ended and all of it was written.
     Drained,
+    /// The same of a connected socket.
+    Disconnected,
 }
 
 /// The caller's side of the streams.
 enum Ends {
     /// Standard input, output and error: whether the container gets them, or `/dev/null`.
     Streams([bool; 3]),
-    /// The terminal this process was started in.
-    Terminal(Terminal),
-    /// A new terminal whose other side the caller got.
+    /// A new terminal whose other side the caller got, or the command that stays in the foreground.
     Console(Console),
+}
+
+/// Which way bytes go, seen from the container's program.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Way {
+    /// It reads them.
+    In,
+    /// It writes them.
+    Out,
+    /// Both, and each can end alone: a connected socket, or a terminal.
+    Both,
+}
+
+/// A descriptor of the caller beside the standard streams whose bytes move.
+pub struct Further {
+    /// Names its stream.
+    pub token: u64,
+    /// The caller's; nobody else of ours holds it.
+    pub fd: OwnedFd,
+    /// Which way.
+    pub way: Way,
 }
 
 /// Where the standard streams of a container go.
 pub struct Stdio {
     ends: Ends,
+    /// What moves beside them, until it does.
+    further: RefCell<Vec<Further>>,
     /// Random numbers that name the streams: stdin, stdout, stderr.
     tokens: [u64; 3],
     /// The same for the lease; 0: there is none.
@@ -101,39 +125,41 @@ pub struct Stdio {
 
 impl Stdio {
     /// Decides where the streams go; nothing is connected yet. `size` is what the specification says about the terminal.
-    /// `given` is a terminal of the caller's making ([`Proxy`]); with `detached` its own cannot be used, and with another
-    /// terminal nothing of the caller's stays open.
+    /// `given` is one of the command's making ([`Proxy`]), which stays in the foreground. With a terminal nothing of the
+    /// caller's stays open.
     pub fn new(
         terminal: bool,
         console_socket: Option<&Path>,
         size: Option<(u16, u16)>,
         given: Option<OwnedFd>,
-        detached: bool,
     ) -> Result<Self, StdioError> {
         let foreground = terminal && console_socket.is_none();
         let ends = match (terminal, console_socket, given) {
             (false, Some(_), _) => return Err(StdioError::ConsoleWithoutTerminal),
             (true, Some(socket), _) => Ends::Console(Console::open(socket, size)?),
             (true, None, Some(peer)) => Ends::Console(Console::of(peer)),
-            (true, None, None) if detached => return Err(StdioError::Detached),
-            (true, None, None) => Ends::Terminal(Terminal::open()?),
+            (true, None, None) => return Err(StdioError::Detached),
             (false, None, _) => Ends::Streams(STANDARD.map(|fd| !is_null(fd()))),
         };
-        if let Ends::Console(console) = &ends
-            && detached
-        {
+        if let Ends::Console(console) = &ends {
             // As a container's own process would have it. Callers read their ends of what we were started with to its end,
             // containerd's shim before it uses the terminal.
             let replace = [rustix::stdio::dup2_stdin, rustix::stdio::dup2_stdout, rustix::stdio::dup2_stderr];
             replace.into_iter().try_for_each(|replace| replace(console.peer())).map_err(StdioError::Duplicate)?;
         }
         pump::prepare().map_err(StdioError::Duplicate)?;
-        Ok(Self { ends, tokens: [token()?, token()?, token()?], lease: 0, foreground })
+        let tokens = [token()?, token()?, token()?];
+        Ok(Self { ends, further: RefCell::default(), tokens, lease: 0, foreground })
     }
 
     /// With a lease: what uses these streams ends in the guest when this process does, in whatever way.
     pub fn leased(self) -> Result<Self, StdioError> {
         Ok(Self { lease: token()?, ..self })
+    }
+
+    /// With other descriptors, of which the agent is told by who tells it of these streams.
+    pub fn and(self, further: Vec<Further>) -> Self {
+        Self { further: further.into(), ..self }
     }
 
     /// What the agent is told.
@@ -148,7 +174,7 @@ impl Stdio {
                     *field = if *given { token } else { 0 };
                 }
             }
-            Ends::Terminal(_) | Ends::Console(_) => {
+            Ends::Console(_) => {
                 stdio.terminal = true;
                 stdio.stdout = stdout;
                 stdio.plain_newlines = self.foreground;
@@ -164,23 +190,15 @@ impl Stdio {
     pub fn size(&self) -> Option<(u16, u16)> {
         match &self.ends {
             Ends::Streams(_) => None,
-            Ends::Terminal(terminal) => terminal.size(),
             Ends::Console(console) => console.size(),
-        }
-    }
-
-    /// The terminal this process was started in, if the container uses it.
-    pub fn terminal(&self) -> Option<&Terminal> {
-        match &self.ends {
-            Ends::Terminal(terminal) => Some(terminal),
-            _ => None,
         }
     }
 
     /// Starts a thread for each direction of each stream; they connect to the socket in the pod's directory and move bytes.
     pub fn connect(&self, pod: BorrowedFd<'_>) -> Result<Flow, StdioError> {
         let (sender, receiver) = mpsc::unbounded_channel();
-        let mut flow = Flow { sender, receiver, progress: Arc::default(), connecting: 0, outputs: 0, lease: None };
+        let mut flow =
+            Flow { sender, receiver, progress: Arc::default(), connecting: 0, outputs: 0, sockets: 0, lease: None };
         let [stdin, stdout, stderr] = self.tokens;
         let pod = Arc::new(duplicate(pod).map_err(StdioError::Duplicate)?);
         if self.lease != 0 {
@@ -196,17 +214,21 @@ impl Stdio {
                     flow.start("stderr", &pod, stderr, Direction::Output(copy(2)?))?;
                 }
                 if given[0] {
-                    flow.start("stdin", &pod, stdin, Direction::Input(copy(0)?))?;
+                    flow.start("stdin", &pod, stdin, Direction::Stdin(copy(0)?))?;
                 }
-            }
-            Ends::Terminal(_) => {
-                let copy = |index: usize| duplicate(STANDARD[index]()).map_err(StdioError::Duplicate);
-                flow.start("terminal", &pod, stdout, Direction::Both(copy(0)?, copy(1)?, pump::End::Keep))?;
             }
             Ends::Console(console) => {
                 let copy = || duplicate(console.peer()).map_err(StdioError::Duplicate);
-                flow.start("terminal", &pod, stdout, Direction::Both(copy()?, copy()?, pump::End::HangUp))?;
+                flow.start("terminal", &pod, stdout, Direction::Terminal(copy()?, copy()?))?;
             }
+        }
+        for Further { token, fd, way } in self.further.take() {
+            let direction = match way {
+                Way::In => Direction::Input(fd),
+                Way::Out => Direction::Output(fd),
+                Way::Both => Direction::Socket(fd),
+            };
+            flow.start("descriptor", &pod, token, direction)?;
         }
         Ok(flow)
     }
@@ -221,6 +243,8 @@ pub struct Flow {
     connecting: usize,
     /// Outputs that have not ended yet.
     outputs: usize,
+    /// Connected sockets of which the same is true.
+    sockets: usize,
     /// Closed when this is dropped.
     lease: Option<UnixStream>,
 }
@@ -247,8 +271,10 @@ impl Flow {
         direction: Direction,
     ) -> Result<(), StdioError> {
         self.connecting += 1;
-        if !matches!(direction, Direction::Input(_)) {
-            self.outputs += 1;
+        match direction {
+            Direction::Stdin(_) | Direction::Input(_) => {}
+            Direction::Output(_) | Direction::Terminal(..) => self.outputs += 1,
+            Direction::Socket(_) => self.sockets += 1,
         }
         let (pod, sender, progress) = (pod.clone(), self.sender.clone(), self.progress.clone());
         thread(name, move || match connect::connect(pod.as_fd(), token) {
@@ -273,14 +299,15 @@ impl Flow {
     }
 
     /// Waits until every output has ended and was written. To be called when the container has ended: a guest that sends
-    /// nothing more and closes nothing is given up.
+    /// nothing more and closes nothing is given up, and so is who is connected to the container and does not read.
     pub async fn drained(&mut self) -> Result<(), StdioError> {
-        while self.outputs > 0 {
+        while self.outputs > 0 || self.sockets > 0 {
             let before = self.progress.moved();
             match tokio::time::timeout(pump::PATIENCE, self.report()).await {
                 Ok(report) => report?,
                 // A slow reader of ours is not the guest's fault.
                 Err(_) if self.progress.writing() || self.progress.moved() != before => {}
+                Err(_) if self.outputs == 0 => return Ok(()),
                 Err(_) => return Err(StdioError::NeverEnds),
             }
         }
@@ -295,9 +322,10 @@ impl Flow {
                 self.connecting -= 1;
             }
             Some(Report::Drained) => self.outputs -= 1,
+            Some(Report::Disconnected) => self.sockets -= 1,
             Some(Report::Failed(name, error)) => return Err(StdioError::Connect(name, error)),
             // Not while we hold a sender.
-            None => self.outputs = 0,
+            None => (self.outputs, self.sockets) = (0, 0),
         }
         Ok(())
     }
@@ -305,10 +333,12 @@ impl Flow {
 
 /// What a thread does with its stream.
 enum Direction {
+    Stdin(OwnedFd),
     Input(OwnedFd),
     Output(OwnedFd),
-    /// Input and output on one stream, and what the end of the input means.
-    Both(OwnedFd, OwnedFd, pump::End),
+    Socket(OwnedFd),
+    /// Input and output on one stream, which ends with both.
+    Terminal(OwnedFd, OwnedFd),
 }
 
 impl Direction {
@@ -320,15 +350,35 @@ impl Direction {
         progress: &Progress,
     ) -> io::Result<()> {
         let output = match self {
+            Self::Stdin(fd) => {
+                let _ = sender.send(Report::Connected);
+                if !pump::input(fd, &stream, Shutdown::Write) {
+                    pump::forget_stdin();
+                }
+                return Ok(());
+            }
             Self::Input(fd) => {
                 let _ = sender.send(Report::Connected);
-                pump::input(fd, &stream, pump::End::Close);
+                pump::input(fd, &stream, Shutdown::Write);
+                return Ok(());
+            }
+            Self::Socket(fd) => {
+                let (input, writer) = (duplicate(fd.as_fd())?, stream.try_clone()?);
+                thread(name, move || pump::from_socket(&input, &writer))?;
+                let _ = sender.send(Report::Connected);
+                pump::to_socket(&stream, fd.as_fd(), progress);
+                drop(fd);
+                let _ = sender.send(Report::Disconnected);
                 return Ok(());
             }
             Self::Output(fd) => fd,
-            Self::Both(input, output, end) => {
+            Self::Terminal(input, output) => {
                 let writer = stream.try_clone()?;
-                thread(name, move || pump::input(input, &writer, end))?;
+                thread(name, move || {
+                    if !pump::input(input, &writer, Shutdown::Both) {
+                        pump::forget_stdin();
+                    }
+                })?;
                 output
             }
         };

@@ -7,7 +7,7 @@ use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::time::Duration;
 
-use rustix::event::{PollFd, PollFlags, poll};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 
 /// Bytes moved at once.
@@ -17,18 +17,7 @@ const CHUNK: usize = 128 * 1024;
 pub const STACK: usize = 64 * 1024;
 
 /// How long a guest may take to end the output of a container that has ended, while nobody holds it up.
-pub const PATIENCE: Duration = Duration::from_secs(10);
-
-/// What the end of an input means to the container.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum End {
-    /// End of file; its output goes on.
-    Close,
-    /// Nothing: a terminal has no end of file.
-    Keep,
-    /// Its terminal was hung up.
-    HangUp,
-}
+pub const PATIENCE: Duration = Duration::from_secs(30);
 
 /// What the outputs of a container are doing, seen from outside their threads.
 #[derive(Debug, Default)]
@@ -67,8 +56,9 @@ pub fn output(stream: &UnixStream, to: BorrowedFd<'_>, progress: &Progress) {
 }
 
 /// Moves to the guest until the caller's end of file, or until the container has closed its input: then our copy of the
-/// descriptor is closed too, so that whoever writes to it is told.
-pub fn input(from: OwnedFd, stream: &UnixStream, end: End) {
+/// descriptor is closed too, so that whoever writes to it is told, and the answer is `false`. The end of file closes `end` of the
+/// stream: its output goes on, but a terminal is hung up.
+pub fn input(from: OwnedFd, stream: &UnixStream, end: Shutdown) -> bool {
     let mut buffer = vec![0; CHUNK];
     loop {
         match read(from.as_fd(), &mut buffer) {
@@ -76,18 +66,68 @@ pub fn input(from: OwnedFd, stream: &UnixStream, end: End) {
             Ok(0) | Err(_) => break,
             Ok(length) => {
                 if write_all(stream.as_fd(), &buffer[..length]).is_err() {
-                    forget_stdin();
+                    return false;
+                }
+            }
+        }
+    }
+    // The other side may have closed it already.
+    let _ = stream.shutdown(end);
+    true
+}
+
+/// Moves from a socket of the caller's to the guest until the end of file, or until the guest has closed the stream.
+pub fn from_socket(from: &OwnedFd, stream: &UnixStream) {
+    let mut buffer = vec![0; CHUNK];
+    loop {
+        let mut fds = [PollFd::new(from, PollFlags::IN), PollFd::new(stream, PollFlags::empty())];
+        match poll(&mut fds, None) {
+            Ok(_) => {}
+            Err(Errno::INTR) => continue,
+            Err(_) => return,
+        }
+        if !fds[1].revents().is_empty() {
+            return;
+        }
+        match rustix::io::read(from, &mut buffer) {
+            // Others may have the socket too, and have been faster.
+            Err(Errno::INTR | Errno::AGAIN) => {}
+            Ok(0) | Err(_) => break,
+            Ok(length) => {
+                if write_all(stream.as_fd(), &buffer[..length]).is_err() {
                     return;
                 }
             }
         }
     }
     // The other side may have closed it already.
-    let _ = match end {
-        End::Close => stream.shutdown(Shutdown::Write),
-        End::HangUp => stream.shutdown(Shutdown::Both),
-        End::Keep => Ok(()),
-    };
+    let _ = stream.shutdown(Shutdown::Write);
+}
+
+/// Moves from the guest to a socket of the caller's, until the guest closes the stream, or ends its way here: then so does the socket.
+/// One that was closed in the guest stays open for others that have it.
+pub fn to_socket(stream: &UnixStream, to: BorrowedFd<'_>, progress: &Progress) {
+    let mut buffer = vec![0; CHUNK];
+    while let Ok(length @ 1..) = read(stream.as_fd(), &mut buffer) {
+        let written = write_all(to, &buffer[..length]);
+        progress.moved.fetch_add(1, Ordering::Relaxed);
+        if written.is_err() {
+            // The other side may have closed it already.
+            let _ = stream.shutdown(Shutdown::Both);
+            return;
+        }
+    }
+    if !hung_up(stream.as_fd()) {
+        // Not that of a terminal.
+        let _ = rustix::net::shutdown(to, rustix::net::Shutdown::Write);
+    }
+}
+
+/// Whether a stream is closed both ways.
+pub fn hung_up(stream: BorrowedFd<'_>) -> bool {
+    let now = Timespec { tv_sec: 0, tv_nsec: 0 };
+    let mut fds = [PollFd::from_borrowed_fd(stream, PollFlags::empty())];
+    poll(&mut fds, Some(&now)).is_ok() && !fds[0].revents().is_empty()
 }
 
 /// Moves from one to the other until there is nothing more, or nobody to take it.
@@ -112,7 +152,7 @@ pub fn prepare() -> Result<(), Errno> {
 }
 
 /// Puts `/dev/null` in place of standard input, so that the pipe behind it has no reader any more.
-fn forget_stdin() {
+pub fn forget_stdin() {
     if let Some(null) = NULL.get() {
         let _ = rustix::stdio::dup2_stdin(null);
     }
@@ -158,7 +198,7 @@ mod tests {
     fn everything_arrives_and_the_end_of_file_is_a_half_close() {
         let (reader, mut writer) = std::io::pipe().unwrap();
         let (ours, mut guest) = UnixStream::pair().unwrap();
-        let sender = spawn(move || input(reader.into(), &ours, End::Close));
+        let sender = spawn(move || input(reader.into(), &ours, Shutdown::Write));
         let text = vec![7; 3 * CHUNK + 5];
         let expected = text.len();
         let feeder = spawn(move || writer.write_all(&text).unwrap());

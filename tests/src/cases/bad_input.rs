@@ -6,10 +6,10 @@ use std::path::{Path, PathBuf};
 
 use serde_json::{Value, json};
 
-use super::podhull;
+use super::{long, podhull};
 use crate::bundle::Bundle;
 use crate::leaks::Leaks;
-use crate::run::Running;
+use crate::run::{DEADLINE, Running};
 use crate::suite::{Case, Scene};
 use crate::{Outcome, ensure};
 
@@ -25,6 +25,7 @@ pub const CASES: &[Case] = &[
     podhull("bad_input::more_memory_than_the_host_has", more_memory_than_the_host_has),
     podhull("bad_input::a_corrupt_kernel", a_corrupt_kernel),
     podhull("bad_input::a_corrupt_image", a_corrupt_image),
+    long(podhull("bad_input::a_guest_that_stands_still", a_guest_that_stands_still)),
 ];
 
 /// Collects what is wrong with a whole table, so that one run shows all of it.
@@ -41,7 +42,7 @@ impl<'a> Table<'a> {
     /// Runs a command line that must be refused with one line that holds all of `names`.
     fn refuses(&mut self, what: &str, names: &[&str], words: &[OsString], environment: &[(&str, OsString)]) -> Outcome {
         let before = Leaks::watch();
-        let ended = Running::start(words, environment)?.wait();
+        let ended = Running::start(words, environment)?.wait_within(2 * DEADLINE);
         let mut wrong = Vec::new();
         match ended {
             Ok(ended) => {
@@ -363,10 +364,45 @@ fn a_corrupt_image(scene: &Scene) -> Outcome {
     corrupt(scene, "guest.img", false)
 }
 
+/// A kernel that does nothing is waited for, and where it is is said.
+fn a_guest_that_stands_still(scene: &Scene) -> Outcome {
+    let mut table = Table::new(scene);
+    let mut kernel = fs::read(installed().join("vmlinux"))?;
+    let number = |at: usize, bytes: usize| -> Outcome<usize> {
+        let field = kernel.get(at..at + bytes).ok_or("the kernel is no ELF file")?;
+        Ok(field
+            .iter()
+            .rev()
+            .try_fold(0_usize, |sum, byte| sum.checked_mul(256)?.checked_add((*byte).into()))
+            .ok_or("too much")?)
+    };
+    // The first program header, and the entry in what it loads: `struct elf64_hdr` and `struct elf64_phdr`.
+    let (entry, header) = (number(24, 8)?, number(32, 8)?);
+    let (offset, address) = (number(header + 8, 8)?, number(header + 24, 8)?);
+    let at = offset + entry.checked_sub(address).ok_or("the first segment is not the entry's")?;
+    // cli; jmp to itself
+    kernel.get_mut(at..at + 3).ok_or("the entry is not in the file")?.copy_from_slice(&[0xfa, 0xeb, 0xfe]);
+    let directory = scene.make_directory("lib")?;
+    fs::write(directory.join("vmlinux"), kernel)?;
+    fs::copy(installed().join("guest.img"), directory.join("guest.img"))?;
+    let bundle = scene.debian()?.sh("echo started");
+    bundle.write()?;
+    let words = scene.runtime.run_words(&bundle.directory, &scene.id());
+    let where_it_is = format!("CPU 0 runs at {:#x}, interrupts off", entry + 1);
+    let said = ["did not come up within 120 seconds", "no timer", &where_it_is];
+    table.refuses("a kernel that stands still", &said, &words, &[("PODHULL_LIBDIR", directory.into())])?;
+    table.outcome()
+}
+
+/// Where the guest's files are.
+fn installed() -> PathBuf {
+    std::env::var_os("PODHULL_LIBDIR").map_or_else(|| PathBuf::from("/usr/lib/podhull"), PathBuf::from)
+}
+
 /// Runs with each kind of damage to one of the installed files.
 fn corrupt(scene: &Scene, name: &str, elf: bool) -> Outcome {
     let mut table = Table::new(scene);
-    let installed = std::env::var_os("PODHULL_LIBDIR").map_or_else(|| PathBuf::from("/usr/lib/podhull"), PathBuf::from);
+    let installed = installed();
     let good =
         fs::read(installed.join(name)).map_err(|error| format!("{}: {error}", installed.join(name).display()))?;
     let mut state = 1_u64;

@@ -3,15 +3,19 @@
 use std::fs;
 use std::path::Path;
 use std::process::Command;
+use std::time::Duration;
 
 use super::{long, oci};
 use crate::image;
 use crate::leaks::Leaks;
-use crate::run::{DEADLINE, Running};
+use crate::run::Running;
 use crate::suite::{Case, Scene};
 use crate::{Outcome, ensure, ensure_eq};
 
 pub const CASES: &[Case] = &[long(oci("buildah::a_package_is_installed", a_package_is_installed))];
+
+/// apt has debconf look at each package, which is Perl: thousands of names are looked up, each a request to the file server.
+const PATIENCE: Duration = Duration::from_secs(900);
 
 const STEPS: &str = "FROM localhost/debian\n\
     COPY greet.deb /tmp/greet.deb\n\
@@ -27,7 +31,7 @@ fn a_package_is_installed(scene: &Scene) -> Outcome {
     let call = |words: &[&str]| {
         let own = [&["buildah", "--root", &root, "--runroot", &run][..], driver].concat();
         Running::start(&[own, words.to_vec()].concat().into_iter().map(Into::into).collect::<Vec<_>>(), &[])?
-            .wait_within(4 * DEADLINE)
+            .wait_within(PATIENCE)
     };
     let archive = format!("docker-archive:{}", image::of_debian(scene)?.display());
     call(&["pull", "-q", &archive])?.output()?;

@@ -1,5 +1,6 @@
 //! Control groups on the host: where callers look for a container's shadow and its limits.
 
+use std::ffi::OsString;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -22,6 +23,8 @@ pub const CASES: &[Case] = &[
     oci("cgroups::a_container_is_at_its_path", a_container_is_at_its_path),
     oci("cgroups::without_a_path_it_is_beside_its_creator", without_a_path_it_is_beside_its_creator),
     oci("cgroups::an_executed_program_is_with_its_container", an_executed_program_is_with_its_container),
+    oci("cgroups::an_update_is_in_its_group", an_update_is_in_its_group),
+    oci("cgroups::who_is_killed_for_memory_is_counted", who_is_killed_for_memory_is_counted),
     podhull("cgroups::the_machine_is_beside_its_container", the_machine_is_beside_its_container),
     podhull("cgroups::limits_are_written_as_runc_writes_them", limits_are_written_as_runc_writes_them),
     podhull("cgroups::the_smallest_limits_stop_only_the_container", the_smallest_limits_stop_only_the_container),
@@ -114,6 +117,49 @@ impl Parent {
     }
 }
 
+fn an_update_is_in_its_group(scene: &Scene) -> Outcome {
+    let parent = Parent::new(scene);
+    let resources = json!({ "memory": { "limit": 64 << 20 }, "pids": { "limit": 50 } });
+    let bundle = scene.debian()?.set("/linux/cgroupsPath", parent.path("one")).set("/linux/resources", resources);
+    let container = Container::make(scene, &bundle.sh("exec sleep 1000"), &["run", "-d"])?;
+    let limits = || -> Outcome<Vec<String>> {
+        let files = ["memory.max", "pids.max", "cpu.max"].map(|file| value(&parent.group("one"), file));
+        files.into_iter().collect()
+    };
+    ensure_eq!(limits()?, ["67108864", "50", "max 100000"], "limits as it was made");
+    let words = ["update", "--memory", "134217728", "--memory-swap", "134217728", "--pids-limit", "77"];
+    let words = [&words[..], &["--cpu-quota", "30000", "--cpu-period", "60000", &container.id]].concat();
+    container.call(&words)?.output()?;
+    ensure_eq!(limits()?, ["134217728", "77", "30000 60000"], "limits after the update");
+    container.end()?;
+    parent.check()
+}
+
+/// Callers look there for why a container has ended.
+fn who_is_killed_for_memory_is_counted(scene: &Scene) -> Outcome {
+    let parent = Parent::new(scene);
+    let before = Leaks::watch();
+    let limits = json!({ "memory": { "limit": 64 << 20, "swap": 64 << 20 } });
+    let bundle = scene.debian()?.set("/linux/cgroupsPath", parent.path("one")).set("/linux/resources", limits);
+    for (script, status, killed) in
+        [("exec tail /dev/zero", 137, true), ("exec sleep 1000", 137, false), ("exit 3", 3, false)]
+    {
+        let container = Container::create(scene, &bundle.clone().sh(script))?;
+        container.start()?;
+        if script.contains("sleep") {
+            container.call(&["kill", &container.id, "KILL"])?.output()?;
+        }
+        ensure_eq!(container.wait()?, status, "exit status of {script:?}");
+        let events = value(&parent.group("one"), "memory.events")?;
+        let count = events.lines().find_map(|line| line.strip_prefix("oom_kill ")).ok_or("no count")?;
+        ensure_eq!(count != "0", killed, "{script:?}: {events}");
+        ensure_eq!(container.status()?, "stopped", "status after {script:?}");
+        container.delete()?;
+    }
+    parent.check()?;
+    before.check()
+}
+
 fn a_container_is_at_its_path(scene: &Scene) -> Outcome {
     let parent = Parent::new(scene);
     // With and without a cgroup namespace of its own: from the host the path is the same.
@@ -150,12 +196,28 @@ fn an_executed_program_is_with_its_container(scene: &Scene) -> Outcome {
     let container = Container::make(scene, &bundle, &["run", "-d"])?;
     let executed = execute(&container, &["sleep", "1000"])?;
     ensure_eq!(group_of(executed)?, parent.group("one"), "group of the executed program");
-    let mut expected = [container.pid, executed].map(|pid| pid.as_raw_nonzero().get());
+    let pid_file = scene.directory.join("foreground.pid");
+    let words = ["exec", "--pid-file", &pid_file.to_string_lossy(), &container.id, "sleep", "1000"].map(OsString::from);
+    let words: Vec<OsString> = std::iter::once(scene.runtime.program().into()).chain(words).collect();
+    let foreground = Running::start(&words, &[])?;
+    let until = Instant::now() + DEADLINE;
+    let stands = loop {
+        let pid = fs::read_to_string(&pid_file).ok().and_then(|text| text.trim().parse().ok()).and_then(Pid::from_raw);
+        match pid {
+            Some(pid) => break pid,
+            None => ensure!(Instant::now() < until, "no pid of what is executed in the foreground"),
+        }
+        std::thread::sleep(Duration::from_millis(20));
+    };
+    ensure_eq!(group_of(stands)?, parent.group("one"), "group of what is executed in the foreground");
+    let mut expected = [container.pid, executed, stands].map(|pid| pid.as_raw_nonzero().get());
     expected.sort_unstable();
     let mut listed: Vec<i32> =
         serde_json::from_str(&container.call(&["ps", "--format", "json", &container.id])?.output()?)?;
     listed.sort_unstable();
     ensure_eq!(listed, expected, "what ps lists");
+    kill_process(stands, Signal::TERM)?;
+    foreground.wait()?.expect_status(143)?;
     let reaper = reap(executed);
     container.end()?;
     reaper.join().map_err(|_| "panic")??;

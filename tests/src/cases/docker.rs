@@ -72,6 +72,10 @@ fn in_the_background(scene: &Scene, host: &Netns, docker: &Docker) -> Outcome {
     docker.call(&["kill", "first"])?.output()?;
     ensure_eq!(docker.call(&["wait", "first"])?.output()?, "137\n", "exit status of the last run");
     docker.call(&["rm", "first"])?.output()?;
+    let limits = ["run", "--name", "greedy", "--memory", "64m", "--memory-swap", "64m"];
+    docker.call(&[&limits[..], &[image::NAME, "tail", "/dev/zero"]].concat())?.expect_status(137)?;
+    ensure_eq!(docker.call(&["inspect", "-f", "{{.State.OOMKilled}}", "greedy"])?.output()?, "true\n", "why it ended");
+    docker.call(&["rm", "greedy"])?.output()?;
     Ok(())
 }
 

@@ -5,17 +5,20 @@ use std::io::Write;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, chown};
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::time::Instant;
 
 use serde_json::json;
 
 use super::{oci, podhull};
 use crate::bundle::DEBIAN;
+use crate::run::DEADLINE;
 use crate::suite::{Case, Scene};
 use crate::{Outcome, ensure, ensure_eq};
 
 pub const CASES: &[Case] = &[
     oci("files::debian_programs_run", debian_programs_run),
     oci("files::a_replaced_file_is_seen_at_once", a_replaced_file_is_seen_at_once),
+    oci("files::a_directory_made_anew_is_seen_at_once", a_directory_made_anew_is_seen_at_once),
     oci("files::bind_mounts", bind_mounts),
     podhull("files::id_mapped_mounts", id_mapped_mounts),
     oci("files::overlays_of_the_host", overlays_of_the_host),
@@ -83,6 +86,55 @@ fn a_replaced_file_is_seen_at_once(scene: &Scene) -> Outcome {
     let ended = run.wait()?.expect_status(0)?;
     ensure!(ended.stderr.contains("No such file"), "a file removed on the host is still there: {:?}", ended.stderr);
     Ok(())
+}
+
+/// As often, the directory around the file: removed and made anew, or replaced by rename, which may be seen a moment late.
+fn a_directory_made_anew_is_seen_at_once(scene: &Scene) -> Outcome {
+    let shared = Shared::new(scene)?;
+    let script = format!(
+        "cd {}; while read order; do [ $order != list ] || ls a/b; cat a/b/file; [ $order != write ] || echo made >a/b/from-guest; done",
+        shared.inside
+    );
+    let make = |name: &str, text: &str| -> Outcome {
+        fs::create_dir_all(shared.outside.join(name).join("b"))?;
+        Ok(fs::write(shared.outside.join(name).join("b/file"), text)?)
+    };
+    make("a", "first\n")?;
+    let mut run = scene.start(&scene.debian()?.writable().sh(&script))?;
+    run.send(b"read\n")?;
+    run.expect_line("first")?;
+    for number in 0..10 * scene.repeat {
+        fs::remove_dir_all(shared.outside.join("a"))?;
+        make("a", &format!("made {number}\n"))?;
+        run.send(b"write\n")?;
+        run.expect_line(&format!("made {number}"))?;
+        run.send(b"read\n")?;
+        run.expect_line(&format!("made {number}"))?;
+        let written = fs::read_to_string(shared.outside.join("a/b/from-guest"))?;
+        ensure_eq!(written, "made\n", "the file of the container");
+
+        fs::remove_dir_all(shared.outside.join("a"))?;
+        make("a", &format!("made {number}\n"))?;
+        run.send(b"list\n")?;
+        run.expect_line("file")?;
+        run.expect_line(&format!("made {number}"))?;
+
+        make("next", &format!("renamed {number}\n"))?;
+        fs::rename(shared.outside.join("a"), shared.outside.join("last"))?;
+        fs::rename(shared.outside.join("next"), shared.outside.join("a"))?;
+        let until = Instant::now() + DEADLINE;
+        loop {
+            run.send(b"read\n")?;
+            let line = run.line()?;
+            if line == format!("renamed {number}") {
+                break;
+            }
+            ensure!(line == format!("made {number}") && Instant::now() < until, "{line:?} instead of renamed {number}");
+        }
+        fs::remove_dir_all(shared.outside.join("last"))?;
+    }
+    run.close_stdin();
+    run.wait()?.expect_status(0).map(drop)
 }
 
 fn bind_mounts(scene: &Scene) -> Outcome {

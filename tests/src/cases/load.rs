@@ -23,7 +23,7 @@ fn twenty_at_once(scene: &Scene) -> Outcome {
             runs.push(scene.start(&bundle.sh(&format!("echo ready {number}; read line; echo $line; exit {number}")))?);
         }
         for (number, run) in runs.iter_mut().enumerate() {
-            run.expect_line(&format!("ready {number}"))?;
+            ensure_eq!(run.line_within(DEADLINE * 2)?, format!("ready {number}"), "line of the {number}th");
         }
         // All twenty are up at this moment.
         for (number, run) in runs.iter_mut().enumerate() {

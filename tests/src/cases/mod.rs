@@ -9,19 +9,24 @@ mod commands;
 mod compose;
 mod containerd;
 mod crashes;
+mod descriptors;
 mod disks;
 mod docker;
 mod docs;
+mod documents;
 mod exit_codes;
 mod files;
 mod forwards;
 mod growth;
 mod hooks;
 mod isolation;
+mod labels;
 mod lifecycle;
 mod load;
 mod namespaces;
 mod network;
+mod notify;
+mod pidfd;
 mod podman;
 mod podman_networks;
 mod pods;
@@ -34,6 +39,7 @@ mod sockets;
 mod stdio;
 mod systemd;
 mod terminal;
+mod units;
 
 use crate::Outcome;
 use crate::suite::{Case, Scene, Subject};
@@ -42,16 +48,20 @@ use crate::suite::{Case, Scene, Subject};
 pub const ALL: &[&[Case]] = &[
     command_line::CASES,
     exit_codes::CASES,
+    pidfd::CASES,
     isolation::CASES,
     lifecycle::CASES,
     commands::CASES,
+    documents::CASES,
     cgroups::CASES,
     hooks::CASES,
     namespaces::CASES,
     process::CASES,
+    labels::CASES,
     privileged::CASES,
     terminal::CASES,
     stdio::CASES,
+    descriptors::CASES,
     files::CASES,
     sockets::CASES,
     disks::CASES,
@@ -64,6 +74,7 @@ pub const ALL: &[&[Case]] = &[
     load::CASES,
     pods::CASES,
     network::CASES,
+    notify::CASES,
     forwards::CASES,
     programs::CASES,
     containerd::CASES,
@@ -74,6 +85,7 @@ pub const ALL: &[&[Case]] = &[
     buildah::CASES,
     docs::CASES,
     systemd::CASES,
+    units::CASES,
 ];
 
 /// A test that holds for any OCI runtime.

@@ -3,7 +3,7 @@
 use std::fs;
 use std::time::{Duration, Instant};
 
-use rustix::process::{Signal, kill_process};
+use rustix::process::{Pid, Signal, WaitOptions, kill_process, waitpid};
 use serde_json::{Value, json};
 
 use super::{oci, podhull};
@@ -244,9 +244,12 @@ fn a_killed_shadow_takes_its_container_along(scene: &Scene) -> Outcome {
         let words: Vec<_> = std::iter::once(scene.runtime.program().into()).chain(words).collect();
         let mut executed = Running::start(&words, &[])?;
         executed.expect_line("ready")?;
+        let stands = processes::descendants(executed.pid()).first().and_then(|process| Pid::from_raw(process.pid));
         executed.signal(Signal::KILL)?;
         executed.wait()?.expect_status(137)?;
         gone("^sleep 8765")?;
+        // It is ours now, and in the pid namespace of the pod's first, which does not end before all in it were reaped.
+        waitpid(Some(stands.ok_or("nothing stood for the program")?), WaitOptions::empty())?;
     }
     end(&pod)?;
     before.check()

@@ -37,7 +37,8 @@ fn show(unit: &str, properties: &[&str]) -> Outcome<BTreeMap<String, String>> {
     Ok(text.lines().filter_map(|line| line.split_once('=')).map(|(k, v)| (k.to_owned(), v.to_owned())).collect())
 }
 
-fn property(unit: &str, name: &str) -> Outcome<String> {
+/// One of its properties.
+pub fn property(unit: &str, name: &str) -> Outcome<String> {
     show(unit, &[name])?.remove(name).ok_or_else(|| format!("{unit} has no property {name}").into())
 }
 

@@ -124,6 +124,28 @@ impl Jail {
         })
     }
 
+    /// Names in a directory of the share that holds mount points; none if it is not there.
+    pub fn names(&self, directory: &str) -> Result<Vec<String>, JailError> {
+        let what = format!("mount points in {directory:?}");
+        let opened = match open_directory(self.root.as_fd(), Path::new(directory)) {
+            Err(Errno::NOENT) => return Ok(Vec::new()),
+            opened => step(&what, opened)?,
+        };
+        let read = || {
+            let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+            let entries = rustix::fs::openat(&opened, ".", flags, Mode::empty())?;
+            let mut names = Vec::new();
+            for entry in rustix::fs::Dir::read_from(&entries)? {
+                match entry?.file_name().to_str() {
+                    Ok("." | "..") | Err(_) => {}
+                    Ok(name) => names.push(name.to_owned()),
+                }
+            }
+            Ok(names)
+        };
+        step(&what, read())
+    }
+
     /// Detaches all mounts below a directory of the share, and removes it; if it is not there, that is fine.
     pub fn detach(&self, name: &str) -> Result<(), JailError> {
         let what = format!("mounts below {name:?}");

@@ -2,8 +2,9 @@
 //! a time, by the thread that waits for all of them at once; see [`crate::control`] for what a client may expect.
 
 use std::collections::VecDeque;
-use std::os::fd::{BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
+use rustix::event::PollFlags;
 use rustix::io::Errno;
 use rustix::net::{SocketFlags, accept_with};
 
@@ -16,7 +17,20 @@ pub struct Clients {
     /// None: the machine has no control socket (any more).
     listener: Option<OwnedFd>,
     /// The one that has been silent longest first.
-    connections: VecDeque<OwnedFd>,
+    connections: VecDeque<Connection>,
+}
+
+struct Connection {
+    socket: OwnedFd,
+    /// Its last request is answered when the guest has taken its memory, and the next one is not read before.
+    waits: bool,
+}
+
+/// When a request that did not fail is answered.
+pub enum Answer {
+    Now,
+    /// By [`Clients::memory_is_taken`].
+    OnceMemoryIsTaken,
 }
 
 /// What is to be waited for, in order: the connections, then the listener.
@@ -31,21 +45,26 @@ impl Clients {
         Ok(Self { listener, connections: VecDeque::new() })
     }
 
-    /// What is to be waited for.
-    pub fn descriptors(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
-        use std::os::fd::AsFd;
-        self.connections.iter().chain(&self.listener).map(AsFd::as_fd)
+    /// What is to be waited for, and with what; of a client that waits itself, its end.
+    pub fn descriptors(&self) -> impl Iterator<Item = (BorrowedFd<'_>, PollFlags)> {
+        let connections = self.connections.iter().map(|connection| {
+            let events = if connection.waits { PollFlags::empty() } else { PollFlags::IN };
+            (connection.socket.as_fd(), events)
+        });
+        connections.chain(self.listener.iter().map(|listener| (listener.as_fd(), PollFlags::IN)))
     }
 
     /// Answers those of [`Clients::descriptors`] that have something, and takes a new one.
-    pub fn serve(&mut self, ready: &[bool], mut carry_out: impl FnMut(Request, Vec<OwnedFd>) -> Result<(), Line>) {
+    pub fn serve(&mut self, ready: &[bool], mut carry_out: impl FnMut(Request, Vec<OwnedFd>) -> Result<Answer, Line>) {
         let mut spoken = Vec::new();
         let mut silent = VecDeque::new();
         let count = self.connections.len();
         for (connection, ready) in self.connections.drain(..).zip(ready) {
-            match ready {
-                false => silent.push_back(connection),
-                true => spoken.extend(answer(connection, &mut carry_out)),
+            match (ready, connection.waits) {
+                (false, _) => silent.push_back(connection),
+                (true, false) => spoken.extend(serve_one(connection.socket, &mut carry_out)),
+                // It is gone.
+                (true, true) => {}
             }
         }
         silent.extend(spoken);
@@ -55,14 +74,22 @@ impl Clients {
         }
     }
 
+    /// Answers those that wait for it.
+    pub fn memory_is_taken(&mut self) {
+        self.connections.retain_mut(|connection| {
+            !std::mem::take(&mut connection.waits) || control::send(&connection.socket, &Notice::Done, &[]).is_ok()
+        });
+    }
+
     fn accept(&mut self) {
         let Some(listener) = &self.listener else { return };
         match accept_with(listener, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK) {
-            Ok(connection) => {
+            Ok(socket) => {
                 if self.connections.len() == MAX_CLIENTS {
-                    self.connections.pop_front();
+                    let idle = self.connections.iter().position(|connection| !connection.waits);
+                    self.connections.remove(idle.unwrap_or(0));
                 }
-                self.connections.push_back(connection);
+                self.connections.push_back(Connection { socket, waits: false });
             }
             Err(Errno::AGAIN | Errno::INTR | Errno::CONNABORTED) => {}
             // No descriptor or no memory is left. A connection less, or in the end no socket, is better than to be told of the
@@ -74,26 +101,30 @@ impl Clients {
 }
 
 /// Carries out one request; the connection is gone if its client is, or does not take the answer.
-fn answer(
-    connection: OwnedFd,
-    carry_out: &mut impl FnMut(Request, Vec<OwnedFd>) -> Result<(), Line>,
-) -> Option<OwnedFd> {
-    let result = match control::receive(&connection) {
+fn serve_one(
+    socket: OwnedFd,
+    carry_out: &mut impl FnMut(Request, Vec<OwnedFd>) -> Result<Answer, Line>,
+) -> Option<Connection> {
+    let result = match control::receive(&socket) {
         Ok((Request::Start(_), _)) => Err("a machine is started over its channel, not over its control socket".into()),
         Ok((request, fds)) => carry_out(request, fds),
         Err(ChannelError::Malformed(what)) => Err(what),
-        Err(ChannelError::Io(Errno::AGAIN)) => return Some(connection),
+        Err(ChannelError::Io(Errno::AGAIN)) => return Some(Connection { socket, waits: false }),
         Err(ChannelError::Io(_) | ChannelError::Closed) => return None,
     };
-    let notice = result.map_or_else(Notice::Failed, |()| Notice::Done);
-    control::send(&connection, &notice, &[]).is_ok().then_some(connection)
+    let notice = match result {
+        Ok(Answer::OnceMemoryIsTaken) => return Some(Connection { socket, waits: true }),
+        Ok(Answer::Now) => Notice::Done,
+        Err(line) => Notice::Failed(line),
+    };
+    control::send(&socket, &notice, &[]).is_ok().then_some(Connection { socket, waits: false })
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::control::{receive, send};
-    use rustix::event::{PollFd, PollFlags, poll};
+    use rustix::event::{PollFd, poll};
     use rustix::net::{AddressFamily, SocketAddrUnix, SocketType, bind, connect, listen, socket_with};
 
     /// Clients, and the path to them.
@@ -121,9 +152,8 @@ mod tests {
         let mut asked = Vec::new();
         loop {
             let ready: Ready = {
-                let descriptors: Vec<_> = clients.descriptors().collect();
-                let mut fds: Vec<_> =
-                    descriptors.iter().map(|fd| PollFd::from_borrowed_fd(*fd, PollFlags::IN)).collect();
+                let descriptors = clients.descriptors();
+                let mut fds: Vec<_> = descriptors.map(|(fd, events)| PollFd::from_borrowed_fd(fd, events)).collect();
                 let none = rustix::event::Timespec { tv_sec: 0, tv_nsec: 0 };
                 if poll(&mut fds, Some(&none)).unwrap() == 0 {
                     return asked;
@@ -134,8 +164,9 @@ mod tests {
                 Request::SetCpus(0) => Err("none".into()),
                 Request::SetCpus(count) => {
                     asked.push(count);
-                    Ok(())
+                    Ok(Answer::Now)
                 }
+                Request::AwaitMemory => Ok(Answer::OnceMemoryIsTaken),
                 _ => panic!("{request:?}"),
             });
         }
@@ -179,6 +210,77 @@ mod tests {
         }
         assert_eq!(settle(&mut clients).len(), MAX_CLIENTS);
         assert_eq!(notice(&all[MAX_CLIENTS]), Notice::Done);
+    }
+
+    /// Whether there is no answer yet.
+    fn waits(client: &OwnedFd) -> bool {
+        rustix::io::ioctl_fionbio(client, true).unwrap();
+        let answer = receive::<Notice>(client);
+        rustix::io::ioctl_fionbio(client, false).unwrap();
+        matches!(answer, Err(ChannelError::Io(Errno::AGAIN)))
+    }
+
+    #[test]
+    fn who_waits_for_memory_is_answered_when_it_is_there_and_what_it_asks_meanwhile_after() {
+        let (mut clients, address) = clients();
+        let (waiting, other) = (client(&address), client(&address));
+        for request in [Request::SetCpus(1), Request::AwaitMemory, Request::SetCpus(2), Request::AwaitMemory] {
+            send(&waiting, &request, &[]).unwrap();
+        }
+        assert_eq!(settle(&mut clients), [1]);
+        assert_eq!(notice(&waiting), Notice::Done);
+        assert!(waits(&waiting));
+        send(&other, &Request::SetCpus(3), &[]).unwrap();
+        assert_eq!(settle(&mut clients), [3]);
+        assert_eq!(notice(&other), Notice::Done);
+        clients.memory_is_taken();
+        assert_eq!(notice(&waiting), Notice::Done);
+        assert!(waits(&waiting) && waits(&other));
+        assert_eq!(settle(&mut clients), [2]);
+        assert_eq!(notice(&waiting), Notice::Done);
+        assert!(waits(&waiting));
+        clients.memory_is_taken();
+        assert_eq!(notice(&waiting), Notice::Done);
+    }
+
+    #[test]
+    fn a_client_that_leaves_while_it_waits_ends_nothing() {
+        let (mut clients, address) = clients();
+        let (gone, there) = (client(&address), client(&address));
+        for client in [&gone, &there] {
+            send(client, &Request::AwaitMemory, &[]).unwrap();
+        }
+        settle(&mut clients);
+        send(&gone, &Request::SetCpus(1), &[]).unwrap();
+        drop(gone);
+        assert!(settle(&mut clients).is_empty());
+        assert_eq!(clients.connections.len(), 1);
+        clients.memory_is_taken();
+        assert_eq!(notice(&there), Notice::Done);
+    }
+
+    #[test]
+    fn who_waits_makes_room_only_when_all_do() {
+        let (mut clients, address) = clients();
+        let mut all: Vec<_> = (0..MAX_CLIENTS).map(|_| client(&address)).collect();
+        for client in &all[..MAX_CLIENTS - 1] {
+            send(client, &Request::AwaitMemory, &[]).unwrap();
+        }
+        settle(&mut clients);
+        all.push(client(&address));
+        settle(&mut clients);
+        assert!(matches!(receive::<Notice>(&all[MAX_CLIENTS - 1]), Err(ChannelError::Closed)));
+        send(&all[MAX_CLIENTS], &Request::AwaitMemory, &[]).unwrap();
+        settle(&mut clients);
+        all.push(client(&address));
+        settle(&mut clients);
+        assert!(matches!(receive::<Notice>(&all[0]), Err(ChannelError::Closed)));
+        assert_eq!(clients.connections.len(), MAX_CLIENTS);
+        clients.memory_is_taken();
+        for client in all[1..MAX_CLIENTS - 1].iter().chain([&all[MAX_CLIENTS]]) {
+            assert_eq!(notice(client), Notice::Done);
+        }
+        assert!(waits(&all[MAX_CLIENTS + 1]));
     }
 
     #[test]

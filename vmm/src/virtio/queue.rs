@@ -125,10 +125,18 @@ impl ActiveQueue {
 
     /// Interrupts the driver if it wants to know of what was completed since the last call (2.7.7, 2.7.10).
     pub fn notify(&mut self) -> Result<(), Broken> {
+        if let Some(interrupt) = self.interrupt_wanted()? {
+            interrupt.trigger();
+        }
+        Ok(())
+    }
+
+    /// The interrupt that is to be triggered if the driver wants to know of what was completed since the last call.
+    pub fn interrupt_wanted(&mut self) -> Result<Option<Interrupt>, Broken> {
         let used = Wrapping(self.queue.next_used());
         let since = used - std::mem::replace(&mut self.notified, used);
         if since.0 == 0 {
-            return Ok(());
+            return Ok(None);
         }
         // The index of the used ring is written before the driver's wish is read.
         fence(Ordering::SeqCst);
@@ -143,10 +151,7 @@ impl ActiveQueue {
         } else {
             read(0)? & AVAIL_NO_INTERRUPT == 0
         };
-        if wanted {
-            self.interrupt.trigger();
-        }
-        Ok(())
+        Ok(wanted.then(|| self.interrupt.clone()))
     }
 
     /// Asks the driver to notify from now on; true if chains came in meanwhile, so that the caller must look again.

@@ -10,14 +10,18 @@
 //! 6. pending events.
 
 use kvm_bindings::{
-    CpuId, KVM_MAX_CPUID_ENTRIES, Msrs, Xsave, kvm_cpuid_entry2, kvm_debugregs, kvm_lapic_state, kvm_mp_state,
-    kvm_msr_entry, kvm_regs, kvm_sregs, kvm_vcpu_events, kvm_xcrs, kvm_xsave,
+    CpuId, KVM_MAX_CPUID_ENTRIES, KVM_MP_STATE_HALTED, KVM_MP_STATE_RUNNABLE, Msrs, Xsave, kvm_cpuid_entry2,
+    kvm_debugregs, kvm_lapic_state, kvm_mp_state, kvm_msr_entry, kvm_regs, kvm_sregs, kvm_vcpu_events, kvm_xcrs,
+    kvm_xsave,
 };
 use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
 use serde::{Deserialize, Serialize};
 
 const IA32_TSC: u32 = 0x10;
 const IA32_TSC_DEADLINE: u32 = 0x6e0;
+
+/// In `RFLAGS`.
+const INTERRUPT_FLAG: u64 = 1 << 9;
 
 /// State of one vCPU that does not run and has no I/O half done.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -68,6 +72,31 @@ impl StateContext {
         let extra = (self.xsave_bytes - size_of::<kvm_xsave>()).div_ceil(4);
         Xsave::new(extra).map_err(|_| StateError { what: "XSAVE area", source: kvm_ioctls::Error::new(libc::ENOMEM) })
     }
+}
+
+/// What a vCPU is doing, in words: for a guest that stands still, whether it runs, whether an interrupt would reach it, and
+/// whether its timer is to come.
+pub fn describe(vcpu: &VcpuFd) -> String {
+    let words = || {
+        let doing = match vcpu.get_mp_state()?.mp_state {
+            KVM_MP_STATE_RUNNABLE => "runs",
+            KVM_MP_STATE_HALTED => "is halted",
+            _ => return Ok("was not started".to_owned()),
+        };
+        let regs = vcpu.get_regs()?;
+        let interrupts = if regs.rflags & INTERRUPT_FLAG == 0 { "off" } else { "on" };
+        let entry = |index| kvm_msr_entry { index, ..Default::default() };
+        let mut msrs = Msrs::from_entries(&[entry(IA32_TSC), entry(IA32_TSC_DEADLINE)])
+            .map_err(|_| kvm_ioctls::Error::new(libc::ENOMEM))?;
+        vcpu.get_msrs(&mut msrs)?;
+        let timer = match msrs.as_slice() {
+            [_, deadline] if deadline.data == 0 => "no timer".to_owned(),
+            [now, deadline] => format!("timer in {} cycles", deadline.data.wrapping_sub(now.data).cast_signed()),
+            _ => "timer unknown".to_owned(),
+        };
+        Ok(format!("{doing} at {:#x}, interrupts {interrupts}, {timer}", regs.rip))
+    };
+    words().unwrap_or_else(|error: kvm_ioctls::Error| format!("cannot be looked at: {error}"))
 }
 
 impl VcpuState {

@@ -17,6 +17,7 @@ use virtiofsd::passthrough::xattrmap::XattrMap;
 use virtiofsd::passthrough::{CachePolicy, Config, InodeFileHandlesMode, NegotiationMode, PassthroughFs};
 use virtiofsd::read_dir::ReadDir;
 
+use super::directories::Directories;
 use super::keep::Kept;
 use super::threads::own_file_system_context;
 use super::unnamed::{Unnamed, copy, is_unnamed, write};
@@ -43,6 +44,7 @@ struct Inner {
     passthrough: PassthroughFs,
     unnamed: Unnamed,
     kept: Kept,
+    directories: Directories,
     /// Held during initialisation: two at a time would both make the root.
     initialising: Mutex<()>,
 }
@@ -58,8 +60,8 @@ impl Files {
             root_dir: root,
             proc_sfd_rawfd: Some(proc_self_fd),
             guest_fd_limit: available - unnamed_limit,
-            // No name is kept in the guest: the host may put another file behind it at any time. File contents are, which
-            // shared mappings need; they are dropped when the attributes differ.
+            // No name of a file is kept in the guest: the host may put another behind it at any time. File contents are,
+            // which shared mappings need; they are dropped when the attributes differ.
             entry_timeout: Duration::ZERO,
             attr_timeout: ATTRIBUTES,
             cache_policy: CachePolicy::Auto,
@@ -82,7 +84,8 @@ impl Files {
             scope.spawn(|| own_file_system_context().and_then(|()| PassthroughFs::new(config))).join()
         })
         .map_err(|_| io::Error::other("panic"))??;
-        Ok(Self(Arc::new(Inner { passthrough, unnamed, kept: Kept::default(), initialising: Mutex::new(()) })))
+        let (kept, directories) = Default::default();
+        Ok(Self(Arc::new(Inner { passthrough, unnamed, kept, directories, initialising: Mutex::new(()) })))
     }
 
     fn inner(&self) -> &PassthroughFs {
@@ -104,6 +107,25 @@ impl Files {
         extensions: Extensions,
     ) -> io::Result<(Entry, u64)> {
         self.unnamed().create(ctx, &self.directory(ctx, parent)?, mode, flags, umask, extensions)
+    }
+
+    /// Does something with a name in a directory. That is gone if the host has removed it, but the guest may still go by it, and the
+    /// host may have made another: ESTALE tells the guest to ask for each name on the way anew.
+    fn in_directory<T>(
+        &self,
+        ctx: Context,
+        parent: u64,
+        act: impl FnOnce(&PassthroughFs) -> io::Result<T>,
+    ) -> io::Result<T> {
+        act(self.inner()).map_err(|error| match error.raw_os_error() {
+            Some(libc::ENOENT) if self.is_gone(ctx, parent) => stale(),
+            _ => error,
+        })
+    }
+
+    /// Whether a directory was removed.
+    fn is_gone(&self, ctx: Context, inode: u64) -> bool {
+        self.inner().getattr(ctx, inode, None).is_ok_and(|(attr, _)| attr.nlink == 0)
     }
 
     /// A directory that the library knows, opened.
@@ -132,6 +154,14 @@ impl Files {
     }
 }
 
+impl Inner {
+    /// The guest has dropped a node.
+    fn forget(&self, inode: u64) {
+        self.kept.forget(inode);
+        self.directories.forget(inode);
+    }
+}
+
 /// Takes a copy of the file that it is to be filled from.
 struct Capture<'a>(&'a mut Option<File>);
 
@@ -140,6 +170,10 @@ impl ZeroCopyWriter for Capture<'_> {
         *self.0 = Some(file.try_clone()?);
         Ok(0)
     }
+}
+
+fn stale() -> io::Error {
+    io::Error::from_raw_os_error(libc::ESTALE)
 }
 
 fn bad_handle() -> io::Error {
@@ -171,6 +205,7 @@ impl FileSystem for Files {
         let _one = self.0.initialising.lock().unwrap_or_else(PoisonError::into_inner);
         self.unnamed().clear();
         self.0.kept.clear();
+        self.0.directories.clear();
         // The library takes a guest that tells the group for one whose user needs no more than that: where permission comes of
         // a capability, as in a user namespace, creation would fail. The guest is told to tell all the same.
         let groups = capable & FsOptions::CREATE_SUPP_GROUP;
@@ -180,24 +215,27 @@ impl FileSystem for Files {
     fn destroy(&self) {
         self.unnamed().clear();
         self.0.kept.clear();
+        self.0.directories.clear();
         self.inner().destroy();
     }
 
     fn lookup(&self, ctx: Context, parent: u64, name: &CStr) -> io::Result<Entry> {
-        self.inner().lookup(ctx, parent, component(name)?)
+        let name = component(name)?;
+        self.in_directory(ctx, parent, |inner| inner.lookup(ctx, parent, name))
+            .map(|entry| self.0.directories.timed(parent, entry))
     }
 
     fn forget(&self, ctx: Context, inode: u64, count: u64) {
         if is_unnamed(inode) {
             return self.unnamed().forget(inode, count);
         }
-        self.0.kept.forget(inode);
+        self.0.forget(inode);
         self.inner().forget(ctx, inode, count);
     }
 
     fn batch_forget(&self, ctx: Context, requests: Vec<(u64, u64)>) {
         let (unnamed, named): (Vec<_>, Vec<_>) = requests.into_iter().partition(|(inode, _)| is_unnamed(*inode));
-        named.iter().for_each(|(inode, _)| self.0.kept.forget(*inode));
+        named.iter().for_each(|(inode, _)| self.0.forget(*inode));
         self.inner().batch_forget(ctx, named);
         unnamed.into_iter().for_each(|(inode, count)| self.unnamed().forget(inode, count));
     }
@@ -206,7 +244,9 @@ impl FileSystem for Files {
         if is_unnamed(inode) {
             return self.unnamed().getattr(inode);
         }
-        self.inner().getattr(ctx, inode, handle)
+        let (attr, timeout) = self.inner().getattr(ctx, inode, handle)?;
+        let timeout = self.0.directories.valid(inode, &attr, timeout);
+        Ok((attr, timeout))
     }
 
     fn setattr(
@@ -228,7 +268,8 @@ impl FileSystem for Files {
     }
 
     fn symlink(&self, ctx: Context, target: &CStr, parent: u64, name: &CStr, ext: Extensions) -> io::Result<Entry> {
-        self.inner().symlink(ctx, target, parent, component(name)?, ext)
+        let name = component(name)?;
+        self.in_directory(ctx, parent, |inner| inner.symlink(ctx, target, parent, name, ext))
     }
 
     fn mknod(
@@ -241,7 +282,8 @@ impl FileSystem for Files {
         umask: u32,
         extensions: Extensions,
     ) -> io::Result<Entry> {
-        self.inner().mknod(ctx, parent, component(name)?, mode, rdev, umask, extensions)
+        let name = component(name)?;
+        self.in_directory(ctx, parent, |inner| inner.mknod(ctx, parent, name, mode, rdev, umask, extensions))
     }
 
     fn mkdir(
@@ -253,7 +295,9 @@ impl FileSystem for Files {
         umask: u32,
         extensions: Extensions,
     ) -> io::Result<Entry> {
-        self.inner().mkdir(ctx, parent, component(name)?, mode, umask, extensions)
+        let name = component(name)?;
+        self.in_directory(ctx, parent, |inner| inner.mkdir(ctx, parent, name, mode, umask, extensions))
+            .map(|entry| self.0.directories.timed(parent, entry))
     }
 
     fn unlink(&self, ctx: Context, parent: u64, name: &CStr) -> io::Result<()> {
@@ -291,6 +335,8 @@ impl FileSystem for Files {
         let (handle, mut options) = self.inner().open(ctx, inode, kill_priv, flags)?;
         let (attr, _) = self.inner().getattr(ctx, inode, handle)?;
         options.set(OpenOptions::KEEP_CACHE, self.0.kept.open(inode, &attr));
+        // Who only reads has nothing to write back when it closes the file.
+        options.set(OpenOptions::NOFLUSH, flags as i32 & libc::O_ACCMODE == libc::O_RDONLY);
         Ok((handle, options))
     }
 
@@ -305,7 +351,10 @@ impl FileSystem for Files {
         umask: u32,
         extensions: Extensions,
     ) -> io::Result<(Entry, Option<u64>, OpenOptions)> {
-        self.inner().create(ctx, parent, component(name)?, mode, kill_priv, flags, umask, extensions)
+        let name = component(name)?;
+        self.in_directory(ctx, parent, |inner| {
+            inner.create(ctx, parent, name, mode, kill_priv, flags, umask, extensions)
+        })
     }
 
     fn read<W: ZeroCopyWriter>(
@@ -427,6 +476,10 @@ impl FileSystem for Files {
     }
 
     fn opendir(&self, ctx: Context, inode: u64, flags: u32) -> io::Result<(Option<u64>, OpenOptions)> {
+        // Once: who is in it may list it, and finds nothing.
+        if self.is_gone(ctx, inode) && self.0.directories.forget(inode) {
+            return Err(stale());
+        }
         self.inner().opendir(ctx, inode, flags)
     }
 

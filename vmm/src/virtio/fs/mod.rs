@@ -1,16 +1,18 @@
 //! The file system device (5.11): serves a directory of the host with FUSE, the file server being a library in this
 //! process (guest memory is private to it).
 //!
-//! What the guest sees is what the host has, at once: names and attributes are not cached in the guest, file contents only
-//! as long as the attributes show no change. The guest kernel decides on permissions by mode bits and ACLs; creation takes
+//! What the guest sees is what the host has, at once: names and attributes of files are not cached in the guest, contents only
+//! as long as the attributes show no change, and directories for a moment. The guest kernel decides on permissions by mode bits and ACLs; creation takes
 //! place with the caller's user and groups, and is not checked again: the guest's kernel may have allowed it for a capability.
 //!
+//! - `directories`: which directories the guest may go by for that moment.
 //! - [`files`]: the file system itself, over the library's.
 //! - `keep`: which contents the guest may keep cached.
 //! - [`request`]: one FUSE request.
 //! - [`threads`]: the threads that serve, which exist before the device is active.
 //! - `unnamed`: files without a name, which the library lacks.
 
+mod directories;
 pub mod files;
 mod keep;
 pub mod request;

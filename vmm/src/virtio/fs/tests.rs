@@ -206,7 +206,7 @@ fn files_are_read_and_written_from_either_side() {
 }
 
 #[test]
-fn nothing_about_names_is_kept_in_the_guest_so_a_rename_is_seen_at_once() {
+fn no_name_of_a_file_is_kept_in_the_guest_so_a_rename_is_seen_at_once() {
     let directory = Directory::new();
     let mut share = share(&directory.0);
     let mut guest = Mounted::new(&mut share);
@@ -225,6 +225,49 @@ fn nothing_about_names_is_kept_in_the_guest_so_a_rename_is_seen_at_once() {
     let fh = guest.open(old.nodeid, libc::O_RDONLY).unwrap();
     assert_eq!(guest.read(old.nodeid, fh, 0, 10).unwrap(), b"old");
     assert_eq!(guest.attributes(old.nodeid).unwrap().attr.nlink, 0);
+}
+
+#[test]
+fn a_directory_is_kept_for_a_moment_and_is_stale_when_the_host_has_removed_it() {
+    let valid = |entry: &EntryOut| (entry.entry_valid, entry.entry_valid_nsec, entry.attr_valid, entry.attr_valid_nsec);
+    let moment = (0, 100_000_000, 0, 100_000_000);
+    let directory = Directory::new();
+    let mut share = share(&directory.0);
+    let mut guest = Mounted::new(&mut share);
+    fs::create_dir_all(directory.path("shared/made/on-host")).unwrap();
+    let top = guest.lookup(ROOT, "shared").unwrap();
+    assert_eq!(valid(&top), (0, 0, 0, 1_000_000), "of what is shared");
+    let old = guest.lookup(top.nodeid, "made").unwrap();
+    assert_eq!(valid(&old), moment);
+    assert_eq!(valid(&guest.lookup(old.nodeid, "on-host").unwrap()), moment);
+    assert_eq!(guest.attributes(old.nodeid).unwrap().attr_valid_nsec, 100_000_000);
+    assert_eq!(guest.lookup(old.nodeid, "file").unwrap_err(), libc::ENOENT);
+
+    fs::remove_dir_all(directory.path("shared/made")).unwrap();
+    fs::create_dir(directory.path("shared/made")).unwrap();
+    fs::write(directory.path("shared/made/file"), "new").unwrap();
+    assert_eq!(guest.lookup(old.nodeid, "file").unwrap_err(), libc::ESTALE);
+    assert_eq!(guest.create(old.nodeid, "another", 0o600).unwrap_err(), libc::ESTALE);
+    let mut list = || guest.ask(27, old.nodeid, OpenIn::default().as_slice(), size_of::<OpenOut>()).map(drop);
+    assert_eq!((list(), list()), (Err(libc::ESTALE), Ok(())), "of who goes by its name, and of who is in it");
+    let new = guest.lookup(top.nodeid, "made").unwrap();
+    assert_ne!(new.nodeid, old.nodeid);
+    assert_eq!(guest.lookup(new.nodeid, "file").unwrap().attr.size, 3);
+}
+
+#[test]
+fn who_only_reads_need_not_say_that_it_closes() {
+    let directory = Directory::new();
+    let mut share = share(&directory.0);
+    let mut guest = Mounted::new(&mut share);
+    fs::write(directory.path("file"), "x").unwrap();
+    let node = guest.lookup(ROOT, "file").unwrap().nodeid;
+    for (access, expected) in [(libc::O_RDONLY, true), (libc::O_WRONLY, false), (libc::O_RDWR, false)] {
+        let open = OpenIn { flags: access as u32, ..Default::default() };
+        let answer = guest.ask(14, node, open.as_slice(), size_of::<OpenOut>()).unwrap();
+        let flags = object::<OpenOut>(&answer).open_flags;
+        assert_eq!(flags & OpenOptions::NOFLUSH.bits() != 0, expected);
+    }
 }
 
 #[test]

@@ -245,7 +245,12 @@ impl Session {
 
             let mut active = lock();
             active.complete(&chain, written)?;
-            active.notify()?;
+            let interrupt = active.interrupt_wanted()?;
+            // The guest may have its next request in before this thread goes on, and the thread that takes it wants the queue.
+            drop(active);
+            if let Some(interrupt) = interrupt {
+                interrupt.trigger();
+            }
         }
         Ok(())
     }

@@ -14,8 +14,8 @@ use super::packet::Shutdown;
 use super::{host, socket};
 use crate::virtio::{Buffers, Poll};
 
-/// How long the guest may take to answer: a request for a connection, and the end of one that the host has left.
-const ANSWER_DEADLINE: Duration = Duration::from_secs(10);
+/// How long the guest may take to answer the end of a connection that the host has left.
+const END_DEADLINE: Duration = Duration::from_secs(10);
 
 /// Most bytes dropped of a socket that is closed: more than one holds by default.
 const MAX_UNWANTED: usize = 1 << 20;
@@ -30,6 +30,17 @@ pub enum Origin {
     Client,
     /// Handed over by the machine.
     Machine,
+}
+
+impl Origin {
+    /// How long the guest may take to answer a request for a connection. A client gives up by itself, but its socket counts until
+    /// then; what the machine depends on has as long as the whole boot.
+    fn patience(self) -> Duration {
+        match self {
+            Self::Client => Duration::from_secs(30),
+            Self::Machine => Duration::from_secs(120),
+        }
+    }
 }
 
 /// What becomes of a link.
@@ -77,7 +88,7 @@ impl Link {
             registered: None,
             hung_up: false,
             shut: Shutdown::default(),
-            deadline: Some(Instant::now() + ANSWER_DEADLINE),
+            deadline: Some(Instant::now() + origin.patience()),
         }
     }
 
@@ -90,7 +101,8 @@ impl Link {
     pub fn restart(&mut self) {
         self.registered = None;
         if self.deadline.is_some() {
-            self.deadline = Some(Instant::now() + ANSWER_DEADLINE);
+            let is_left = self.connection.host_shutdown() == Shutdown::BOTH;
+            self.deadline = Some(Instant::now() + if is_left { END_DEADLINE } else { self.origin.patience() });
         }
     }
 
@@ -214,7 +226,7 @@ impl Link {
             let _ = shutdown(&self.socket, rustix::net::Shutdown::Read);
         }
         if host == Shutdown::BOTH {
-            self.deadline.get_or_insert_with(|| Instant::now() + ANSWER_DEADLINE);
+            self.deadline.get_or_insert_with(|| Instant::now() + END_DEADLINE);
         }
         Fate::Lives
     }

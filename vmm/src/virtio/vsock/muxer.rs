@@ -33,7 +33,7 @@ const MAX_LINKS: usize = 1024;
 const MAX_CLIENTS: usize = 64;
 
 /// How long a client may take to say it.
-const CLIENT_DEADLINE: Duration = Duration::from_secs(5);
+const CLIENT_DEADLINE: Duration = Duration::from_secs(15);
 
 /// How long to leave the listener alone after the host has refused to accept, being out of descriptors or memory.
 const LISTENER_REST: Duration = Duration::from_secs(1);

@@ -580,10 +580,11 @@ fn a_clone_knows_that_the_agent_listens_and_uses_other_ports_than_its_template_d
 
 #[test]
 fn a_guest_that_does_not_answer_loses_the_connection_at_its_deadline() {
-    let mut guest = guest();
-    let (unanswered, theirs) = UnixStream::pair().unwrap();
-    unanswered.set_read_timeout(Some(Duration::from_secs(15))).unwrap();
-    guest.driver.handle().connect(theirs.into(), 4000);
+    let (path, listener) = Listening::new("unanswered");
+    let mut guest = Guest::new(Driver::start(Given { listener: Some(listener.into()), ..Given::default() }), &[PORT]);
+    let mut unanswered = path.connect();
+    unanswered.set_read_timeout(Some(Duration::from_secs(45))).unwrap();
+    unanswered.write_all(b"CONNECT 4000\n").unwrap();
     let (request, _) = guest.driver.receive();
     assert_eq!(request.op(), Some(Op::Request));
     let (left, left_ports) = connected(&mut guest);
@@ -591,9 +592,10 @@ fn a_guest_that_does_not_answer_loses_the_connection_at_its_deadline() {
     drop(left);
     guest.until("the end", |guest| guest.sockets[&left_ports].host == Shutdown::BOTH);
     let began = Instant::now();
-    assert_closed(&unanswered);
-    assert!(began.elapsed() > Duration::from_secs(5));
     guest.until("the reset", |guest| guest.sockets[&left_ports].reset);
+    assert!(began.elapsed() > Duration::from_secs(5));
+    assert_closed(&unanswered);
+    assert!(began.elapsed() > Duration::from_secs(15));
     lasting.write_all(b"x").unwrap();
     guest.read_exact(ports, 1);
 }
