@@ -110,13 +110,14 @@ async fn a_parents_limit_binds_the_sum_of_its_children() {
     let rootfs = agent.rootfs();
     let parent = agent.cgroup.join("parent");
     std::fs::create_dir(&parent).unwrap();
-    std::fs::write(parent.join("cpu.max"), "10000 100000").unwrap();
+    // Long periods: whoever's processor stands still over several of them, as an emulated one may, gets the quota of one.
+    std::fs::write(parent.join("cpu.max"), "50000 500000").unwrap();
     for child in ["a", "b"] {
         let spec = with(
             shell("while :; do :; done"),
             [
                 ("/linux/cgroupsPath", json!(format!("/parent/{child}"))),
-                ("/linux/resources", json!({"cpu": {"quota": 6000, "period": 100_000}})),
+                ("/linux/resources", json!({"cpu": {"quota": 30_000, "period": 500_000}})),
             ],
         );
         agent.create(child, &rootfs, &spec, Stdio::default()).await.unwrap();
