@@ -29,7 +29,7 @@ use crate::state::Known;
 const IN_CONTAINER: &str = "/run/notify/notify.sock";
 
 /// Name of the socket in the container's directory.
-const SOCKET: &str = "notify.sock";
+pub const SOCKET: &str = "notify.sock";
 
 /// What a program sends is short.
 const MAX_MESSAGE: usize = 4096;

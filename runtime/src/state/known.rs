@@ -27,7 +27,8 @@ const END: Timespec = Timespec { tv_sec: 10, tv_nsec: 0 };
 const TURN: Duration = Duration::from_secs(30);
 
 /// File in a container's directory that is locked by the command that changes the container.
-const TURN_FILE: &str = "lock";
+pub const TURN_FILE: &str = "lock";
+
 /// How long a process may take that was killed for nobody who waits for it.
 const SOON: Duration = Duration::from_secs(1);
 
@@ -284,7 +285,8 @@ fn take_turn(directory: &OwnedFd, path: &Path) -> Result<OwnedFd, StateError> {
     lock_in_time(open_turn(directory).map_err(wrong)?, TURN).map_err(wrong)
 }
 
-fn open_turn(directory: impl AsFd) -> Result<OwnedFd, Errno> {
+/// The file by which commands take turns; made if it is not there.
+pub fn open_turn(directory: impl AsFd) -> Result<OwnedFd, Errno> {
     let flags = OFlags::RDWR | OFlags::CREATE | OFlags::NOFOLLOW | OFlags::CLOEXEC;
     rustix::fs::openat(directory, TURN_FILE, flags, Mode::from_raw_mode(0o600))
 }

@@ -30,6 +30,7 @@ use rustix::rand::GetRandomFlags;
 use serde::Serialize;
 
 use crate::cgroup::CgroupError;
+use crate::pod::NOTIFY_SOCKET;
 pub use document::{Machine, Membership, Process, State, Status, start_time};
 pub use known::{Known, list, open_pod, remove, take_turn_of_pod};
 
@@ -111,14 +112,10 @@ impl Directory {
         sweep(root);
         let path = root.join(id);
         // Made under another name and locked before it gets its own, so that nobody ever sees it unlocked.
-        let new = root.join(format!("@{}", unique().map_err(|e| StateError::Write(root.to_owned(), e))?));
-        make(&new, 0o700)?;
-        let lock = rustix::fs::open(&new, OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())
-            .and_then(|fd| rustix::fs::flock(&fd, FlockOperation::NonBlockingLockExclusive).map(|()| fd))
-            .map_err(|e| StateError::Write(new.clone(), e.into()))?;
+        let (new, lock) = begin(root)?;
         let renamed = rustix::fs::renameat_with(rustix::fs::CWD, &new, rustix::fs::CWD, &path, RenameFlags::NOREPLACE);
         if let Err(errno) = renamed {
-            let _ = fs::remove_dir(&new);
+            let _ = fs::remove_dir_all(&new);
             return Err(match errno {
                 Errno::EXIST => StateError::InUse(id.to_owned()),
                 errno => StateError::Write(path, errno.into()),
@@ -176,12 +173,30 @@ impl Directory {
     }
 }
 
+/// A container's directory in the making, locked. Another command may sweep it in the moment before it is.
+fn begin(root: &Path) -> Result<(PathBuf, OwnedFd), StateError> {
+    let mut swept = 0;
+    loop {
+        let new = root.join(format!("@{}", unique().map_err(|e| StateError::Write(root.to_owned(), e))?));
+        make(&new, 0o700)?;
+        let lock = rustix::fs::open(&new, OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())
+            .and_then(|fd| rustix::fs::flock(&fd, FlockOperation::NonBlockingLockExclusive).map(|()| fd))
+            // By its files a container's directory is known, from the first moment on.
+            .and_then(|fd| known::open_turn(&fd).map(|_| fd));
+        match lock {
+            Ok(lock) => return Ok((new, lock)),
+            Err(Errno::WOULDBLOCK | Errno::NOENT) if swept < MOST_SWEPT => swept += 1,
+            Err(errno) => return Err(StateError::Write(new, errno.into())),
+        }
+    }
+}
+
 /// Removes a directory that turned out to be useless.
 struct Unmade<'a>(&'a Path);
 
 impl Drop for Unmade<'_> {
     fn drop(&mut self) {
-        let _ = fs::remove_dir(self.0);
+        let _ = fs::remove_dir_all(self.0);
     }
 }
 
@@ -195,6 +210,9 @@ impl Drop for Directory {
         }
     }
 }
+
+/// How often a directory in the making is made again. Two commands that sweep it in its first moment are rare already.
+const MOST_SWEPT: u32 = 10;
 
 /// Name of the document in a container's directory.
 const DOCUMENT: &str = "state.json";
@@ -249,7 +267,8 @@ fn make(path: &Path, mode: u32) -> Result<(), StateError> {
     fs::DirBuilder::new().recursive(true).mode(mode).create(path).map_err(|e| StateError::Write(path.to_owned(), e))
 }
 
-/// Removes what is not locked, and its control groups. What cannot be removed is left for the next time: it is in nobody's way but its own id's.
+/// Removes containers' directories that are not locked, and their control groups. What cannot be removed is left for the next time:
+/// it is in nobody's way but its own id's. Nothing else is touched: somebody may have said `--root /run`.
 pub fn sweep(root: &Path) {
     let Ok(entries) = fs::read_dir(root) else { return };
     for entry in entries.flatten() {
@@ -257,7 +276,7 @@ pub fn sweep(root: &Path) {
         let Some(name) = name.to_str().filter(|name| check_id(name.trim_start_matches('@')).is_ok()) else { continue };
         let path = root.join(name);
         // Not even locked for a moment: who looked meanwhile would take it for one that runs.
-        if known::is_kept(&path) {
+        if known::is_kept(&path) || !is_container(&path, name) {
             continue;
         }
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
@@ -273,6 +292,15 @@ pub fn sweep(root: &Path) {
             let _ = fs::remove_dir_all(&path);
         }
     }
+}
+
+/// Whether a directory is a container's, or one in the making: by its name, or by having nothing but what podhull puts there.
+fn is_container(path: &Path, name: &str) -> bool {
+    let ours = |name: &str| [DOCUMENT, GROUPS, known::TURN_FILE, NOTIFY_SOCKET].iter().any(|own| name.starts_with(own));
+    let Ok(entries) = fs::read_dir(path) else { return false };
+    let mut entries = entries.flatten().peekable();
+    let empty = entries.peek().is_none();
+    (!empty || name.starts_with('@')) && entries.all(|entry| entry.file_name().to_str().is_some_and(ours))
 }
 
 fn same_file(fd: impl AsFd, path: &Path) -> bool {
@@ -329,10 +357,15 @@ mod tests {
     #[test]
     fn what_a_killed_process_left_is_swept() {
         let root = Root::new("swept");
-        for left in ["a/deep", "pods/a", "b", "@77"] {
+        for left in ["a", "pods/a", "b", "@77", "@78", "empty", "others/deep"] {
             fs::create_dir_all(root.0.join(left)).unwrap();
         }
+        for left in ["a/groups.json", "a/state.json.0123456789abcdef", "b/lock", "@78/lock", "others/lock"] {
+            fs::write(root.0.join(left), "").unwrap();
+        }
         drop(Directory::create(&root.0, "a").unwrap());
-        assert_eq!(fs::read_dir(&root.0).unwrap().count(), 1);
+        let mut kept: Vec<_> = fs::read_dir(&root.0).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+        kept.sort();
+        assert_eq!(kept, ["empty", "others", "pods"]);
     }
 }
