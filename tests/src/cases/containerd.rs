@@ -1,14 +1,17 @@
-//! containerd calls the runtime through its shim for runc, by `BinaryName`.
+//! containerd calls the runtime through its shim for runc, by `BinaryName`, or podhull by its own shim.
 
-use super::oci;
-use crate::containerd::{Containerd, check};
+use super::{oci, podhull};
+use crate::containerd::{Containerd, Shim, check};
 use crate::leaks::Leaks;
 use crate::run::DEADLINE;
 use crate::suite::{Case, Scene};
 use crate::terminal::{Tmux, shell_line};
 use crate::{Outcome, ensure, ensure_eq};
 
-pub const CASES: &[Case] = &[oci("containerd::tasks", tasks)];
+pub const CASES: &[Case] = &[
+    oci("containerd::tasks", |scene| tasks(scene, Shim::Runc)),
+    podhull("containerd::tasks_of_our_own_shim", |scene| tasks(scene, Shim::Podhull)),
+];
 
 /// The status of a task, as `ctr task list` has it.
 fn status(containerd: &Containerd, id: &str) -> Outcome<String> {
@@ -18,9 +21,9 @@ fn status(containerd: &Containerd, id: &str) -> Outcome<String> {
     Ok(line.split_whitespace().nth(2).unwrap_or_default().to_owned())
 }
 
-fn tasks(scene: &Scene) -> Outcome {
+fn tasks(scene: &Scene, shim: Shim) -> Outcome {
     let before = Leaks::watch();
-    let containerd = Containerd::start(scene)?;
+    let containerd = Containerd::start(scene, shim)?;
     let ended =
         containerd.run(&["--rm"], "first", &["sh", "-c", "echo out; echo err >&2; exit 7"])?.expect_status(7)?;
     ensure_eq!((&*ended.stdout, ended.stderr.contains("err\n")), ("out\n", true), "outputs {:?}", ended.stderr);
