@@ -95,8 +95,10 @@ impl Container {
         }
         let limits = Limits::of(&process)?;
         let mut reservation = self.executed.reserve(&request.id)?;
-        let ready = self.exec_ready(request, &spec, &process, &limits, &around).await?;
-        ready.pass().await?;
+        // What it lacks that is ending is no mistake of whoever asks.
+        let or_stopped = |error| if self.init.is_ending() { ContainerError::ExecStopped } else { error };
+        let ready = self.exec_ready(request, &spec, &process, &limits, &around).await.map_err(or_stopped)?;
+        ready.pass().await.map_err(or_stopped)?;
         let event = Event { container_id: self.id.clone(), exec_id: reservation.id.clone(), ..Event::default() };
         let (watched, _) = ready.watched(event, self.cgroup.clone(), around.events.clone(), std::future::pending());
         let pid = watched.pid.as_raw_nonzero().get();
@@ -157,7 +159,7 @@ impl Container {
             let group = self.cgroup.open_of(self.init.pid.as_raw_nonzero().get())?;
             launched = launch::launch(config, place, &group, ends, around.reaper);
         }
-        launched.map_err(|error| if self.init.is_alive() { error.into() } else { ContainerError::ExecStopped })
+        Ok(launched?)
     }
 
     /// The init enters its time namespace with `execve`.

@@ -119,6 +119,17 @@ impl Watched {
         !self.has_ended() && ended == Ok(0)
     }
 
+    /// Whether the process has ended or is about to: the kernel takes its namespaces from it before it says so.
+    pub fn is_ending(&self) -> bool {
+        /// `PF_EXITING` of `linux/sched.h`.
+        const EXITING: u64 = 4;
+        // Before: while it has not ended the number is its own.
+        let stat = std::fs::read_to_string(format!("/proc/{}/stat", self.pid.as_raw_nonzero())).unwrap_or_default();
+        // Field 9 (proc_pid_stat(5)), counted from behind the name, which may contain anything.
+        let flags = stat.rsplit_once(')').and_then(|(_, rest)| rest.split_ascii_whitespace().nth(6));
+        !self.is_alive() || flags.and_then(|flags| flags.parse().ok()).is_some_and(|flags: u64| flags & EXITING != 0)
+    }
+
     /// Sends a signal; false if there is nobody to take it.
     pub fn signal(&self, signal: Signal) -> Result<bool, Errno> {
         if self.has_ended() {
