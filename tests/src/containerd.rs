@@ -65,7 +65,6 @@ impl Containerd {
             path("socket"),
         );
         fs::write(path("config.toml"), config)?;
-        let words = ["containerd", "--config", &path("config.toml")].map(Into::into);
         let runtime = match shim {
             Shim::Runc => {
                 let program = scene.runtime.program().display().to_string();
@@ -73,16 +72,32 @@ impl Containerd {
             }
             Shim::Podhull => ["--runtime", "io.containerd.podhull.v2"].map(str::to_owned).into(),
         };
-        let containerd = Self { daemon: Some(Running::start(&words, &[])?), directory, runtime };
-        let until = Instant::now() + DEADLINE;
-        while containerd.call(&["version"])?.status != 0 {
-            let said = containerd.daemon.as_ref().map(Running::stderr).unwrap_or_default();
-            ensure!(Instant::now() < until, "containerd does not answer: {said}");
-            std::thread::sleep(Duration::from_millis(200));
-        }
+        let mut containerd = Self { daemon: None, directory, runtime };
+        containerd.start_daemon()?;
         let archive = image::busybox(scene)?;
         containerd.call(&["image", "import", &archive.to_string_lossy()])?.output()?;
         Ok(containerd)
+    }
+
+    /// Starts the daemon, when there is none, and waits until it answers.
+    pub fn start_daemon(&mut self) -> Outcome {
+        let config = self.directory.join("config.toml").display().to_string();
+        let words = ["containerd", "--config", &config].map(Into::into);
+        self.daemon = Some(Running::start(&words, &[])?);
+        let until = Instant::now() + DEADLINE;
+        while self.call(&["version"])?.status != 0 {
+            let said = self.daemon.as_ref().map(Running::stderr).unwrap_or_default();
+            ensure!(Instant::now() < until, "containerd does not answer: {said}");
+            std::thread::sleep(Duration::from_millis(200));
+        }
+        Ok(())
+    }
+
+    /// Kills the daemon, and waits for its end.
+    pub fn kill_daemon(&mut self) -> Outcome {
+        let Some(daemon) = self.daemon.take() else { return Ok(()) };
+        daemon.signal(Signal::KILL)?;
+        daemon.wait().map(drop)
     }
 
     /// The whole command line of its client.

@@ -387,11 +387,11 @@ impl Container {
         Ok(any(&metrics::of(stats)))
     }
 
-    /// The processes of the host that stand for it and for what is executed in it.
+    /// The processes of the host that stand for it and for what is executed in it. The first one is among them when it has ended,
+    /// too: a containerd that is back from a restart takes a shim without processes for one that nobody needs.
     pub fn pids(&self) -> Vec<ProcessInfo> {
-        let there = |process: &Process| matches!(process.phase(), Phase::Created | Phase::Running);
-        let mut all: Vec<_> = Some(&self.init).filter(|init| there(init)).cloned().into_iter().collect();
-        all.extend(self.executed().values().filter(|process| there(process)).cloned());
+        let mut all = vec![self.init.clone()];
+        all.extend(self.executed().values().filter(|process| process.phase() == Phase::Running).cloned());
         let info = |process: Arc<Process>| {
             let details = ProcessDetails { exec_id: process.exec.clone(), ..Default::default() };
             let info = if process.exec.is_empty() { MessageField::none() } else { MessageField::some(any(&details)) };

@@ -9,7 +9,7 @@ use containerd_shim_protos::protobuf::{Message, MessageField};
 use super::arguments::Arguments;
 use super::events::timestamp;
 use super::rootfs::RootfsError;
-use super::{rootfs, state_root};
+use super::{rootfs, start, state_root};
 use crate::log::Log;
 use crate::pod::{self, CommandError};
 use crate::state::Known;
@@ -36,6 +36,7 @@ pub fn delete(arguments: &Arguments) -> Result<Vec<u8>, DeleteError> {
     // The working directory is the bundle, where the option is not given.
     let bundle = arguments.bundle.clone().or_else(|| std::env::current_dir().ok()).unwrap_or_else(PathBuf::new);
     rootfs::unmount_all(&bundle)?;
+    start::remove_socket(&bundle);
     let exited_at = MessageField::some(timestamp(SystemTime::now()));
     let answer = DeleteResponse { pid, exit_status: KILLED, exited_at, ..Default::default() };
     Ok(answer.write_to_bytes().unwrap_or_default())

@@ -3,6 +3,7 @@
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::OnceLock;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::SystemTime;
 
 use containerd_shim_protos::api::{StateResponse, Status};
@@ -50,6 +51,8 @@ pub struct Process {
     /// The process that stands for it, once it was made: a child of this one.
     shadow: OnceLock<(i32, OwnedFd)>,
     phase: watch::Sender<Phase>,
+    /// Whether containerd has closed its input, which may be before it is there.
+    closed: AtomicBool,
     /// Whether all of its streams have come to their end.
     over: watch::Sender<bool>,
     /// Held while it is started: that it ended is told after that it began.
@@ -66,6 +69,7 @@ impl Process {
             ends: OnceLock::new(),
             shadow: OnceLock::new(),
             phase: watch::Sender::new(Phase::Added),
+            closed: AtomicBool::new(false),
             over: watch::Sender::new(false),
             turn: Mutex::new(()),
         }
@@ -76,8 +80,19 @@ impl Process {
         let known = Pid::from_raw(pid).ok_or(io::ErrorKind::InvalidInput)?;
         let _ = self.shadow.set((pid, pidfd_open(known, PidfdFlags::empty())?));
         let _ = self.ends.set(ends);
+        if self.closed.load(Ordering::SeqCst) {
+            self.close_stdin();
+        }
         self.phase.send_replace(phase);
         Ok(())
+    }
+
+    /// There will be no more input.
+    pub fn close_stdin(&self) {
+        self.closed.store(true, Ordering::SeqCst);
+        if let Some(ends) = self.ends.get() {
+            ends.close_stdin();
+        }
     }
 
     /// Its program runs. It may have ended since, which then is said next.

@@ -17,6 +17,9 @@ use super::start::{EVENTS, LISTENER_FD};
 use super::{fifo, state_root};
 use crate::log::{Format, Log};
 
+/// Name of the process.
+const NAME: &std::ffi::CStr = c"podhull-shim";
+
 /// How long the last answers and events may take.
 const LAST: Duration = Duration::from_secs(3);
 
@@ -36,6 +39,8 @@ pub enum ServeError {
 
 /// Serves until containerd says that there is nothing more to do.
 pub fn serve(arguments: &Arguments) -> Result<(), ServeError> {
+    // It was started as /proc/self/exe, which `ps` would show as "exe". A name too many is no reason to fail.
+    let _ = rustix::thread::set_name(NAME);
     let listener = inherited()?;
     let socket = listener.local_addr().ok().and_then(|address| address.as_pathname().map(PathBuf::from));
     let log = match fifo::log() {

@@ -150,10 +150,8 @@ impl Task for Tasks {
 
     async fn close_io(&self, _: &TtrpcContext, request: CloseIORequest) -> Result<Empty> {
         let process = self.container(&request.id)?.process(&request.exec_id)?;
-        if request.stdin
-            && let Some(ends) = process.ends.get()
-        {
-            ends.close_stdin();
+        if request.stdin {
+            process.close_stdin();
         }
         Ok(Empty::new())
     }

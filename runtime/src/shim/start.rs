@@ -21,6 +21,9 @@ use super::arguments::Arguments;
 /// Where shims have their sockets, as containerd's own do.
 const SOCKETS: &str = "/run/containerd/s";
 
+/// File of the bundle with the address of its shim.
+const ADDRESS: &str = "address";
+
 /// Most of what containerd says on standard input, in bytes.
 const MAX_INPUT: u64 = 4 << 20;
 
@@ -87,7 +90,7 @@ pub fn start(arguments: &Arguments) -> Result<Vec<u8>, StartError> {
     drop(turn);
     let address = format!("unix://{}", socket.display());
     // containerd 1.6 and CRI-O look for it there when they have been restarted.
-    fs::write("address", &address).map_err(StartError::Address)?;
+    fs::write(ADDRESS, &address).map_err(StartError::Address)?;
     if said.bootstrap {
         let (version, protocol) = (3, "ttrpc".to_owned());
         let result = BootstrapResult { version, address, protocol, ..Default::default() };
@@ -139,6 +142,15 @@ fn name(address: &str, namespace: &str, group: &str) -> String {
         let _ = write!(name, "{byte:02x}");
         name
     })
+}
+
+/// Removes the socket of a bundle's shim, if nobody answers there any more.
+pub fn remove_socket(bundle: &Path) {
+    let Ok(address) = fs::read_to_string(bundle.join(ADDRESS)) else { return };
+    let Some(socket) = address.trim().strip_prefix("unix://").map(Path::new) else { return };
+    if UnixStream::connect(socket).is_err() {
+        let _ = fs::remove_file(socket);
+    }
 }
 
 /// Starts the process.

@@ -14,11 +14,20 @@ pub const CASES: &[Case] = &[
 ];
 
 /// The status of a task, as `ctr task list` has it.
-fn status(containerd: &Containerd, id: &str) -> Outcome<String> {
+pub fn status(containerd: &Containerd, id: &str) -> Outcome<String> {
     let list = containerd.call(&["task", "list"])?.output()?;
     let line =
         list.lines().find(|line| line.split_whitespace().next() == Some(id)).ok_or(format!("no {id}: {list}"))?;
     Ok(line.split_whitespace().nth(2).unwrap_or_default().to_owned())
+}
+
+/// Waits for the end of a task.
+pub fn stopped(containerd: &Containerd, id: &str) -> Outcome {
+    let until = std::time::Instant::now() + DEADLINE;
+    while status(containerd, id)? != "STOPPED" {
+        ensure!(std::time::Instant::now() < until, "{id} does not stop");
+    }
+    Ok(())
 }
 
 fn tasks(scene: &Scene, shim: Shim) -> Outcome {
@@ -62,10 +71,7 @@ fn tasks(scene: &Scene, shim: Shim) -> Outcome {
     containerd.call(&["task", "resume", "second"])?.output()?;
     ensure_eq!(status(&containerd, "second")?, "RUNNING", "status after resume");
     containerd.call(&["task", "kill", "--signal", "SIGTERM", "second"])?.output()?;
-    let until = std::time::Instant::now() + DEADLINE;
-    while status(&containerd, "second")? != "STOPPED" {
-        ensure!(std::time::Instant::now() < until, "it does not stop");
-    }
+    stopped(&containerd, "second")?;
     let deleted = containerd.call(&["task", "delete", "second"])?;
     ensure!(deleted.stderr.contains("non-zero exit code 3"), "exit status: {:?}", deleted.stderr);
     containerd.call(&["container", "delete", "second"])?.output()?;
