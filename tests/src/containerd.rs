@@ -10,6 +10,7 @@ use rustix::process::Signal;
 use crate::leaks::Leaks;
 use crate::run::{DEADLINE, Ended, Running};
 use crate::suite::Scene;
+use crate::terminal::shell_line;
 use crate::{Outcome, ensure, image};
 
 /// Nothing is left but what containerd makes once for itself; if that is not empty it stays, and is an error.
@@ -105,6 +106,11 @@ impl Containerd {
         let mut all: Vec<OsString> = vec!["ctr".into(), "--address".into(), self.directory.join("socket").into()];
         all.extend(words.iter().map(Into::into));
         all
+    }
+
+    /// The words of its client for a shell.
+    pub fn shell_words(&self) -> String {
+        shell_line(&self.words(&[]))
     }
 
     /// The words that run a container of the image.

@@ -1,6 +1,5 @@
 //! `delete`: removes what is left of a container whose shim is gone. Nobody inside is asked.
 
-use std::path::PathBuf;
 use std::time::SystemTime;
 
 use containerd_shim_protos::api::DeleteResponse;
@@ -34,7 +33,7 @@ pub fn delete(arguments: &Arguments) -> Result<Vec<u8>, DeleteError> {
     let pid = Known::load(&root, &arguments.id).map_or(0, |known| known.state.process.pid.cast_unsigned());
     pod::delete(&root, &arguments.id, true, &Log::stderr())?;
     // The working directory is the bundle, where the option is not given.
-    let bundle = arguments.bundle.clone().or_else(|| std::env::current_dir().ok()).unwrap_or_else(PathBuf::new);
+    let bundle = arguments.bundle.clone().or_else(|| std::env::current_dir().ok()).unwrap_or_default();
     rootfs::unmount_all(&bundle)?;
     start::remove_socket(&bundle);
     let exited_at = MessageField::some(timestamp(SystemTime::now()));

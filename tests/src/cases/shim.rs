@@ -18,7 +18,14 @@ pub const CASES: &[Case] = &[
 ];
 
 /// Runs until it is told to end, and then exits with 3.
-const PATIENT: &str = "trap 'exit 3' TERM; while :; do sleep 0.1; done";
+const PATIENT: &str = "trap 'exit 3' TERM; touch /ready; while :; do sleep 0.1; done";
+
+/// Starts a container that is [`PATIENT`].
+fn start(containerd: &Containerd, id: &str) -> Outcome {
+    containerd.run(&["-d"], id, &["sh", "-c", PATIENT])?.output()?;
+    let ready = ["task", "exec", "--exec-id", "ready", id, "sh", "-c", "until [ -e /ready ]; do sleep 0.1; done"];
+    containerd.call(&ready)?.output().map(drop)
+}
 
 /// Deletes a task that has ended, and its container; `code` is the exit status that containerd is to know.
 fn delete(containerd: &Containerd, id: &str, code: u8) -> Outcome {
@@ -45,8 +52,8 @@ fn removed_as_often_as_it_runs(scene: &Scene) -> Outcome {
 fn containerd_killed_meanwhile(scene: &Scene) -> Outcome {
     let before = Leaks::watch();
     let mut containerd = Containerd::start(scene, Shim::Podhull)?;
-    containerd.run(&["-d"], "stays", &["sh", "-c", PATIENT])?.output()?;
-    containerd.run(&["-d"], "ends", &["sh", "-c", PATIENT])?.output()?;
+    start(&containerd, "stays")?;
+    start(&containerd, "ends")?;
     containerd.kill_daemon()?;
     let shadow = || {
         processes::all()
