@@ -59,6 +59,8 @@ programs: packages kernel
 # $(call install_into,ROOT)
 define install_into
 	@install -D -m 755 $(programs)/podhull $(1)/bin/podhull
+	@ln -sf podhull $(1)/bin/containerd-shim-podhull-v2
+	@ln -sf podhull $(1)/bin/containerd-shim-kata-v2
 	@install -D -m 644 $(dist)/vmlinux $(1)/lib/podhull/vmlinux
 	@install -D -m 644 $(dist)/guest.img $(1)/lib/podhull/guest.img
 endef

@@ -42,6 +42,11 @@ impl Log {
         Ok(Self { file: path.map(open).transpose()?, format, debug, quiet: false })
     }
 
+    /// A log that is an open file alone.
+    pub fn to(file: File, format: Format, debug: bool) -> Self {
+        Self { file: Some(file), format, debug, quiet: true }
+    }
+
     /// The same without standard error.
     pub fn quiet(self) -> Self {
         Self { quiet: true, ..self }

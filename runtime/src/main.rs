@@ -2,7 +2,7 @@
 //!
 //! `cli` has one file per subcommand and decides exit codes; `bundle` and `spec` read and check what the caller wants;
 //! `pod` makes it so, with `machine` (the VMM process), `network`, `agent` (the guest's PID 1), `stdio`, `signals` and `handover` as its hands;
-//! `state` owns what lies under `/run/podhull`, `cgroup` the control groups on the host.
+//! `state` owns what lies under `/run/podhull`, `cgroup` the control groups on the host. `shim` is the same for containerd.
 
 mod agent;
 mod bundle;
@@ -14,11 +14,15 @@ mod log;
 mod machine;
 mod network;
 mod pod;
+mod shim;
 mod signals;
 mod spec;
 mod state;
 mod stdio;
 
 fn main() -> std::process::ExitCode {
-    cli::main()
+    match std::env::args_os().next() {
+        Some(name) if shim::is_called(&name) => shim::main(),
+        _ => cli::main(),
+    }
 }

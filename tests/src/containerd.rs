@@ -1,4 +1,4 @@
-//! containerd with its shim for runc, which calls the program under test.
+//! containerd, with its shim for runc, which calls the program under test, or with podhull's own.
 
 use std::ffi::OsString;
 use std::fs;
@@ -10,6 +10,7 @@ use rustix::process::Signal;
 use crate::leaks::Leaks;
 use crate::run::{DEADLINE, Ended, Running};
 use crate::suite::Scene;
+use crate::terminal::shell_line;
 use crate::{Outcome, ensure, image};
 
 /// Nothing is left but what containerd makes once for itself; if that is not empty it stays, and is an error.
@@ -18,6 +19,9 @@ pub fn check(before: &Leaks) -> Outcome {
         "run/containerd/runc/default/pods",
         "run/containerd/runc/default",
         "run/containerd/runc",
+        "run/containerd/podhull/default/pods",
+        "run/containerd/podhull/default",
+        "run/containerd/podhull",
         "run/containerd/fifo",
         "run/containerd/s",
         "run/containerd",
@@ -28,16 +32,26 @@ pub fn check(before: &Leaks) -> Outcome {
     before.check()
 }
 
+/// Who stands between containerd and the containers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Shim {
+    /// containerd's shim for runc, which calls the program under test.
+    Runc,
+    /// That of podhull.
+    Podhull,
+}
+
 /// A daemon of its own, with all its directories in the test's. Dropping it ends it.
 pub struct Containerd {
     daemon: Option<Running>,
     directory: PathBuf,
-    runtime: String,
+    /// The words that name the runtime.
+    runtime: Vec<String>,
 }
 
 impl Containerd {
     /// Starts it, and gives it the image of [`image::WHOLE_NAME`].
-    pub fn start(scene: &Scene) -> Outcome<Self> {
+    pub fn start(scene: &Scene, shim: Shim) -> Outcome<Self> {
         let directory = scene.make_directory("containerd")?;
         let path = |name: &str| directory.join(name).display().to_string();
         // What is for Kubernetes, and storage that this host does not have, takes its time.
@@ -52,18 +66,39 @@ impl Containerd {
             path("socket"),
         );
         fs::write(path("config.toml"), config)?;
-        let words = ["containerd", "--config", &path("config.toml")].map(Into::into);
-        let runtime = scene.runtime.program().display().to_string();
-        let containerd = Self { daemon: Some(Running::start(&words, &[])?), directory, runtime };
-        let until = Instant::now() + DEADLINE;
-        while containerd.call(&["version"])?.status != 0 {
-            let said = containerd.daemon.as_ref().map(Running::stderr).unwrap_or_default();
-            ensure!(Instant::now() < until, "containerd does not answer: {said}");
-            std::thread::sleep(Duration::from_millis(200));
-        }
+        let runtime = match shim {
+            Shim::Runc => {
+                let program = scene.runtime.program().display().to_string();
+                ["--runtime", "io.containerd.runc.v2", "--runc-binary", &program].map(str::to_owned).into()
+            }
+            Shim::Podhull => ["--runtime", "io.containerd.podhull.v2"].map(str::to_owned).into(),
+        };
+        let mut containerd = Self { daemon: None, directory, runtime };
+        containerd.start_daemon()?;
         let archive = image::busybox(scene)?;
         containerd.call(&["image", "import", &archive.to_string_lossy()])?.output()?;
         Ok(containerd)
+    }
+
+    /// Starts the daemon, when there is none, and waits until it answers.
+    pub fn start_daemon(&mut self) -> Outcome {
+        let config = self.directory.join("config.toml").display().to_string();
+        let words = ["containerd", "--config", &config].map(Into::into);
+        self.daemon = Some(Running::start(&words, &[])?);
+        let until = Instant::now() + DEADLINE;
+        while self.call(&["version"])?.status != 0 {
+            let said = self.daemon.as_ref().map(Running::stderr).unwrap_or_default();
+            ensure!(Instant::now() < until, "containerd does not answer: {said}");
+            std::thread::sleep(Duration::from_millis(200));
+        }
+        Ok(())
+    }
+
+    /// Kills the daemon, and waits for its end.
+    pub fn kill_daemon(&mut self) -> Outcome {
+        let Some(daemon) = self.daemon.take() else { return Ok(()) };
+        daemon.signal(Signal::KILL)?;
+        daemon.wait().map(drop)
     }
 
     /// The whole command line of its client.
@@ -73,10 +108,15 @@ impl Containerd {
         all
     }
 
+    /// The words of its client for a shell.
+    pub fn shell_words(&self) -> String {
+        shell_line(&self.words(&[]))
+    }
+
     /// The words that run a container of the image.
     pub fn run_words(&self, options: &[&str], id: &str, command: &[&str]) -> Vec<OsString> {
-        let run = ["run", "--runtime", "io.containerd.runc.v2", "--runc-binary", &self.runtime];
-        self.words(&[&run, options, &[image::WHOLE_NAME, id], command].concat())
+        let runtime: Vec<&str> = self.runtime.iter().map(String::as_str).collect();
+        self.words(&[&["run"], &runtime[..], options, &[image::WHOLE_NAME, id], command].concat())
     }
 
     /// Runs a container of the image to its end.

@@ -90,7 +90,8 @@ impl Arguments {
     /// Makes the container.
     pub fn execute(self, context: &Context) -> Result<u8, Failure> {
         let inherited = context.take_inherited()?;
-        pod::create(&self.container.create(context), inherited)?;
+        let handed = pod::Handed { terminal: None, inherited };
+        pod::create(&self.container.create(context), pod::Launch::as_this_process(), handed)?;
         Ok(0)
     }
 }

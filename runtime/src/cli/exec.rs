@@ -107,7 +107,7 @@ impl Arguments {
         let console_socket = self.console_socket.is_some();
         let execution = pod::Execution { known, config, announce: self.announce(), console_socket, inherited };
         match self.detach {
-            true => pod::exec_in_background(execution).map(|()| 0),
+            true => pod::exec_in_background(execution, pod::Launch::as_this_process(), None).map(|_| 0),
             false => pod::exec_in_foreground(execution),
         }
     }

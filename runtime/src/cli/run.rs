@@ -38,7 +38,8 @@ impl Arguments {
         if !self.detach {
             return Ok(pod::run_in_foreground(&self.container.create(context), inherited, self.keep)?);
         }
-        pod::create(&self.container.create(context), inherited)?;
+        let handed = pod::Handed { terminal: None, inherited };
+        pod::create(&self.container.create(context), pod::Launch::as_this_process(), handed)?;
         let id = &self.container.id;
         if let Err(error) = pod::start_created(&context.root, id, &context.log) {
             // What this command made it removes; the error that counts is the first.

@@ -19,7 +19,7 @@ use super::link::{Begin, News};
 use super::network::{self, WireError, Wiring};
 use super::notify::{self, Waiting};
 use super::resize;
-use super::shadow::Shadow;
+use super::shadow::{Launch, Shadow};
 use super::size::{Demand, Size, SizeError};
 use super::view::namespaces;
 use crate::bundle::{Bundle, BundleError};
@@ -125,11 +125,19 @@ struct Made<'a> {
     begun: bool,
 }
 
+/// The processes of a container that was made, children of this one.
+pub struct Created {
+    /// Stands for the container, and ends as it does.
+    pub shadow: i32,
+    /// Its machine's, unless it is in another's.
+    pub machine: Option<i32>,
+}
+
 /// Makes a container, which waits for `start`; it is its shadow's from then on, and so is what its program is to inherit.
-pub fn create(create: &Create<'_>, inherited: Inherited) -> Result<(), CreateError> {
+pub fn create(create: &Create<'_>, launch: Launch, handed: Handed) -> Result<Created, CreateError> {
     let (bundle, wanted) = create.check()?;
     let begin = Begin { kept: true, ..Begin::default() };
-    let mut pod = Pod::begin(create, &bundle, wanted, begin, Handed { terminal: None, inherited })?;
+    let mut pod = Pod::begin(create, &bundle, wanted, begin, launch, handed)?;
     loop {
         match pod.shadow.news() {
             Ok(News::Entered) => {
@@ -147,10 +155,11 @@ pub fn create(create: &Create<'_>, inherited: Inherited) -> Result<(), CreateErr
     if let Err(error) = pod.made.settle() {
         return Err(pod.end(error));
     }
+    let created = Created { shadow: pod.shadow.pid(), machine: pod.machine.as_ref().map(Process::pid) };
     if let Some(machine) = pod.machine {
         machine.release();
     }
-    Ok(())
+    Ok(created)
 }
 
 /// Runs a container in the foreground; returns its exit status. Without `kept` nothing is left of it then.
@@ -158,7 +167,8 @@ pub fn run(create: &Create<'_>, inherited: Inherited, kept: bool) -> Result<u8, 
     let (bundle, wanted) = create.check()?;
     let mut foreground = Foreground::new(&bundle.config, create.console_socket)?;
     let begin = Begin { kept, foreground: true, ..Begin::default() };
-    let mut pod = Pod::begin(create, &bundle, wanted, begin, Handed { terminal: foreground.take_peer(), inherited })?;
+    let handed = Handed { terminal: foreground.take_peer(), inherited };
+    let mut pod = Pod::begin(create, &bundle, wanted, begin, Launch::as_this_process(), handed)?;
     loop {
         match foreground.next(&pod.shadow) {
             Ok(Next::News(News::Entered)) => {
@@ -196,9 +206,12 @@ pub fn run(create: &Create<'_>, inherited: Inherited, kept: bool) -> Result<u8, 
 }
 
 /// What a container's program is to have of the caller's, or of what this process has made for it.
-struct Handed {
-    terminal: Option<OwnedFd>,
-    inherited: Inherited,
+#[derive(Default)]
+pub struct Handed {
+    /// The other side of a terminal.
+    pub terminal: Option<OwnedFd>,
+    /// Beyond the standard streams.
+    pub inherited: Inherited,
 }
 
 /// Where a container is to be.
@@ -214,6 +227,7 @@ impl<'a> Pod<'a> {
         bundle: &Bundle,
         wanted: Wanted,
         begin: Begin,
+        launch: Launch,
         handed: Handed,
     ) -> Result<Self, CreateError> {
         let Handed { terminal, inherited: Inherited { fds: descriptors, listening } } = handed;
@@ -244,7 +258,7 @@ impl<'a> Pod<'a> {
             None if namespaces(&bundle.config).pid => PidNamespace::New,
             None => PidNamespace::Same,
         };
-        let shadow = Shadow::spawn(namespace, begin, &fds).map_err(CreateError::Spawn)?;
+        let shadow = Shadow::spawn(launch, namespace, begin, &fds).map_err(CreateError::Spawn)?;
         let spec = bundle.config.spec();
         let annotations = spec.annotations().clone();
         let mut state = State::new(create.id, shadow.pid(), &bundle.path, &bundle.root_path, annotations);

@@ -18,7 +18,7 @@ use super::announce::{Announce, AnnounceError, Stands};
 use super::descriptors::{self, Attached, DescriptorError, Inherited};
 use super::foreground::{Foreground, ForegroundError, Next};
 use super::link::{Begin, Creator, Given, LinkError, News};
-use super::shadow::Shadow;
+use super::shadow::{Launch, Shadow};
 use super::view::{self, ViewError};
 use crate::agent::{Agent, AgentError, Exit};
 use crate::bundle::{self, BundleError};
@@ -139,9 +139,13 @@ pub fn running(root: &Path, id: &str, ignore_paused: bool) -> Result<Known, Exec
     }
 }
 
-/// Executes the program with a shadow of its own; returns when the program runs.
-pub fn exec_in_background(execution: Execution<'_>) -> Result<(), ExecError> {
-    let (execution, shadow) = execution.spawn(None, false)?;
+/// Executes the program with a shadow of its own, a child of this process; returns its pid when the program runs.
+pub fn exec_in_background(
+    execution: Execution<'_>,
+    launch: Launch,
+    terminal: Option<OwnedFd>,
+) -> Result<i32, ExecError> {
+    let (execution, shadow) = execution.spawn(launch, terminal, false)?;
     loop {
         match shadow.news() {
             Ok(News::Made) => break,
@@ -151,7 +155,7 @@ pub fn exec_in_background(execution: Execution<'_>) -> Result<(), ExecError> {
         }
     }
     match settle(&execution.known, &shadow, execution.announce) {
-        Ok(()) => Ok(()),
+        Ok(()) => Ok(shadow.pid()),
         Err(error) => {
             shadow.kill();
             Err(error)
@@ -162,7 +166,7 @@ pub fn exec_in_background(execution: Execution<'_>) -> Result<(), ExecError> {
 /// Executes the program with a shadow of its own, which lives no longer than this; returns the program's exit status.
 pub fn exec_in_foreground(execution: Execution<'_>) -> Result<u8, ExecError> {
     let mut foreground = Foreground::new(&execution.config, execution.console_socket)?;
-    let (execution, shadow) = execution.spawn(foreground.take_peer(), true)?;
+    let (execution, shadow) = execution.spawn(Launch::as_this_process(), foreground.take_peer(), true)?;
     let mut made = false;
     loop {
         match foreground.next(&shadow) {
@@ -208,7 +212,12 @@ fn died(shadow: Shadow) -> ExecError {
 
 impl Execution<'_> {
     /// Starts the shadow, which is given all that it cannot find out; `terminal` is to be the program's.
-    fn spawn(mut self, terminal: Option<OwnedFd>, foreground: bool) -> Result<(Self, Shadow), ExecError> {
+    fn spawn(
+        mut self,
+        launch: Launch,
+        terminal: Option<OwnedFd>,
+        foreground: bool,
+    ) -> Result<(Self, Shadow), ExecError> {
         let container = self.known.process().ok_or_else(|| ExecError::NotRunning(self.known.state.id.clone()))?;
         let copy = container.try_clone().map_err(ExecError::Spawn)?;
         let process = || {
@@ -231,7 +240,8 @@ impl Execution<'_> {
             ..Begin::default()
         };
         let fds: Vec<_> = terminal.into_iter().chain([copy, process]).chain(mounts).chain(descriptors).collect();
-        let shadow = Shadow::spawn(PidNamespace::Of(container.as_fd()), begin, &fds).map_err(ExecError::Spawn)?;
+        let shadow =
+            Shadow::spawn(launch, PidNamespace::Of(container.as_fd()), begin, &fds).map_err(ExecError::Spawn)?;
         Ok((self, shadow))
     }
 }
@@ -288,7 +298,7 @@ fn execute(exec: &Exec<'_>, given: Given) -> Result<u8, ExecError> {
     let directory = descriptors::directory_of_executed(id, host_process);
     let descriptors = descriptors::prepare(descriptors, &directory)?;
     let stdio = Stdio::new(config.terminal(), exec.console_socket, config.console_size(), terminal)?;
-    let stdio = stdio.leased()?.and(descriptors.streams);
+    let stdio = stdio.in_foreground(begin.foreground).leased()?.and(descriptors.streams);
     let name = name()?;
     let request = ExecProcessRequest {
         container_id: id.into(),

@@ -38,7 +38,7 @@ pub fn run(run: &Run<'_>, given: Given) -> Result<u8, RunError> {
     let mut made = run.make(&begin, &mut bundle)?;
     let console_size = bundle.config.console_size();
     let stdio = Stdio::new(bundle.config.terminal(), run.console_socket, console_size, terminal)?;
-    let stdio = stdio.leased()?.and(descriptors.streams);
+    let stdio = stdio.in_foreground(begin.foreground).leased()?.and(descriptors.streams);
     let sockets = state::open_pod(run.root, &pod.pod)?;
     let agent = crate::stdio::dial(sockets.as_fd(), podhull_protocol::AGENT_PORT).map_err(AgentError::Connect)?;
 

@@ -34,13 +34,13 @@ use std::path::PathBuf;
 
 pub use announce::Announce;
 pub use command::{CommandError, delete, kill, pause, resume, start as start_created};
-pub use create::{Create, CreateError, create, run as run_in_foreground};
+pub use create::{Create, CreateError, Handed, create, run as run_in_foreground};
 pub use descriptors::{Asked, DescriptorError, Inherited};
 pub use exec::{Exec, ExecError, Execution, exec, exec_in_background, exec_in_foreground, running};
 pub use link::{Creator, News};
 pub use notify::SOCKET as NOTIFY_SOCKET;
 pub use resources::ResourceError;
-pub use shadow::{FLAG as SHADOW_FLAG, NAME as SHADOW_NAME};
+pub use shadow::{FLAG as SHADOW_FLAG, Launch, NAME as SHADOW_NAME};
 pub use size::{Demand, host_memory};
 pub use start::{Run, RunError, run};
 pub use update::update;

@@ -1,7 +1,8 @@
 //! The shadow, as who makes it sees it: the process that stands for a container, or for a program executed in one, on the
-//! host. It is a child of the command, runs the same command line with [`FLAG`] in front, and when the command has ended it
-//! is the child of whoever the caller chose for orphans.
+//! host. It is a child of the command, or of the shim, that makes it, and runs the command line that does so with [`FLAG`] in
+//! front. When a command has ended its shadow is the child of whoever the caller chose for orphans.
 
+use std::ffi::OsString;
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
@@ -21,6 +22,21 @@ pub const NAME: &str = "podhull-shadow";
 /// The flag by which a command line is a shadow's.
 pub const FLAG: &str = "--shadow";
 
+/// What a shadow is started with beside what it is told.
+pub struct Launch {
+    /// The command line that makes what it stands for, without the name of the program.
+    pub words: Vec<OsString>,
+    /// Standard input, output and error; `None`: those of this process.
+    pub streams: Option<[OwnedFd; 3]>,
+}
+
+impl Launch {
+    /// As this process was started itself.
+    pub fn as_this_process() -> Self {
+        Self { words: std::env::args_os().skip(1).collect(), streams: None }
+    }
+}
+
 /// A shadow, and what it says. Dropping it leaves the process alone: it sees that its creator is gone.
 pub struct Shadow {
     child: Child,
@@ -28,14 +44,16 @@ pub struct Shadow {
 }
 
 impl Shadow {
-    /// Starts it, with the command line of this process and [`FLAG`]. `begin` is completed with its pid, and says what the
-    /// descriptors are.
-    pub fn spawn(namespace: PidNamespace<'_>, mut begin: Begin, fds: &[OwnedFd]) -> io::Result<Self> {
+    /// Starts it. `begin` is completed with its pid, and says what the descriptors are.
+    pub fn spawn(launch: Launch, namespace: PidNamespace<'_>, mut begin: Begin, fds: &[OwnedFd]) -> io::Result<Self> {
         let (link, theirs) =
             rustix::net::socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)?;
         let fd = theirs.as_raw_fd();
         let mut command = Command::new("/proc/self/exe");
-        command.arg0("podhull").arg(FLAG).args(std::env::args_os().skip(1));
+        command.arg0("podhull").arg(FLAG).args(launch.words);
+        if let Some([stdin, stdout, stderr]) = launch.streams {
+            command.stdin(stdin).stdout(stdout).stderr(stderr);
+        }
         // SAFETY: between fork and exec the closure only makes system calls, and allocates nothing.
         unsafe {
             command.pre_exec(move || inherit_only(fd));

@@ -177,7 +177,7 @@ pub fn run(run: &Run<'_>) -> Result<u8, RunError> {
     let (kvm, kernel, image) = (resources::kvm()?, resources::kernel()?, resources::image()?);
     let console_size = bundle.config.console_size();
     let stdio = Stdio::new(bundle.config.terminal(), run.console_socket, console_size, terminal)?;
-    let stdio = stdio.and(descriptors.streams);
+    let stdio = stdio.in_foreground(begin.foreground).and(descriptors.streams);
 
     let pod = directory.open_pod()?;
     let (agent, their_agent) = UnixStream::pair().map_err(|e| RunError::Socket(directory.pod(), e))?;

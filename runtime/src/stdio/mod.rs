@@ -26,6 +26,7 @@ use tokio::sync::{mpsc, oneshot};
 use crate::confine::drop_privileges;
 pub use connect::{SOCKET, connect_here, connect_in_loop, connect_packets, dial};
 use console::Console;
+pub use console::{pair as terminal_pair, set_size as set_terminal_size};
 pub use proxy::Proxy;
 use pump::Progress;
 pub use pump::STACK;
@@ -125,8 +126,7 @@ pub struct Stdio {
 
 impl Stdio {
     /// Decides where the streams go; nothing is connected yet. `size` is what the specification says about the terminal.
-    /// `given` is one of the command's making ([`Proxy`]), which stays in the foreground. With a terminal nothing of the
-    /// caller's stays open.
+    /// `given` is one of the making of who asked for the container. With a terminal nothing of the caller's stays open.
     pub fn new(
         terminal: bool,
         console_socket: Option<&Path>,
@@ -150,6 +150,12 @@ impl Stdio {
         pump::prepare().map_err(StdioError::Duplicate)?;
         let tokens = [token()?, token()?, token()?];
         Ok(Self { ends, further: RefCell::default(), tokens, lease: 0, foreground })
+    }
+
+    /// Whether who has made the terminal is a command that stays in the foreground ([`Proxy`]): then the output comes to another
+    /// terminal.
+    pub fn in_foreground(self, foreground: bool) -> Self {
+        Self { foreground: self.foreground && foreground, ..self }
     }
 
     /// With a lease: what uses these streams ends in the guest when this process does, in whatever way.

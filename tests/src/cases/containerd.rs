@@ -1,26 +1,38 @@
-//! containerd calls the runtime through its shim for runc, by `BinaryName`.
+//! containerd calls the runtime through its shim for runc, by `BinaryName`, or podhull by its own shim.
 
-use super::oci;
-use crate::containerd::{Containerd, check};
+use super::{oci, podhull};
+use crate::containerd::{Containerd, Shim, check};
 use crate::leaks::Leaks;
 use crate::run::DEADLINE;
 use crate::suite::{Case, Scene};
 use crate::terminal::{Tmux, shell_line};
 use crate::{Outcome, ensure, ensure_eq};
 
-pub const CASES: &[Case] = &[oci("containerd::tasks", tasks)];
+pub const CASES: &[Case] = &[
+    oci("containerd::tasks", |scene| tasks(scene, Shim::Runc)),
+    podhull("containerd::tasks_of_our_own_shim", |scene| tasks(scene, Shim::Podhull)),
+];
 
 /// The status of a task, as `ctr task list` has it.
-fn status(containerd: &Containerd, id: &str) -> Outcome<String> {
+pub fn status(containerd: &Containerd, id: &str) -> Outcome<String> {
     let list = containerd.call(&["task", "list"])?.output()?;
     let line =
         list.lines().find(|line| line.split_whitespace().next() == Some(id)).ok_or(format!("no {id}: {list}"))?;
     Ok(line.split_whitespace().nth(2).unwrap_or_default().to_owned())
 }
 
-fn tasks(scene: &Scene) -> Outcome {
+/// Waits for the end of a task.
+pub fn stopped(containerd: &Containerd, id: &str) -> Outcome {
+    let until = std::time::Instant::now() + DEADLINE;
+    while status(containerd, id)? != "STOPPED" {
+        ensure!(std::time::Instant::now() < until, "{id} does not stop");
+    }
+    Ok(())
+}
+
+fn tasks(scene: &Scene, shim: Shim) -> Outcome {
     let before = Leaks::watch();
-    let containerd = Containerd::start(scene)?;
+    let containerd = Containerd::start(scene, shim)?;
     let ended =
         containerd.run(&["--rm"], "first", &["sh", "-c", "echo out; echo err >&2; exit 7"])?.expect_status(7)?;
     ensure_eq!((&*ended.stdout, ended.stderr.contains("err\n")), ("out\n", true), "outputs {:?}", ended.stderr);
@@ -59,10 +71,7 @@ fn tasks(scene: &Scene) -> Outcome {
     containerd.call(&["task", "resume", "second"])?.output()?;
     ensure_eq!(status(&containerd, "second")?, "RUNNING", "status after resume");
     containerd.call(&["task", "kill", "--signal", "SIGTERM", "second"])?.output()?;
-    let until = std::time::Instant::now() + DEADLINE;
-    while status(&containerd, "second")? != "STOPPED" {
-        ensure!(std::time::Instant::now() < until, "it does not stop");
-    }
+    stopped(&containerd, "second")?;
     let deleted = containerd.call(&["task", "delete", "second"])?;
     ensure!(deleted.stderr.contains("non-zero exit code 3"), "exit status: {:?}", deleted.stderr);
     containerd.call(&["container", "delete", "second"])?.output()?;

@@ -1,6 +1,8 @@
 //! What the documentation tells people to type does what it says.
 
+use super::containerd::stopped;
 use super::podhull;
+use crate::containerd::{self, Containerd, Shim};
 use crate::docker::{self, Docker};
 use crate::leaks::Leaks;
 use crate::netns::Netns;
@@ -9,7 +11,11 @@ use crate::run::Running;
 use crate::suite::{Case, Scene};
 use crate::{Outcome, ensure, ensure_eq, image};
 
-pub const CASES: &[Case] = &[podhull("docs::podman", podman_page), podhull("docs::docker", docker_page)];
+pub const CASES: &[Case] = &[
+    podhull("docs::podman", podman_page),
+    podhull("docs::docker", docker_page),
+    podhull("docs::containerd", containerd_page),
+];
 
 /// The blocks of a page in one language.
 fn blocks<'a>(page: &'a str, language: &str) -> Vec<&'a str> {
@@ -18,13 +24,13 @@ fn blocks<'a>(page: &'a str, language: &str) -> Vec<&'a str> {
 }
 
 /// Types what follows each `# ` of the page's consoles, with `rewrite` in between, and compares what comes. What installs podhull
-/// was done already: it is how it came to this host.
+/// was done already: it is how it came to this host. What pulls an image has no registry to pull it from.
 fn type_all(page: &str, rewrite: impl Fn(&str) -> String) -> Outcome {
     let mut typed = 0;
     for block in blocks(page, "console") {
         for (line, expected) in block.split("\n# ").map(|part| part.split_once('\n').unwrap_or((part, ""))) {
             let line = line.trim_start_matches("# ");
-            if line.starts_with("make ") {
+            if line.starts_with("make ") || line.contains(" pull ") {
                 continue;
             }
             let words = ["sh", "-c", &rewrite(line)].map(Into::into);
@@ -67,4 +73,20 @@ fn docker_page(scene: &Scene) -> Outcome {
     type_all(page, |line| if line.starts_with("docker ") { line.replacen("docker", &own, 1) } else { line.into() })?;
     docker.end()?;
     docker::check(&before)
+}
+
+fn containerd_page(scene: &Scene) -> Outcome {
+    let page = include_str!("../../../docs/containerd.md");
+    let before = Leaks::watch();
+    let containerd = Containerd::start(scene, Shim::Podhull)?;
+    let archive = image::busybox_as(scene, IMAGE)?;
+    containerd.call(&["image", "import", &archive.to_string_lossy()])?.output()?;
+    let own = containerd.shell_words();
+    type_all(page, |line| if line.starts_with("ctr ") { line.replacen("ctr", &own, 1) } else { line.into() })?;
+    stopped(&containerd, "web")?;
+    // What its client is told to leave it leaves.
+    containerd.call(&["task", "delete", "web"])?;
+    containerd.call(&["container", "delete", "web"])?.output()?;
+    containerd.end()?;
+    containerd::check(&before)
 }

@@ -35,6 +35,7 @@ mod process;
 mod programs;
 mod races;
 mod resources;
+mod shim;
 mod sockets;
 mod stdio;
 mod systemd;
@@ -78,6 +79,7 @@ pub const ALL: &[&[Case]] = &[
     forwards::CASES,
     programs::CASES,
     containerd::CASES,
+    shim::CASES,
     podman::CASES,
     podman_networks::CASES,
     docker::CASES,

@@ -23,7 +23,7 @@ fn systemctl(words: &[&str]) -> Outcome<Ended> {
 
 fn a_unit_that_podman_writes(scene: &Scene) -> Outcome {
     let podman = Podman::with_systemd(scene)?;
-    // The unit calls Podman once without the places that it was told, which makes these of its own.
+    // The unit calls Podman once without the places that it was told, which makes these of its own; more of them when it is stopped.
     Running::start(&["podman", "info"].map(Into::into), &[])?.wait()?.output()?;
     let before = Leaks::watch();
     let script = "trap 'echo bye; exit 0' TERM; echo hello; while :; do sleep 0.1; done";
@@ -49,6 +49,9 @@ fn a_unit_that_podman_writes(scene: &Scene) -> Outcome {
     ensure_eq!(podman.call(&["ps", "-aq"])?.output()?, "", "containers after the unit was stopped");
     systemctl(&["reset-failed"])?.output()?;
     systemctl(&["stop", "machine.slice"])?.output()?;
+    for own in ["/run/containers", "/run/libpod"] {
+        fs::remove_dir_all(own)?;
+    }
     check(&before)
 }
 

@@ -1,0 +1,451 @@
+//! A container of the pod, from its making to its end, and what is executed in it.
+
+use std::collections::HashMap;
+use std::ffi::OsString;
+use std::os::fd::AsFd;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, SystemTime};
+
+use containerd_shim_protos::api::{CreateTaskRequest, ExecProcessRequest, ProcessInfo};
+use containerd_shim_protos::events::task::{
+    TaskCreate, TaskDelete, TaskExecAdded, TaskExecStarted, TaskExit, TaskIO as EventIo, TaskOOM, TaskPaused,
+    TaskResumed, TaskStart,
+};
+use containerd_shim_protos::protobuf::MessageField;
+use containerd_shim_protos::shim::oci::ProcessDetails;
+use rustix::process::{Signal, pidfd_send_signal};
+use serde_json::Value;
+use ttrpc::{Code, Result};
+
+use super::error::{error, failed, not_found, not_now, of_command, of_create, of_exec, of_kill};
+use super::events::{Event, Publisher, any, timestamp};
+use super::io::{Io, Names, Owner};
+use super::process::{Exit, Phase, Process, reap};
+use super::{metrics, rootfs};
+use crate::agent::{Agent, Happening};
+use crate::bundle;
+use crate::cgroup::Manager;
+use crate::log::Log;
+use crate::pod::{self, Announce, Create, Execution, Handed, Inherited, Launch};
+use crate::spec::Resources;
+use crate::state::Known;
+
+/// How long what is executed in a container may take to end after that has.
+const AFTER: Duration = Duration::from_secs(10);
+
+/// What all containers of a shim have in common.
+pub struct Surroundings {
+    /// containerd's namespace.
+    pub namespace: String,
+    /// The state root.
+    pub root: PathBuf,
+    /// Where to say what is done.
+    pub log: Log,
+    /// The same for processes that are started.
+    pub debug: bool,
+    /// Who is told what happens.
+    pub publisher: Publisher,
+}
+
+/// A container.
+pub struct Container {
+    id: String,
+    bundle: PathBuf,
+    surroundings: Arc<Surroundings>,
+    cgroups: Manager,
+    /// Its first process.
+    pub init: Arc<Process>,
+    executed: Mutex<HashMap<String, Arc<Process>>>,
+    paused: AtomicBool,
+}
+
+/// Does what waits, beside everything else.
+async fn beside<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Result<T> {
+    tokio::task::spawn_blocking(work).await.map_err(failed)
+}
+
+impl Container {
+    /// Makes it, up to its program's start.
+    pub async fn create(surroundings: Arc<Surroundings>, request: CreateTaskRequest) -> Result<Arc<Self>> {
+        if !request.checkpoint.is_empty() {
+            return Err(error(
+                Code::UNIMPLEMENTED,
+                "checkpoint: podhull does not restore containers, which are in virtual machines",
+            ));
+        }
+        let bundle = PathBuf::from(&request.bundle);
+        let names = Names {
+            stdin: request.stdin.clone(),
+            stdout: request.stdout.clone(),
+            stderr: request.stderr.clone(),
+            terminal: request.terminal,
+        };
+        let owner = Owner { namespace: surroundings.namespace.clone(), id: request.id.clone() };
+        let Io { streams, terminal, ends } = Io::open(&names, &owner).await.map_err(failed)?;
+        let container = Arc::new(Self {
+            cgroups: manager(&bundle),
+            id: request.id.clone(),
+            bundle,
+            surroundings,
+            init: Arc::new(Process::new("", Value::Null, names)),
+            executed: Mutex::default(),
+            paused: AtomicBool::new(false),
+        });
+        let this = container.clone();
+        let mounts = request.rootfs.clone();
+        let made = beside(move || {
+            rootfs::mount_all(&this.bundle, &mounts).map_err(failed)?;
+            let launch = Launch {
+                words: this.words(&["create", "--bundle"], &[this.bundle.as_os_str(), this.id.as_ref()]),
+                streams: Some(streams),
+            };
+            let create = Create {
+                id: &this.id,
+                bundle: &this.bundle,
+                announce: Announce::default(),
+                console_socket: false,
+                cgroups: this.cgroups,
+                root: &this.surroundings.root,
+                log: &this.surroundings.log,
+            };
+            pod::create(&create, launch, Handed { terminal, inherited: Inherited::default() }).map_err(|error| {
+                let _ = rootfs::unmount_all(&this.bundle);
+                of_create(error)
+            })
+        });
+        let created = match made.await? {
+            Ok(created) => created,
+            Err(error) => {
+                ends.finish().await;
+                return Err(error);
+            }
+        };
+        let turn = container.init.turn.lock().await;
+        container.init.made(created.shadow, ends, Phase::Created).map_err(failed)?;
+        container.publish(&Event::Created(TaskCreate {
+            container_id: request.id,
+            bundle: request.bundle,
+            rootfs: request.rootfs,
+            io: MessageField::some(EventIo {
+                stdin: request.stdin,
+                stdout: request.stdout,
+                stderr: request.stderr,
+                terminal: request.terminal,
+                ..Default::default()
+            }),
+            pid: container.init.pid_u32(),
+            ..Default::default()
+        }));
+        drop(turn);
+        if let Some(machine) = created.machine {
+            tokio::spawn(reap(machine));
+        }
+        tokio::spawn(container.clone().watch_memory());
+        tokio::spawn(container.clone().watch(container.init.clone()));
+        Ok(container)
+    }
+
+    /// The command line of a shadow.
+    fn words(&self, command: &[&str], rest: &[&std::ffi::OsStr]) -> Vec<OsString> {
+        let Surroundings { root, debug, .. } = &*self.surroundings;
+        let mut words: Vec<OsString> =
+            vec!["--root".into(), root.into(), "--log".into(), self.bundle.join("log.json").into()];
+        words.extend(["--log-format", "json"].map(OsString::from));
+        words.extend(debug.then(|| "--debug".into()));
+        words.extend((self.cgroups == Manager::Systemd).then(|| "--systemd-cgroup".into()));
+        words.extend(command.iter().map(OsString::from));
+        words.extend(rest.iter().map(OsString::from));
+        words
+    }
+
+    fn publish(&self, event: &Event) {
+        self.surroundings.publisher.publish(event);
+    }
+
+    fn executed(&self) -> std::sync::MutexGuard<'_, HashMap<String, Arc<Process>>> {
+        self.executed.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Its first process, or with a name one that is executed in it.
+    pub fn process(&self, exec: &str) -> Result<Arc<Process>> {
+        match exec {
+            "" => Ok(self.init.clone()),
+            exec => {
+                self.executed().get(exec).cloned().ok_or_else(|| not_found(format!("process {exec:?} does not exist")))
+            }
+        }
+    }
+
+    /// Its state, or that of what is executed in it.
+    pub fn state(&self, exec: &str) -> Result<containerd_shim_protos::api::StateResponse> {
+        let bundle = self.bundle.to_string_lossy();
+        Ok(self.process(exec)?.state(&self.id, &bundle, self.paused.load(Ordering::Relaxed)))
+    }
+
+    /// Tells of the end of a process, and lets go of what was held for it.
+    async fn watch(self: Arc<Self>, process: Arc<Process>) {
+        let status = reap(process.pid()).await.unwrap_or(255);
+        let exit = Exit { status, at: SystemTime::now() };
+        if process.exec.is_empty() {
+            self.end_executed().await;
+        }
+        // It is told of its start first.
+        let turn = process.turn.lock().await;
+        self.publish(&Event::Exited(TaskExit {
+            container_id: self.id.clone(),
+            id: if process.exec.is_empty() { self.id.clone() } else { process.exec.clone() },
+            pid: process.pid_u32(),
+            exit_status: status,
+            exited_at: MessageField::some(timestamp(exit.at)),
+            ..Default::default()
+        }));
+        process.exited(exit);
+        drop(turn);
+        process.finish().await;
+    }
+
+    /// The container has ended, and with it what was executed in it: their ends are told before its own.
+    async fn end_executed(&self) {
+        let running: Vec<_> =
+            self.executed().values().filter(|process| process.phase() == Phase::Running).cloned().collect();
+        for process in running {
+            if tokio::time::timeout(AFTER, process.wait()).await.is_err() {
+                if let Some(shadow) = process.shadow() {
+                    let _ = pidfd_send_signal(shadow, Signal::KILL);
+                }
+                process.wait().await;
+            }
+        }
+    }
+
+    /// Tells of processes that are killed for lack of memory.
+    async fn watch_memory(self: Arc<Self>) {
+        let this = self.clone();
+        let dial = beside(move || {
+            let known = Known::load(&this.surroundings.root, &this.id).ok()?;
+            let pod = known.pod().ok()?;
+            crate::stdio::dial(pod.as_fd(), podhull_protocol::AGENT_PORT).ok()
+        });
+        let Ok(Some(stream)) = dial.await else { return };
+        let Ok(agent) = Agent::new(stream) else { return };
+        let Ok(mut events) = agent.watch(&self.id).await else { return };
+        while let Ok(Happening::OutOfMemory) = events.next(&self.id).await {
+            self.publish(&Event::OutOfMemory(TaskOOM { container_id: self.id.clone(), ..Default::default() }));
+        }
+    }
+
+    /// Starts its program, or executes one that was added; returns the process that stands for it.
+    pub async fn start(self: &Arc<Self>, exec: &str) -> Result<u32> {
+        let process = self.process(exec)?;
+        let turn = process.turn.lock().await;
+        if exec.is_empty() {
+            let this = self.clone();
+            let Surroundings { root, .. } = &*self.surroundings;
+            let root = root.clone();
+            beside(move || pod::start_created(&root, &this.id, &this.surroundings.log)).await?.map_err(of_command)?;
+            process.started();
+            self.publish(&Event::Started(TaskStart {
+                container_id: self.id.clone(),
+                pid: process.pid_u32(),
+                ..Default::default()
+            }));
+        } else {
+            self.execute(&process).await?;
+            self.publish(&Event::ExecStarted(TaskExecStarted {
+                container_id: self.id.clone(),
+                exec_id: exec.into(),
+                pid: process.pid_u32(),
+                ..Default::default()
+            }));
+            tokio::spawn(self.clone().watch(process.clone()));
+        }
+        drop(turn);
+        Ok(process.pid_u32())
+    }
+
+    async fn execute(self: &Arc<Self>, process: &Arc<Process>) -> Result<()> {
+        match process.phase() {
+            Phase::Added => {}
+            _ => return Err(not_now(format!("process {:?} was started already", process.exec))),
+        }
+        let owner = Owner { namespace: self.surroundings.namespace.clone(), id: self.id.clone() };
+        let Io { streams, terminal, ends } = Io::open(&process.names, &owner).await.map_err(failed)?;
+        let (this, added) = (self.clone(), process.clone());
+        let executed = beside(move || {
+            let known = pod::running(&this.surroundings.root, &this.id, false)?;
+            let config = bundle::with_process(&this.bundle, |value| {
+                *value = added.spec.clone();
+                value["terminal"] = added.names.terminal.into();
+            })?;
+            let words = this.words(&["exec", "--detach"], &[this.id.as_ref()]);
+            let execution = Execution {
+                known,
+                config,
+                announce: Announce::default(),
+                console_socket: false,
+                inherited: Inherited::default(),
+            };
+            pod::exec_in_background(execution, Launch { words, streams: Some(streams) }, terminal)
+        });
+        match executed.await? {
+            Ok(pid) => process.made(pid, ends, Phase::Running).map_err(failed),
+            Err(error) => {
+                ends.finish().await;
+                Err(of_exec(error))
+            }
+        }
+    }
+
+    /// Adds a program to execute.
+    pub fn add(&self, request: ExecProcessRequest) -> Result<()> {
+        if let Phase::Exited(_) = self.init.phase() {
+            return Err(not_now(format!("container {:?} is not running", self.id)));
+        }
+        let wrong =
+            |what: String| error(Code::INVALID_ARGUMENT, format!("spec of process {:?}: {what}", request.exec_id));
+        if request.exec_id.is_empty() {
+            return Err(wrong("no name".into()));
+        }
+        let spec: Value = serde_json::from_slice(&request.spec.value).map_err(|e| wrong(e.to_string()))?;
+        if !spec.is_object() {
+            return Err(wrong("not an object".into()));
+        }
+        let names =
+            Names { stdin: request.stdin, stdout: request.stdout, stderr: request.stderr, terminal: request.terminal };
+        let mut executed = self.executed();
+        if executed.contains_key(&request.exec_id) {
+            return Err(error(Code::ALREADY_EXISTS, format!("process {:?} exists already", request.exec_id)));
+        }
+        executed.insert(request.exec_id.clone(), Arc::new(Process::new(&request.exec_id, spec, names)));
+        drop(executed);
+        self.publish(&Event::ExecAdded(TaskExecAdded {
+            container_id: self.id.clone(),
+            exec_id: request.exec_id,
+            ..Default::default()
+        }));
+        Ok(())
+    }
+
+    /// Sends a signal to its first process, to all of them, or to one that was executed.
+    pub async fn kill(self: &Arc<Self>, exec: &str, signal: u32, all: bool) -> Result<()> {
+        let process = self.process(exec)?;
+        let number = i32::try_from(signal).unwrap_or(-1);
+        match process.phase() {
+            Phase::Exited(_) => return Err(not_found("process already finished")),
+            Phase::Added => return Err(not_now("process not created")),
+            _ => {}
+        }
+        if exec.is_empty() {
+            let this = self.clone();
+            return beside(move || pod::kill(&this.surroundings.root, &this.id, number, all)).await?.map_err(of_kill);
+        }
+        // Real-time signals have no names. What the number 0 asks for is known by now.
+        let signal = match number {
+            0 => return Ok(()),
+            // SAFETY: whoever sends signals of the C library's own means a process of the guest.
+            1..=64 => unsafe { Signal::from_raw_unchecked(number) },
+            _ => return Err(error(Code::INVALID_ARGUMENT, format!("there is no signal {signal}"))),
+        };
+        let Some(shadow) = process.shadow() else { return Err(not_now("process not created")) };
+        pidfd_send_signal(shadow, signal).map_err(|_| not_found("process already finished"))
+    }
+
+    /// Stops all of it where it is.
+    pub async fn pause(self: &Arc<Self>) -> Result<()> {
+        let this = self.clone();
+        beside(move || pod::pause(&this.surroundings.root, &this.id)).await?.map_err(of_command)?;
+        self.paused.store(true, Ordering::Relaxed);
+        self.publish(&Event::Paused(TaskPaused { container_id: self.id.clone(), ..Default::default() }));
+        Ok(())
+    }
+
+    /// Lets it go on.
+    pub async fn resume(self: &Arc<Self>) -> Result<()> {
+        let this = self.clone();
+        beside(move || pod::resume(&this.surroundings.root, &this.id)).await?.map_err(of_command)?;
+        self.paused.store(false, Ordering::Relaxed);
+        self.publish(&Event::Resumed(TaskResumed { container_id: self.id.clone(), ..Default::default() }));
+        Ok(())
+    }
+
+    /// Other limits.
+    pub async fn update(self: &Arc<Self>, resources: Vec<u8>) -> Result<()> {
+        let wrong = |what: String| error(Code::INVALID_ARGUMENT, format!("resources: {what}"));
+        let document = serde_json::from_slice(&resources).map_err(|e| wrong(e.to_string()))?;
+        let resources = Resources::read(document).map_err(|e| wrong(e.to_string()))?;
+        let this = self.clone();
+        let update = move || pod::update(&this.surroundings.root, &this.id, &resources, &this.surroundings.log);
+        beside(update).await?.map_err(of_command)
+    }
+
+    /// What it uses.
+    pub async fn stats(self: &Arc<Self>) -> Result<containerd_shim_protos::protobuf::well_known_types::any::Any> {
+        let this = self.clone();
+        let stats = beside(move || pod::stats(&this.surroundings.root, &this.id)).await?.map_err(of_command)?;
+        Ok(any(&metrics::of(stats)))
+    }
+
+    /// The processes of the host that stand for it and for what is executed in it. The first one is among them when it has ended,
+    /// too: a containerd that is back from a restart takes a shim without processes for one that nobody needs.
+    pub fn pids(&self) -> Vec<ProcessInfo> {
+        let mut all = vec![self.init.clone()];
+        all.extend(self.executed().values().filter(|process| process.phase() == Phase::Running).cloned());
+        let info = |process: Arc<Process>| {
+            let details = ProcessDetails { exec_id: process.exec.clone(), ..Default::default() };
+            let info = if process.exec.is_empty() { MessageField::none() } else { MessageField::some(any(&details)) };
+            ProcessInfo { pid: process.pid_u32(), info, ..Default::default() }
+        };
+        all.into_iter().map(info).collect()
+    }
+
+    /// Forgets a program that has ended, or was never started.
+    pub async fn forget(&self, exec: &str) -> Result<Arc<Process>> {
+        let process = self.process(exec)?;
+        match process.phase() {
+            Phase::Added => {}
+            Phase::Exited(_) => process.finished().await,
+            _ => return Err(not_now(format!("process {exec:?} is running"))),
+        }
+        self.executed().remove(exec);
+        Ok(process)
+    }
+
+    /// Removes it.
+    pub async fn delete(self: &Arc<Self>) -> Result<()> {
+        match self.init.phase() {
+            Phase::Running => return Err(not_now(format!("container {:?} is running: stop it first", self.id))),
+            Phase::Exited(_) => self.init.finished().await,
+            Phase::Added | Phase::Created => {}
+        }
+        let this = self.clone();
+        beside(move || pod::delete(&this.surroundings.root, &this.id, true, &this.surroundings.log))
+            .await?
+            .map_err(of_command)?;
+        // It may have been there until now, and its end is told.
+        let exit = self.init.wait().await;
+        self.init.finished().await;
+        let this = self.clone();
+        beside(move || rootfs::unmount_all(&this.bundle)).await?.map_err(failed)?;
+        self.publish(&Event::Deleted(TaskDelete {
+            container_id: self.id.clone(),
+            pid: self.init.pid_u32(),
+            exit_status: exit.status,
+            exited_at: MessageField::some(timestamp(exit.at)),
+            ..Default::default()
+        }));
+        Ok(())
+    }
+}
+
+/// Who makes control groups: what `linux.cgroupsPath` looks like says so, since options for that are another shim's.
+fn manager(bundle: &Path) -> Manager {
+    let read = || -> Option<Value> {
+        let text = std::fs::read(bundle.join("config.json")).ok()?;
+        serde_json::from_slice(&text).ok()
+    };
+    let config = read().unwrap_or_default();
+    let path = config["linux"]["cgroupsPath"].as_str().unwrap_or_default();
+    if !path.starts_with('/') && path.matches(':').count() == 2 { Manager::Systemd } else { Manager::Files }
+}

@@ -1,0 +1,78 @@
+//! The containerd shim: this program under the name `containerd-shim-podhull-v2` or `containerd-shim-kata-v2`. One process for each
+//! pod serves containerd's Task service over ttrpc (containerd, `core/runtime/v2/README.md`); containers are made by `pod`, as by
+//! the command line, and their shadows are this process's children.
+//!
+//! `start` (in `start.rs`) makes that process, or finds it, and prints its address; `serve.rs` is the process; `delete.rs` removes
+//! what is left when it is gone.
+
+mod arguments;
+mod container;
+mod delete;
+mod error;
+mod events;
+mod fifo;
+mod io;
+mod metrics;
+mod process;
+mod rootfs;
+mod serve;
+mod service;
+mod start;
+
+use std::ffi::OsStr;
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use arguments::{Action, Arguments};
+
+/// What the names of shims begin with.
+const NAME: &str = "containerd-shim-";
+
+/// Why the shim failed before it could answer anybody.
+#[derive(Debug, thiserror::Error)]
+enum ShimError {
+    #[error(transparent)]
+    Arguments(#[from] arguments::ArgumentError),
+    #[error(transparent)]
+    Start(#[from] start::StartError),
+    #[error(transparent)]
+    Serve(#[from] serve::ServeError),
+    #[error(transparent)]
+    Delete(#[from] delete::DeleteError),
+    #[error("cannot write to standard output: {0}")]
+    Output(#[source] std::io::Error),
+}
+
+/// Whether a program of this name is a shim.
+pub fn is_called(name: &OsStr) -> bool {
+    let file = Path::new(name).file_name().unwrap_or_default();
+    file.to_str().is_some_and(|file| file.starts_with(NAME))
+}
+
+/// Does what the command line says; containerd reads both outputs of `start` as its answer.
+pub fn main() -> ExitCode {
+    match run() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            let _ = writeln!(std::io::stderr(), "podhull: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run() -> Result<(), ShimError> {
+    let arguments = Arguments::read(std::env::args_os())?;
+    let answer = match arguments.action {
+        Action::Version => arguments::version(),
+        Action::Start => start::start(&arguments)?,
+        Action::Delete => delete::delete(&arguments)?,
+        Action::Serve => return Ok(serve::serve(&arguments)?),
+    };
+    std::io::stdout().write_all(&answer).map_err(ShimError::Output)
+}
+
+/// The state root of a namespace's containers. Not below `/run/podhull`, whose entries are containers.
+fn state_root(namespace: &str) -> PathBuf {
+    Path::new("/run/containerd/podhull").join(namespace)
+}

@@ -1,0 +1,237 @@
+//! The root file system of a container, mounted as containerd asks for it: in the bundle, where callers of runc find it too.
+
+use std::ffi::CString;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use containerd_shim_protos::api::Mount;
+use rustix::io::Errno;
+use rustix::mount::{MountFlags, UnmountFlags, mount, mount_bind, mount_bind_recursive, mount_remount, unmount};
+use rustix::thread::{UnshareFlags, unshare_unsafe};
+
+/// What mount(2) takes of a file system's own options: a page, with its end.
+const MAX_DATA: usize = 4096;
+
+/// Options that are flags of mount(2), and what they are not.
+const FLAGS: &[(&str, MountFlags, bool)] = &[
+    ("ro", MountFlags::RDONLY, true),
+    ("rw", MountFlags::RDONLY, false),
+    ("nosuid", MountFlags::NOSUID, true),
+    ("suid", MountFlags::NOSUID, false),
+    ("nodev", MountFlags::NODEV, true),
+    ("dev", MountFlags::NODEV, false),
+    ("noexec", MountFlags::NOEXEC, true),
+    ("exec", MountFlags::NOEXEC, false),
+    ("sync", MountFlags::SYNCHRONOUS, true),
+    ("async", MountFlags::SYNCHRONOUS, false),
+    ("dirsync", MountFlags::DIRSYNC, true),
+    ("noatime", MountFlags::NOATIME, true),
+    ("atime", MountFlags::NOATIME, false),
+    ("nodiratime", MountFlags::NODIRATIME, true),
+    ("diratime", MountFlags::NODIRATIME, false),
+    ("relatime", MountFlags::RELATIME, true),
+    ("norelatime", MountFlags::RELATIME, false),
+    ("strictatime", MountFlags::STRICTATIME, true),
+    ("nostrictatime", MountFlags::STRICTATIME, false),
+];
+
+/// Why it cannot be mounted.
+#[derive(Debug, thiserror::Error)]
+pub enum RootfsError {
+    /// What only containerd's own code does, or a kind of mount that needs a program.
+    #[error("rootfs: {0}: not supported: use a snapshotter whose mounts are plain, such as overlayfs")]
+    Unsupported(String),
+    /// The kernel says no.
+    #[error("rootfs: cannot mount {0} at {1}: {2}")]
+    Mount(String, PathBuf, #[source] Errno),
+    /// The directory.
+    #[error("rootfs: {0}: {1}")]
+    Directory(PathBuf, #[source] io::Error),
+    /// It stays.
+    #[error("rootfs: cannot unmount {0}: {1}")]
+    Unmount(PathBuf, #[source] Errno),
+}
+
+/// Where the root file system of a bundle is.
+pub fn of(bundle: &Path) -> PathBuf {
+    bundle.join("rootfs")
+}
+
+/// Mounts all of it, or nothing.
+pub fn mount_all(bundle: &Path, mounts: &[Mount]) -> Result<(), RootfsError> {
+    if mounts.is_empty() {
+        return Ok(());
+    }
+    let target = of(bundle);
+    match std::fs::create_dir(&target) {
+        Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
+            return Err(RootfsError::Directory(target, error));
+        }
+        _ => {}
+    }
+    mounts.iter().try_for_each(|mount| mount_one(mount, &target)).inspect_err(|_| {
+        let _ = unmount_all(bundle);
+    })
+}
+
+/// Unmounts whatever is mounted there.
+pub fn unmount_all(bundle: &Path) -> Result<(), RootfsError> {
+    let target = of(bundle);
+    loop {
+        match unmount(&target, UnmountFlags::DETACH | UnmountFlags::NOFOLLOW) {
+            Ok(()) => {}
+            // Nothing (more).
+            Err(Errno::INVAL | Errno::NOENT) => return Ok(()),
+            Err(errno) => return Err(RootfsError::Unmount(target, errno)),
+        }
+    }
+}
+
+fn mount_one(wanted: &Mount, target: &Path) -> Result<(), RootfsError> {
+    if !wanted.target.is_empty() {
+        return Err(RootfsError::Unsupported(format!("a mount at {:?} in it", wanted.target)));
+    }
+    let Options { flags, bind, data } = Options::of(wanted)?;
+    let wrong = |errno| RootfsError::Mount(format!("{} {}", wanted.type_, wanted.source), target.to_owned(), errno);
+    match bind {
+        Some(recursive) => {
+            let bound = if recursive {
+                mount_bind_recursive(&*wanted.source, target)
+            } else {
+                mount_bind(&*wanted.source, target)
+            };
+            bound.map_err(wrong)?;
+            // The flags of a bind count when it is mounted again.
+            if flags.is_empty() { Ok(()) } else { mount_remount(target, MountFlags::BIND | flags, "").map_err(wrong) }
+        }
+        None if data.len() < MAX_DATA => {
+            let data = CString::new(data).map_err(|_| wrong(Errno::INVAL))?;
+            mount(&*wanted.source, target, &*wanted.type_, flags, Some(data.as_c_str())).map_err(wrong)
+        }
+        None => {
+            let (directory, data) = shorten(&data).ok_or_else(|| wrong(Errno::TOOBIG))?;
+            let data = CString::new(data).map_err(|_| wrong(Errno::INVAL))?;
+            let from_there = || {
+                // SAFETY: root and working directory of this thread alone; no descriptor table is unshared.
+                unsafe { unshare_unsafe(UnshareFlags::FS) }?;
+                rustix::process::chdir(&directory)?;
+                mount(&*wanted.source, target, &*wanted.type_, flags, Some(data.as_c_str()))
+            };
+            std::thread::scope(|scope| scope.spawn(from_there).join()).unwrap_or(Err(Errno::IO)).map_err(wrong)
+        }
+    }
+}
+
+/// Options of a mount, by whose they are.
+#[derive(Debug, PartialEq, Eq)]
+struct Options {
+    flags: MountFlags,
+    /// It is a bind, and whether what is mounted below comes along.
+    bind: Option<bool>,
+    /// The file system's own.
+    data: String,
+}
+
+impl Options {
+    fn of(mount: &Mount) -> Result<Self, RootfsError> {
+        let mut read =
+            Self { flags: MountFlags::empty(), bind: (mount.type_ == "bind").then_some(false), data: String::new() };
+        for option in &mount.options {
+            match option.as_str() {
+                "bind" => read.bind = Some(read.bind.unwrap_or_default()),
+                "rbind" => read.bind = Some(true),
+                "defaults" => {}
+                "loop" | "remount" | "private" | "shared" | "slave" | "rprivate" | "rshared" | "rslave" => {
+                    return Err(RootfsError::Unsupported(format!("option {option}")));
+                }
+                _ if option.starts_with("X-containerd.") => {
+                    return Err(RootfsError::Unsupported(format!("option {option}")));
+                }
+                _ => match FLAGS.iter().find(|(name, ..)| name == option) {
+                    Some((_, flag, set)) => read.flags.set(*flag, *set),
+                    None => {
+                        if !read.data.is_empty() {
+                            read.data.push(',');
+                        }
+                        read.data.push_str(option);
+                    }
+                },
+            }
+        }
+        match read.bind {
+            Some(_) if !read.data.is_empty() => {
+                Err(RootfsError::Unsupported(format!("option {} of a bind", read.data)))
+            }
+            _ => Ok(read),
+        }
+    }
+}
+
+/// The lower layers of an overlay as paths from a directory above all of them; the same paths are that much shorter then.
+fn shorten(data: &str) -> Option<(PathBuf, String)> {
+    let (before, rest) = data.split_once("lowerdir=")?;
+    let (layers, after) = rest.split_once(',').map_or((rest, ""), |(layers, after)| (layers, after));
+    let layers: Vec<&Path> = layers.split(':').map(Path::new).collect();
+    let mut common = layers.first()?.parent()?.to_owned();
+    while !layers.iter().all(|layer| layer.starts_with(&common)) {
+        common = common.parent()?.to_owned();
+    }
+    let relative: Option<Vec<&str>> = layers
+        .iter()
+        .map(|layer| layer.strip_prefix(&common).ok().and_then(Path::to_str).filter(|p| !p.is_empty()))
+        .collect();
+    let shorter = [before, "lowerdir=", &relative?.join(":"), if after.is_empty() { "" } else { "," }, after].concat();
+    (shorter.len() < MAX_DATA).then_some((common, shorter))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn mount_of(kind: &str, options: &[&str]) -> Mount {
+        Mount {
+            type_: kind.into(),
+            source: "overlay".into(),
+            options: options.iter().map(|option| (*option).to_owned()).collect(),
+            ..Default::default()
+        }
+    }
+
+    #[test]
+    fn options_are_told_apart() {
+        let of = |kind, options: &[&str]| Options::of(&mount_of(kind, options));
+        let overlay = of("overlay", &["index=off", "ro", "workdir=/w", "upperdir=/u", "lowerdir=/a:/b"]).unwrap();
+        assert_eq!(
+            overlay,
+            Options {
+                flags: MountFlags::RDONLY,
+                bind: None,
+                data: "index=off,workdir=/w,upperdir=/u,lowerdir=/a:/b".into()
+            }
+        );
+        assert_eq!(of("bind", &["rbind", "rw"]).unwrap().bind, Some(true));
+        assert_eq!(
+            of("bind", &["ro"]).unwrap(),
+            Options { flags: MountFlags::RDONLY, bind: Some(false), data: String::new() }
+        );
+        for (kind, option) in [("ext4", "loop"), ("erofs", "X-containerd.dmverity=x"), ("bind", "size=1")] {
+            assert!(of(kind, &[option]).unwrap_err().to_string().contains(option), "{option}");
+        }
+    }
+
+    #[test]
+    fn many_layers_fit_into_a_page() {
+        let layers: Vec<_> = (0..100)
+            .map(|n| format!("/var/lib/containerd/io.containerd.snapshotter.v1.overlayfs/snapshots/{n}/fs"))
+            .collect();
+        let data = format!("workdir=/w,lowerdir={},index=off", layers.join(":"));
+        assert!(data.len() > MAX_DATA);
+        let (directory, shorter) = shorten(&data).unwrap();
+        assert_eq!(directory, Path::new("/var/lib/containerd/io.containerd.snapshotter.v1.overlayfs/snapshots"));
+        assert!(
+            shorter.starts_with("workdir=/w,lowerdir=0/fs:1/fs:") && shorter.ends_with(":99/fs,index=off"),
+            "{shorter}"
+        );
+        assert_eq!(shorten("lowerdir=/a:relative"), None);
+    }
+}

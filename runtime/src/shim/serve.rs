@@ -1,0 +1,95 @@
+//! The process of a pod's shim.
+
+use std::io;
+use std::os::fd::{FromRawFd, IntoRawFd};
+use std::os::unix::net::UnixListener;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::sync::Notify;
+
+use super::arguments::Arguments;
+use super::container::Surroundings;
+use super::events::Publisher;
+use super::service::Tasks;
+use super::start::{EVENTS, LISTENER_FD};
+use super::{fifo, state_root};
+use crate::log::{Format, Log};
+
+/// Name of the process.
+const NAME: &std::ffi::CStr = c"podhull-shim";
+
+/// How long the last answers and events may take.
+const LAST: Duration = Duration::from_secs(3);
+
+/// Why it cannot serve.
+#[derive(Debug, thiserror::Error)]
+pub enum ServeError {
+    /// `start` gives it one.
+    #[error("no socket at descriptor 3: containerd starts this program by itself; see docs/containerd.md")]
+    NoSocket,
+    /// No event loop.
+    #[error("cannot set up event handling: {0}")]
+    Events(#[source] io::Error),
+    /// The server.
+    #[error("cannot serve: {0}")]
+    Server(#[source] ttrpc::Error),
+}
+
+/// Serves until containerd says that there is nothing more to do.
+pub fn serve(arguments: &Arguments) -> Result<(), ServeError> {
+    // It was started as /proc/self/exe, which `ps` would show as "exe". A name too many is no reason to fail.
+    let _ = rustix::thread::set_name(NAME);
+    let listener = inherited()?;
+    let socket = listener.local_addr().ok().and_then(|address| address.as_pathname().map(PathBuf::from));
+    let log = match fifo::log() {
+        Some(file) => Log::to(file, Format::Text, arguments.debug),
+        None => Log::stderr(),
+    };
+    let events = std::env::var(EVENTS).unwrap_or_default();
+    let runtime =
+        tokio::runtime::Builder::new_current_thread().enable_io().enable_time().build().map_err(ServeError::Events)?;
+    let served = runtime.block_on(async {
+        let (publisher, sender) = Publisher::new(&events, &arguments.namespace);
+        let sender = tokio::spawn(sender.run());
+        let over = Arc::new(Notify::new());
+        let surroundings = Surroundings {
+            namespace: arguments.namespace.clone(),
+            root: state_root(&arguments.namespace),
+            log,
+            debug: arguments.debug,
+            publisher,
+        };
+        let tasks = Tasks::new(Arc::new(surroundings), over.clone());
+        // SAFETY: the descriptor is a Unix listener, and nobody else's from here on.
+        let server = unsafe { ttrpc::r#async::Server::new().add_unix_listener(listener.into_raw_fd()) };
+        let mut server = server.map_err(ServeError::Server)?.register_service(tasks.services());
+        server.start().await.map_err(ServeError::Server)?;
+        over.notified().await;
+        // Nobody finds it from here on.
+        if let Some(socket) = &socket {
+            let _ = std::fs::remove_file(socket);
+        }
+        let _ = tokio::time::timeout(LAST, server.shutdown()).await;
+        drop((server, tasks));
+        let _ = tokio::time::timeout(LAST, sender).await;
+        Ok(())
+    });
+    runtime.shutdown_background();
+    served
+}
+
+/// The listener that this process was started with.
+fn inherited() -> Result<UnixListener, ServeError> {
+    // SAFETY: who starts this process put the socket there, and nothing else has opened anything yet; fcntl tells if it is not
+    // open.
+    let listener = unsafe {
+        if libc::fcntl(LISTENER_FD, libc::F_SETFD, libc::FD_CLOEXEC) != 0 {
+            return Err(ServeError::NoSocket);
+        }
+        UnixListener::from_raw_fd(LISTENER_FD)
+    };
+    listener.local_addr().map_err(|_| ServeError::NoSocket)?;
+    Ok(listener)
+}
