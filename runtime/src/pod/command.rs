@@ -85,10 +85,15 @@ pub fn start(root: &Path, id: &str, log: &Log) -> Result<(), CommandError> {
         Status::Stopped => return Err(CommandError::Ended(id.into())),
         Status::Creating | Status::Running => return Err(CommandError::Started(id.into())),
     }
-    network::renew(root, &known, log)?;
+    // Whatever is not found any more of one that is killed meanwhile, that is why.
+    let in_time = |error: CommandError| match known.status() {
+        Status::Stopped => CommandError::Ended(id.into()),
+        _ => error,
+    };
+    network::renew(root, &known, log).map_err(|error| in_time(error.into()))?;
     // Before: the program may have said it, and ended, by the time this looks.
-    let waiting = Waiting::of(&known).map_err(CommandError::Notify)?;
-    ask(&known, async |agent| agent.start_container(id).await)?;
+    let waiting = Waiting::of(&known).map_err(|error| in_time(CommandError::Notify(error)))?;
+    ask(&known, async |agent| agent.start_container(id).await).map_err(in_time)?;
     log.debug(|| format!("{id}: container started"));
     known.state.status = Status::Running;
     known.write()?;

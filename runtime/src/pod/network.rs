@@ -111,7 +111,14 @@ impl Wiring {
 
 /// Before a container's program is executed: gives its machine what has come into its network namespace since it was made.
 pub fn renew(root: &Path, known: &Known, log: &Log) -> Result<(), WireError> {
-    // One that has ended meanwhile has no use for it.
+    match give_new(root, known, log) {
+        // One that ends meanwhile has no use for it.
+        Err(WireError::Network(NetworkError::Enter(error))) if error.raw_os_error() == Some(libc::ESRCH) => Ok(()),
+        other => other,
+    }
+}
+
+fn give_new(root: &Path, known: &Known, log: &Log) -> Result<(), WireError> {
     let Some(shadow) = known.process() else { return Ok(()) };
     if let Some(member) = &known.state.member_of {
         let pod = Known::load(root, &member.pod)?;
