@@ -114,6 +114,8 @@ impl Container {
                 announce: Announce::default(),
                 console_socket: false,
                 cgroups: this.cgroups,
+                // Not this process's own, which the host spares as it does containerd.
+                oom_score_adj: Some(0),
                 root: &this.surroundings.root,
                 log: &this.surroundings.log,
             };
