@@ -19,9 +19,10 @@ use rustix::process::{Signal, pidfd_send_signal};
 use serde_json::Value;
 use ttrpc::{Code, Result};
 
-use super::error::{error, failed, not_found, not_now, of_command, of_create, of_exec, of_kill};
+use super::error::{error, failed, not_found, not_now, of_command, of_create, of_exec, of_kill, of_stats};
 use super::events::{Event, Publisher, any, timestamp};
 use super::io::{Io, Names, Owner};
+use super::options::Options;
 use super::process::{Exit, Phase, Process};
 use super::{metrics, process, rootfs};
 use crate::agent::{Agent, Happening};
@@ -29,7 +30,7 @@ use crate::bundle;
 use crate::cgroup::Manager;
 use crate::log::Log;
 use crate::pod::{self, Announce, Create, Execution, Handed, Inherited, Launch};
-use crate::spec::Resources;
+use crate::spec::{Config, Resources};
 use crate::state::{Known, Status};
 
 /// How long what is executed in a container may take to end after that has, and again when it was killed.
@@ -82,7 +83,18 @@ impl Container {
                 "checkpoint: podhull does not restore containers, which are in virtual machines",
             ));
         }
+        let wrong = |what: String| error(Code::INVALID_ARGUMENT, what);
         let bundle = PathBuf::from(&request.bundle);
+        let (asked, read) = {
+            let (asked, bundle) = (request.options.clone().into_option().unwrap_or_default(), bundle.clone());
+            beside(move || (Options::read(&asked), bundle::config(&bundle))).await?
+        };
+        let asked = asked.map_err(|error| wrong(error.to_string()))?;
+        let config = read.map_err(|error| of_create(error.into()))?;
+        if config.terminal() != request.terminal {
+            let [has, wants] = [config.terminal(), request.terminal];
+            return Err(wrong(format!("process.terminal of config.json is {has}, and the request says {wants}")));
+        }
         let names = Names {
             stdin: request.stdin.clone(),
             stdout: request.stdout.clone(),
@@ -92,7 +104,7 @@ impl Container {
         let owner = Owner { namespace: surroundings.namespace.clone(), id: request.id.clone() };
         let Io { streams, terminal, ends } = Io::open(&names, &owner).await.map_err(failed)?;
         let container = Arc::new(Self {
-            cgroups: manager(&bundle),
+            cgroups: asked.cgroups.unwrap_or_else(|| manager(&config)),
             id: request.id.clone(),
             bundle,
             surroundings,
@@ -277,6 +289,8 @@ impl Container {
         let Ok(agent) = Agent::new(stream) else { return };
         let Ok(mut events) = agent.watch(&self.id).await else { return };
         while let Ok(Happening::OutOfMemory) = events.next(&self.id).await {
+            // Where CRI-O, which takes no events, looks for it.
+            let _ = std::fs::write(self.bundle.join("oom"), "");
             self.publish(&Event::OutOfMemory(TaskOOM { container_id: self.id.clone(), ..Default::default() }));
         }
     }
@@ -452,7 +466,7 @@ impl Container {
     /// What it uses.
     pub async fn stats(self: &Arc<Self>) -> Result<containerd_shim_protos::protobuf::well_known_types::any::Any> {
         let this = self.clone();
-        let stats = beside(move || pod::stats(&this.surroundings.root, &this.id)).await?.map_err(of_command)?;
+        let stats = beside(move || pod::stats(&this.surroundings.root, &this.id)).await?.map_err(of_stats)?;
         Ok(any(&metrics::of(stats)))
     }
 
@@ -548,13 +562,9 @@ fn deleted(process: &Process) -> DeleteResponse {
     }
 }
 
-/// Who makes control groups: what `linux.cgroupsPath` looks like says so, since options for that are another shim's.
-fn manager(bundle: &Path) -> Manager {
-    let read = || -> Option<Value> {
-        let text = std::fs::read(bundle.join("config.json")).ok()?;
-        serde_json::from_slice(&text).ok()
-    };
-    let config = read().unwrap_or_default();
-    let path = config["linux"]["cgroupsPath"].as_str().unwrap_or_default();
+/// Who makes control groups, where options do not say: what `linux.cgroupsPath` looks like does.
+fn manager(config: &Config) -> Manager {
+    let path = config.spec().linux().as_ref().and_then(|linux| linux.cgroups_path().as_deref());
+    let path = path.and_then(Path::to_str).unwrap_or_default();
     if !path.starts_with('/') && path.matches(':').count() == 2 { Manager::Systemd } else { Manager::Files }
 }
