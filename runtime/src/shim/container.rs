@@ -568,3 +568,35 @@ fn manager(config: &Config) -> Manager {
     let path = path.and_then(Path::to_str).unwrap_or_default();
     if !path.starts_with('/') && path.matches(':').count() == 2 { Manager::Systemd } else { Manager::Files }
 }
+
+#[cfg(test)]
+impl Container {
+    /// One whose first process is a child of this process.
+    pub fn of_child(surroundings: Arc<Surroundings>, id: &str, pid: i32) -> Arc<Self> {
+        let container = Arc::new(Self {
+            cgroups: Manager::Files,
+            id: id.into(),
+            bundle: surroundings.root.join(id),
+            surroundings,
+            init: Arc::new(Process::new("", Vec::new(), Names::default())),
+            executed: Mutex::default(),
+            ending: AtomicBool::new(false),
+        });
+        container.init.made(pid, process::open(pid).unwrap(), super::io::Ends::default(), Phase::Running);
+        tokio::spawn(container.clone().watch_first());
+        container
+    }
+
+    /// Has a child of this process stand for a program that was added.
+    pub fn execute_child(self: &Arc<Self>, exec: &str, pid: i32) -> Arc<Process> {
+        let process = self.process(exec).unwrap();
+        process.made(pid, process::open(pid).unwrap(), super::io::Ends::default(), Phase::Running);
+        tokio::spawn(self.clone().watch_executed(process.clone()));
+        process
+    }
+
+    /// Whether the end of its first process was seen, if not told.
+    pub fn is_ending(&self) -> bool {
+        self.ending.load(Ordering::Relaxed)
+    }
+}

@@ -194,3 +194,11 @@ impl Watch {
         }
     }
 }
+
+#[cfg(test)]
+impl Sender {
+    /// What waits to be sent.
+    pub fn waiting(&mut self) -> Vec<Envelope> {
+        std::iter::from_fn(|| self.receiver.try_recv().ok()).collect()
+    }
+}
