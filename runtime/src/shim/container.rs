@@ -6,7 +6,7 @@ use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 use containerd_shim_protos::api::{CreateTaskRequest, DeleteResponse, ExecProcessRequest, ProcessInfo};
 use containerd_shim_protos::events::task::{
@@ -29,15 +29,21 @@ use crate::agent::{Agent, Happening};
 use crate::bundle;
 use crate::cgroup::Manager;
 use crate::log::Log;
-use crate::pod::{self, Announce, Create, Execution, Handed, Inherited, Launch};
+use crate::pod::{self, Announce, CommandError, Create, Execution, Handed, Inherited, Launch};
 use crate::spec::{Config, Resources};
 use crate::state::{Known, Status};
 
 /// How long what is executed in a container may take to end after that has, and again when it was killed.
 const AFTER: Duration = Duration::from_secs(10);
 
+/// How long a guest may take to write back what a container has written that was killed.
+const LAST_PAGES: Duration = Duration::from_secs(60);
+
 /// How long the last event of a container may come after its end.
 const LAST_WORDS: Duration = Duration::from_secs(1);
+
+/// How often containerd is told that a process was killed for lack of memory.
+const OFTEN: Duration = Duration::from_millis(100);
 
 /// Most processes that were added to a container and not deleted.
 const MOST_EXECUTED: usize = 4096;
@@ -288,7 +294,13 @@ impl Container {
         let Ok(Some(stream)) = dial.await else { return };
         let Ok(agent) = Agent::new(stream) else { return };
         let Ok(mut events) = agent.watch(&self.id).await else { return };
+        let mut last: Option<Instant> = None;
         while let Ok(Happening::OutOfMemory) = events.next(&self.id).await {
+            // The guest can say it as often as it likes.
+            if last.is_some_and(|last| last.elapsed() < OFTEN) {
+                continue;
+            }
+            last = Some(Instant::now());
             // Where CRI-O, which takes no events, looks for it.
             let _ = std::fs::write(self.bundle.join("oom"), "");
             self.publish(&Event::OutOfMemory(TaskOOM { container_id: self.id.clone(), ..Default::default() }));
@@ -424,7 +436,14 @@ impl Container {
         }
         if exec.is_empty() {
             let this = self.clone();
-            return beside(move || pod::kill(&this.surroundings.root, &this.id, number, all)).await?.map_err(of_kill);
+            if number == libc::SIGKILL {
+                tokio::spawn(self.clone().insist());
+            }
+            return match beside(move || pod::kill(&this.surroundings.root, &this.id, number, all)).await? {
+                // Nobody inside does it, or there is nobody left but what it has written: see there.
+                Err(CommandError::Agent(_)) if number == libc::SIGKILL => Ok(()),
+                killed => killed.map_err(of_kill),
+            };
         }
         // Real-time signals have no names. What the number 0 asks for is known by now.
         let signal = match number {
@@ -435,6 +454,18 @@ impl Container {
         };
         let Some(shadow) = process.shadow() else { return Err(not_now("process not created")) };
         pidfd_send_signal(shadow, signal).map_err(|_| not_found("process already finished"))
+    }
+
+    /// It is being killed. What does not end then is held up by output that nobody reads, or by a guest that does nothing any more:
+    /// the output is given up, and then what stands for it here is ended, with its machine if that is its own.
+    async fn insist(self: Arc<Self>) {
+        let steps: [(_, fn(&Process)); 2] = [(AFTER, Process::give_up_output), (LAST_PAGES, Process::kill)];
+        for (patience, step) in steps {
+            if tokio::time::timeout(patience, self.init.wait()).await.is_ok() {
+                return;
+            }
+            step(&self.init);
+        }
     }
 
     /// Stops all of it where it is.

@@ -179,6 +179,11 @@ impl Ends {
         drop(take(&self.stdin));
     }
 
+    /// Nobody but who reads the output holds it open any more: if nobody does, who writes it is told.
+    pub fn let_go(&self) {
+        self.held.lock().unwrap_or_else(std::sync::PoisonError::into_inner).clear();
+    }
+
     /// Sets the size of the terminal; none if there is no terminal.
     pub fn resize(&self, rows: u16, columns: u16) -> Option<io::Result<()>> {
         let master = self.master.as_ref()?;
@@ -198,7 +203,7 @@ impl Ends {
         if let Some(input) = &self.input {
             input.abort();
         }
-        self.held.lock().unwrap_or_else(std::sync::PoisonError::into_inner).clear();
+        self.let_go();
         let logger = take(&self.logger);
         if let Some(logger) = logger {
             let _ = tokio::task::spawn_blocking(move || end_logger(logger)).await;
@@ -333,14 +338,14 @@ fn end_logger(mut logger: Child) {
     let _ = logger.wait();
 }
 
-/// Copies until there is nothing more to come, or nobody to take it; to nowhere, if there is nowhere: what a terminal holds that
-/// nobody reads would stop who writes.
+/// Copies until there is nothing more to come; to nowhere, if there is nowhere, or nobody there to take it any more: what a terminal
+/// holds that nobody reads would stop who writes.
 async fn copy_until_end(from: OwnedFd, to: Option<OwnedFd>) {
     let _ = copy(from, to).await;
 }
 
 async fn copy(from: OwnedFd, to: Option<OwnedFd>) -> io::Result<()> {
-    let (from, to) = (register(from)?, to.map(register).transpose()?);
+    let (from, mut to) = (register(from)?, to.map(register).transpose()?);
     let mut buffer = vec![0; CHUNK];
     loop {
         let length = loop {
@@ -354,8 +359,10 @@ async fn copy(from: OwnedFd, to: Option<OwnedFd>) -> io::Result<()> {
                 Err(errno) => return Err(errno.into()),
             }
         };
-        if let Some(to) = &to {
-            write_all(to, &buffer[..length]).await?;
+        if let Some(taker) = &to
+            && write_all(taker, &buffer[..length]).await.is_err()
+        {
+            to = None;
         }
     }
 }
@@ -382,6 +389,7 @@ fn register(fd: OwnedFd) -> io::Result<AsyncFd<OwnedFd>> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use rustix::fs::{Mode, OFlags};
 
     #[test]
     fn places_are_named_as_containerd_names_them() {
@@ -409,6 +417,27 @@ mod tests {
         let written = tokio::time::timeout(Duration::from_secs(30), tokio::task::spawn_blocking(write)).await;
         written.unwrap().unwrap().unwrap();
         ends.finish().await;
+    }
+
+    #[tokio::test]
+    async fn output_that_is_given_up_stops_nobody() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("out");
+        rustix::fs::mknodat(rustix::fs::CWD, &path, rustix::fs::FileType::Fifo, 0o600.into(), 0).unwrap();
+        for terminal in [true, false] {
+            let reader = rustix::fs::open(&path, OFlags::RDONLY | OFlags::NONBLOCK, Mode::empty()).unwrap();
+            let Io { terminal: peer, streams: [_, out, _], ends } = open("", path.to_str().unwrap(), terminal).await;
+            drop(reader);
+            // More than the pipe holds.
+            let out = peer.unwrap_or(out);
+            let write = move || (0..64).try_for_each(|_| rustix::io::write(&out, &[b'x'; 4096]).map(drop));
+            let mut writing = tokio::task::spawn_blocking(write);
+            assert!(tokio::time::timeout(Duration::from_millis(100), &mut writing).await.is_err(), "{terminal}");
+            ends.let_go();
+            let written = tokio::time::timeout(Duration::from_secs(30), writing).await.unwrap().unwrap();
+            assert_eq!(written, if terminal { Ok(()) } else { Err(Errno::PIPE) });
+            ends.finish().await;
+        }
     }
 
     #[tokio::test]

@@ -198,6 +198,13 @@ impl Process {
         reap(pidfd.as_fd()).await
     }
 
+    /// What it has written is lost from here on, where nobody reads it.
+    pub fn give_up_output(&self) {
+        if let Some(ends) = self.ends.get() {
+            ends.let_go();
+        }
+    }
+
     /// Ends it, if it is there.
     pub fn kill(&self) {
         if let Some(shadow) = self.shadow() {
