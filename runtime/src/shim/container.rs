@@ -1,17 +1,17 @@
 //! A container of the pod, from its making to its end, and what is executed in it.
 
+mod watch;
+
 use std::collections::HashMap;
 use std::ffi::OsString;
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{Duration, Instant, SystemTime};
 
 use containerd_shim_protos::api::{CreateTaskRequest, DeleteResponse, ExecProcessRequest, ProcessInfo};
 use containerd_shim_protos::events::task::{
-    TaskCreate, TaskDelete, TaskExecAdded, TaskExecStarted, TaskExit, TaskIO as EventIo, TaskOOM, TaskPaused,
-    TaskResumed, TaskStart,
+    TaskCreate, TaskDelete, TaskExecAdded, TaskExecStarted, TaskIO as EventIo, TaskPaused, TaskResumed, TaskStart,
 };
 use containerd_shim_protos::protobuf::MessageField;
 use containerd_shim_protos::shim::oci::ProcessDetails;
@@ -23,27 +23,14 @@ use super::error::{error, failed, not_found, not_now, of_command, of_create, of_
 use super::events::{Event, Publisher, any, timestamp};
 use super::io::{Io, Names, Owner};
 use super::options::Options;
-use super::process::{Exit, Phase, Process};
+use super::process::{Phase, Process};
 use super::{metrics, process, rootfs};
-use crate::agent::{Agent, Happening};
 use crate::bundle;
 use crate::cgroup::Manager;
 use crate::log::Log;
 use crate::pod::{self, Announce, CommandError, Create, Execution, Handed, Inherited, Launch};
 use crate::spec::{Config, Resources};
 use crate::state::{Known, Status};
-
-/// How long what is executed in a container may take to end after that has, and again when it was killed.
-const AFTER: Duration = Duration::from_secs(10);
-
-/// How long a guest may take to write back what a container has written that was killed.
-const LAST_PAGES: Duration = Duration::from_secs(60);
-
-/// How long the last event of a container may come after its end.
-const LAST_WORDS: Duration = Duration::from_secs(1);
-
-/// How often containerd is told that a process was killed for lack of memory.
-const OFTEN: Duration = Duration::from_millis(100);
 
 /// Most processes that were added to a container and not deleted.
 const MOST_EXECUTED: usize = 4096;
@@ -228,85 +215,6 @@ impl Container {
         beside(move || Known::load(&root, &id).is_ok_and(|known| known.status() == Status::Paused)).await
     }
 
-    /// Waits for the end of its first process. What was executed in it ends with it, and is told of first.
-    async fn watch_first(self: Arc<Self>) {
-        let mut memory = tokio::spawn(self.clone().watch_memory());
-        let exit = end_of(&self.init).await;
-        self.ending.store(true, Ordering::Relaxed);
-        self.end_executed().await;
-        // That it was killed for lack of memory is known in the guest before its end is.
-        if tokio::time::timeout(LAST_WORDS, &mut memory).await.is_err() {
-            memory.abort();
-        }
-        self.ended(&self.init, exit).await;
-    }
-
-    /// The same for a program that was executed.
-    async fn watch_executed(self: Arc<Self>, process: Arc<Process>) {
-        let exit = end_of(&process).await;
-        self.ended(&process, exit).await;
-    }
-
-    /// Tells of the end of a process, and lets go of what was held for it.
-    async fn ended(&self, process: &Process, exit: Exit) {
-        // It is told of its start first.
-        let turn = process.turn.lock().await;
-        self.publish(&Event::Exited(TaskExit {
-            container_id: self.id.clone(),
-            id: if process.exec.is_empty() { self.id.clone() } else { process.exec.clone() },
-            pid: process.pid_u32(),
-            exit_status: exit.status,
-            exited_at: MessageField::some(timestamp(exit.at)),
-            ..Default::default()
-        }));
-        process.exited(exit);
-        drop(turn);
-        process.finish().await;
-    }
-
-    /// The container has ended, and with it what was executed in it: their ends are told before its own. What does not end by
-    /// itself is killed, and if that does not help given up.
-    async fn end_executed(&self) {
-        let all: Vec<_> = self.executed().values().cloned().collect();
-        for killed in [false, true] {
-            if killed {
-                all.iter().filter(|process| process.phase() == Phase::Running).for_each(|process| process.kill());
-            }
-            let at_rest = async {
-                for process in &all {
-                    process.at_rest().await;
-                }
-            };
-            if tokio::time::timeout(AFTER, at_rest).await.is_ok() {
-                return;
-            }
-        }
-    }
-
-    /// Tells of processes that are killed for lack of memory.
-    async fn watch_memory(self: Arc<Self>) {
-        let this = self.clone();
-        let dial = beside(move || {
-            let known = Known::load(&this.surroundings.root, &this.id).ok()?;
-            let pod = known.pod().ok()?;
-            crate::stdio::dial(pod.as_fd(), podhull_protocol::AGENT_PORT).ok()
-        });
-        let Ok(Some(stream)) = dial.await else { return };
-        let Ok(agent) = Agent::new(stream) else { return };
-        let Ok(mut events) = agent.watch(&self.id).await else { return };
-        let mut last: Option<Instant> = None;
-        while let Ok(Happening::OutOfMemory) = events.next(&self.id).await {
-            // The guest can say it as often as it likes.
-            if last.is_some_and(|last| last.elapsed() < OFTEN) {
-                continue;
-            }
-            last = Some(Instant::now());
-            // Where CRI-O, which takes no events, looks for it.
-            let _ = std::fs::write(self.bundle.join("oom"), "");
-            self.publish(&Event::OutOfMemory(TaskOOM { container_id: self.id.clone(), ..Default::default() }));
-        }
-    }
-
     /// Starts its program, or executes one that was added; returns the process that stands for it.
     pub async fn start(self: &Arc<Self>, exec: &str) -> Result<u32> {
         let process = self.process(exec)?;
@@ -456,18 +364,6 @@ impl Container {
         pidfd_send_signal(shadow, signal).map_err(|_| not_found("process already finished"))
     }
 
-    /// It is being killed. What does not end then is held up by output that nobody reads, or by a guest that does nothing any more:
-    /// the output is given up, and then what stands for it here is ended, with its machine if that is its own.
-    async fn insist(self: Arc<Self>) {
-        let steps: [(_, fn(&Process)); 2] = [(AFTER, Process::give_up_output), (LAST_PAGES, Process::kill)];
-        for (patience, step) in steps {
-            if tokio::time::timeout(patience, self.init.wait()).await.is_ok() {
-                return;
-            }
-            step(&self.init);
-        }
-    }
-
     /// Stops all of it where it is.
     pub async fn pause(self: &Arc<Self>) -> Result<()> {
         let this = self.clone();
@@ -574,12 +470,6 @@ impl Container {
         })
         .await?
     }
-}
-
-/// Waits for the end of a process that was made.
-async fn end_of(process: &Process) -> Exit {
-    let status = process.reap().await.unwrap_or(255);
-    Exit { status, at: SystemTime::now() }
 }
 
 /// What is said of a process that is not to be known any more.
