@@ -61,6 +61,13 @@ pub struct Bundle {
     pub root_path: PathBuf,
 }
 
+/// What the bundle's `config.json` says.
+pub fn config(path: &Path) -> Result<Config, BundleError> {
+    let directory = rustix::fs::open(path, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())
+        .map_err(|e| BundleError::Directory(path.to_owned(), e))?;
+    read(&read_config(path, &directory)?).map_err(|error| BundleError::Config(path.to_owned(), error))
+}
+
 /// What the bundle's `config.json` says, its `process` changed by `change`, and checked as a whole again.
 pub fn with_process(path: &Path, change: impl FnOnce(&mut Value)) -> Result<Config, BundleError> {
     let directory = rustix::fs::open(path, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())

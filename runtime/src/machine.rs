@@ -91,7 +91,8 @@ pub enum MachineError {
 /// A machine's process; dropping it kills the process and waits for its end.
 pub struct Process {
     child: Child,
-    stderr: File,
+    /// `None`: nobody reads its last words.
+    stderr: Option<File>,
     channel: Option<OwnedFd>,
 }
 
@@ -114,7 +115,7 @@ impl Process {
             command.pre_exec(move || inherit_only(fd));
         }
         let child = spawn_in(PidNamespace::New, || command.spawn()).map_err(MachineError::Spawn)?;
-        Ok(Self { child, stderr: File::from(stderr), channel: Some(ours) })
+        Ok(Self { child, stderr: Some(File::from(stderr)), channel: Some(ours) })
     }
 
     /// Its process id.
@@ -129,7 +130,9 @@ impl Process {
     }
 
     /// Leaves the process to whoever holds its channel.
-    pub fn release(self) {
+    pub fn release(mut self) {
+        // What it has open is closed: this process may live on, and release others.
+        (self.channel, self.stderr) = (None, None);
         std::mem::forget(self);
     }
 
@@ -158,9 +161,10 @@ impl Process {
     }
 
     fn last_words(&mut self) -> String {
+        let Some(stderr) = &self.stderr else { return String::new() };
         let mut text = Vec::new();
         // The pipe does not block, so that a process that inherited its other end cannot hold us up.
-        let _ = (&self.stderr).take(MAX_STDERR).read_to_end(&mut text);
+        let _ = stderr.take(MAX_STDERR).read_to_end(&mut text);
         let text = String::from_utf8_lossy(&text);
         match text.lines().rfind(|line| !line.trim().is_empty()) {
             Some(line) => format!(": {}", line.trim().chars().take(300).collect::<String>()),

@@ -13,6 +13,7 @@ mod handover;
 mod log;
 mod machine;
 mod network;
+mod oom;
 mod pod;
 mod shim;
 mod signals;

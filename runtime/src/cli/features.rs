@@ -28,6 +28,11 @@ impl Arguments {
     }
 }
 
+/// The same for who wants it as a message.
+pub fn json() -> serde_json::Result<Vec<u8>> {
+    serde_json::to_vec(&Features::of_podhull())
+}
+
 /// Keys in the order of runc, which is that of `specs-go/features`.
 #[derive(Serialize)]
 #[serde(rename_all = "camelCase")]

@@ -35,15 +35,16 @@ use flags::Line;
 use crate::cgroup::Manager;
 use crate::log::{Format, Log};
 use crate::pod::{Asked, DescriptorError, Inherited};
+pub use features::json as features;
 
 /// Version of the OCI runtime specification that `spec` writes and `run` reads.
 pub const OCI_VERSION: &str = "1.2.0";
 
 /// Version of this program.
-const VERSION: &str = env!("CARGO_PKG_VERSION");
+pub const VERSION: &str = env!("CARGO_PKG_VERSION");
 
 /// What it was built from.
-const COMMIT: &str = match option_env!("PODHULL_COMMIT") {
+pub const COMMIT: &str = match option_env!("PODHULL_COMMIT") {
     Some(commit) => commit,
     None => VERSION,
 };

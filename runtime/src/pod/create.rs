@@ -26,6 +26,7 @@ use crate::bundle::{Bundle, BundleError};
 use crate::cgroup::{Cgroup, CgroupError, Manager, PATIENCE, Placement};
 use crate::log::Log;
 use crate::machine::{MachineError, PidNamespace, Process};
+use crate::oom;
 use crate::state::{self, Known, Machine, State, StateError};
 
 /// What to make, and for whom.
@@ -40,6 +41,8 @@ pub struct Create<'a> {
     pub console_socket: bool,
     /// Who makes its control group.
     pub cgroups: Manager,
+    /// What the host goes by when it has no memory left, if the specification does not say; `None`: as with this process.
+    pub oom_score_adj: Option<i32>,
     /// Root of all state.
     pub root: &'a Path,
     /// Where to say what happens.
@@ -97,6 +100,9 @@ pub enum CreateError {
     /// The size of the machine it is to be in.
     #[error(transparent)]
     Resize(#[from] CommandError),
+    /// The host goes by something else when it has no memory left.
+    #[error("process.oomScoreAdj: {0}")]
+    OomScore(#[source] io::Error),
     /// Who asked for it cannot be told.
     #[error(transparent)]
     Announce(#[from] AnnounceError),
@@ -267,10 +273,11 @@ impl<'a> Pod<'a> {
         state.place(placement.as_ref());
         state.demand = Demand::of(spec);
         let hooks = spec.hooks().clone().unwrap_or_default();
+        let score = spec.process().as_ref().and_then(|process| process.oom_score_adj()).or(create.oom_score_adj);
         let made = Made { create, state, placement, hooks, begun: false };
         let pod = Self { machine, shares_network, foreground, shadow, made };
         // At once: what the machine uses before counts as ours. The shadow is as yet busy with itself.
-        match pod.made.move_machine() {
+        match pod.made.score(score).and_then(|()| pod.made.move_machine()) {
             Ok(()) => Ok(pod),
             Err(error) => Err(pod.end(error)),
         }
@@ -369,6 +376,16 @@ impl<'a> Pod<'a> {
 }
 
 impl Made<'_> {
+    /// Has the host go by the container's score for both processes, whatever whoever makes it has.
+    fn score(&self, score: Option<i32>) -> Result<(), CreateError> {
+        let Some(score) = score else { return Ok(()) };
+        let machine = self.state.machine.map(|machine| machine.0.pid);
+        [Some(self.state.process.pid), machine]
+            .into_iter()
+            .flatten()
+            .try_for_each(|pid| oom::set_score(pid, score).map_err(CreateError::OomScore))
+    }
+
     /// Moves the machine's process to its control group.
     fn move_machine(&self) -> Result<(), CreateError> {
         match (&self.placement, self.state.machine) {

@@ -26,6 +26,7 @@ use crate::cgroup::CgroupError;
 use crate::confine::confine;
 use crate::log::Log;
 use crate::machine::PidNamespace;
+use crate::oom;
 use crate::signals::{self, Signals};
 use crate::spec::Config;
 use crate::state::{Known, Process, StateError, Status};
@@ -85,6 +86,9 @@ pub enum ExecError {
     /// The container's control group.
     #[error(transparent)]
     Cgroup(#[from] CgroupError),
+    /// The host goes by something else when it has no memory left.
+    #[error("process.oomScoreAdj: {0}")]
+    OomScore(#[source] io::Error),
     /// Who asked for it cannot be told.
     #[error(transparent)]
     Announce(#[from] AnnounceError),
@@ -154,7 +158,7 @@ pub fn exec_in_background(
             Err(_) => return Err(died(shadow)),
         }
     }
-    match settle(&execution.known, &shadow, execution.announce) {
+    match execution.settle(&shadow) {
         Ok(()) => Ok(shadow.pid()),
         Err(error) => {
             shadow.kill();
@@ -172,7 +176,7 @@ pub fn exec_in_foreground(execution: Execution<'_>) -> Result<u8, ExecError> {
         match foreground.next(&shadow) {
             Ok(Next::News(News::Made)) => {
                 made = true;
-                let begun = settle(&execution.known, &shadow, execution.announce);
+                let begun = execution.settle(&shadow);
                 if let Err(error) = begun.and_then(|()| Ok(foreground.begin()?)) {
                     shadow.kill();
                     return Err(error);
@@ -244,6 +248,21 @@ impl Execution<'_> {
             Shadow::spawn(launch, PidNamespace::Of(container.as_fd()), begin, &fds).map_err(ExecError::Spawn)?;
         Ok((self, shadow))
     }
+
+    /// Puts a shadow where it belongs, and says who it is. It has all its threads, which the group may have no room for.
+    fn settle(&self, shadow: &Shadow) -> Result<(), ExecError> {
+        let state = &self.known.state;
+        let process = self.config.spec().process().as_ref();
+        // As with the container, whatever this process has; one that is gone says so otherwise.
+        let score = process.and_then(|process| process.oom_score_adj());
+        if let Some(score) = score.or_else(|| oom::score(state.process.pid).ok()) {
+            oom::set_score(shadow.pid(), score).map_err(ExecError::OomScore)?;
+        }
+        if let Some(group) = &state.cgroup {
+            group.add(shadow.pid())?;
+        }
+        Ok(self.announce.tell(shadow.pid(), Stands::Executed)?)
+    }
 }
 
 /// The mount namespace of a container's machine, if something is handed on, which may be a file.
@@ -253,14 +272,6 @@ fn machine_for(known: &Known, descriptors: &[OwnedFd]) -> Result<Option<OwnedFd>
     }
     let gone = || ExecError::NotRunning(known.state.id.clone());
     known.state.pod().ok_or_else(gone)?.mounts()?.ok_or_else(gone).map(Some)
-}
-
-/// Puts a shadow where it belongs, and says who it is. It has all its threads, which the group may have no room for.
-fn settle(known: &Known, shadow: &Shadow, announce: Announce<'_>) -> Result<(), ExecError> {
-    if let Some(group) = &known.state.cgroup {
-        group.add(shadow.pid())?;
-    }
-    Ok(announce.tell(shadow.pid(), Stands::Executed)?)
 }
 
 /// Executes the program and lives as long as it; returns its exit status.

@@ -25,6 +25,8 @@ pub enum ArgumentError {
 pub enum Action {
     /// `-v`.
     Version,
+    /// `-info`.
+    Info,
     /// Make the process of a pod, or find it, and print its address.
     Start,
     /// Remove what is left of a container whose shim is gone.
@@ -79,8 +81,8 @@ impl Arguments {
             };
             match name {
                 "debug" => read.debug = value.as_deref().is_none_or(|value| value == OsStr::new("true")),
-                "v" => {
-                    read.action = Action::Version;
+                "v" | "info" => {
+                    read.action = if name == "v" { Action::Version } else { Action::Info };
                     return Ok(read);
                 }
                 "namespace" | "id" | "address" | "bundle" | "publish-binary" | "socket" => {
@@ -138,6 +140,7 @@ mod tests {
         let delete = read("s -namespace n -address a -publish-binary p -id i -bundle /b delete").unwrap();
         assert_eq!((delete.action, delete.bundle), (Action::Delete, Some("/b".into())));
         assert_eq!(read("s -v").unwrap().action, Action::Version);
+        assert_eq!(read("s -info").unwrap().action, Action::Info);
         assert_eq!(read("s -namespace=n --id=i").unwrap().action, Action::Serve);
     }
 

@@ -1,17 +1,17 @@
 //! A container of the pod, from its making to its end, and what is executed in it.
 
+mod watch;
+
 use std::collections::HashMap;
 use std::ffi::OsString;
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{Duration, SystemTime};
 
-use containerd_shim_protos::api::{CreateTaskRequest, ExecProcessRequest, ProcessInfo};
+use containerd_shim_protos::api::{CreateTaskRequest, DeleteResponse, ExecProcessRequest, ProcessInfo};
 use containerd_shim_protos::events::task::{
-    TaskCreate, TaskDelete, TaskExecAdded, TaskExecStarted, TaskExit, TaskIO as EventIo, TaskOOM, TaskPaused,
-    TaskResumed, TaskStart,
+    TaskCreate, TaskDelete, TaskExecAdded, TaskExecStarted, TaskIO as EventIo, TaskPaused, TaskResumed, TaskStart,
 };
 use containerd_shim_protos::protobuf::MessageField;
 use containerd_shim_protos::shim::oci::ProcessDetails;
@@ -19,21 +19,21 @@ use rustix::process::{Signal, pidfd_send_signal};
 use serde_json::Value;
 use ttrpc::{Code, Result};
 
-use super::error::{error, failed, not_found, not_now, of_command, of_create, of_exec, of_kill};
+use super::error::{error, failed, not_found, not_now, of_command, of_create, of_exec, of_kill, of_stats};
 use super::events::{Event, Publisher, any, timestamp};
 use super::io::{Io, Names, Owner};
-use super::process::{Exit, Phase, Process, reap};
-use super::{metrics, rootfs};
-use crate::agent::{Agent, Happening};
+use super::options::Options;
+use super::process::{Phase, Process};
+use super::{metrics, process, rootfs};
 use crate::bundle;
 use crate::cgroup::Manager;
 use crate::log::Log;
-use crate::pod::{self, Announce, Create, Execution, Handed, Inherited, Launch};
-use crate::spec::Resources;
-use crate::state::Known;
+use crate::pod::{self, Announce, CommandError, Create, Execution, Handed, Inherited, Launch};
+use crate::spec::{Config, Resources};
+use crate::state::{Known, Status};
 
-/// How long what is executed in a container may take to end after that has.
-const AFTER: Duration = Duration::from_secs(10);
+/// Most processes that were added to a container and not deleted.
+const MOST_EXECUTED: usize = 4096;
 
 /// What all containers of a shim have in common.
 pub struct Surroundings {
@@ -58,7 +58,8 @@ pub struct Container {
     /// Its first process.
     pub init: Arc<Process>,
     executed: Mutex<HashMap<String, Arc<Process>>>,
-    paused: AtomicBool,
+    /// Whether its first process has ended, which is told later: nothing is executed any more.
+    ending: AtomicBool,
 }
 
 /// Does what waits, beside everything else.
@@ -75,7 +76,18 @@ impl Container {
                 "checkpoint: podhull does not restore containers, which are in virtual machines",
             ));
         }
+        let wrong = |what: String| error(Code::INVALID_ARGUMENT, what);
         let bundle = PathBuf::from(&request.bundle);
+        let (asked, read) = {
+            let (asked, bundle) = (request.options.clone().into_option().unwrap_or_default(), bundle.clone());
+            beside(move || (Options::read(&asked), bundle::config(&bundle))).await?
+        };
+        let asked = asked.map_err(|error| wrong(error.to_string()))?;
+        let config = read.map_err(|error| of_create(error.into()))?;
+        if config.terminal() != request.terminal {
+            let [has, wants] = [config.terminal(), request.terminal];
+            return Err(wrong(format!("process.terminal of config.json is {has}, and the request says {wants}")));
+        }
         let names = Names {
             stdin: request.stdin.clone(),
             stdout: request.stdout.clone(),
@@ -85,13 +97,13 @@ impl Container {
         let owner = Owner { namespace: surroundings.namespace.clone(), id: request.id.clone() };
         let Io { streams, terminal, ends } = Io::open(&names, &owner).await.map_err(failed)?;
         let container = Arc::new(Self {
-            cgroups: manager(&bundle),
+            cgroups: asked.cgroups.unwrap_or_else(|| manager(&config)),
             id: request.id.clone(),
             bundle,
             surroundings,
-            init: Arc::new(Process::new("", Value::Null, names)),
+            init: Arc::new(Process::new("", Vec::new(), names)),
             executed: Mutex::default(),
-            paused: AtomicBool::new(false),
+            ending: AtomicBool::new(false),
         });
         let this = container.clone();
         let mounts = request.rootfs.clone();
@@ -107,6 +119,8 @@ impl Container {
                 announce: Announce::default(),
                 console_socket: false,
                 cgroups: this.cgroups,
+                // Not this process's own, which the host spares as it does containerd.
+                oom_score_adj: Some(0),
                 root: &this.surroundings.root,
                 log: &this.surroundings.log,
             };
@@ -122,8 +136,23 @@ impl Container {
                 return Err(error);
             }
         };
-        let turn = container.init.turn.lock().await;
-        container.init.made(created.shadow, ends, Phase::Created).map_err(failed)?;
+        if let Some(machine) = created.machine {
+            // Its end is its shadow's business; here it is waited for.
+            match process::open(machine) {
+                Ok(machine) => drop(tokio::spawn(async move { process::reap(machine.as_fd()).await })),
+                Err(error) => container.surroundings.log.warning(&format!("process {machine}: {error}")),
+            }
+        }
+        let pidfd = match process::open(created.shadow) {
+            Ok(pidfd) => pidfd,
+            Err(error) => {
+                process::end(created.shadow);
+                let removed = container.remove().await;
+                ends.finish().await;
+                return Err(removed.err().unwrap_or_else(|| failed(error)));
+            }
+        };
+        container.init.made(created.shadow, pidfd, ends, Phase::Created);
         container.publish(&Event::Created(TaskCreate {
             container_id: request.id,
             bundle: request.bundle,
@@ -138,12 +167,7 @@ impl Container {
             pid: container.init.pid_u32(),
             ..Default::default()
         }));
-        drop(turn);
-        if let Some(machine) = created.machine {
-            tokio::spawn(reap(machine));
-        }
-        tokio::spawn(container.clone().watch_memory());
-        tokio::spawn(container.clone().watch(container.init.clone()));
+        tokio::spawn(container.clone().watch_first());
         Ok(container)
     }
 
@@ -179,67 +203,22 @@ impl Container {
     }
 
     /// Its state, or that of what is executed in it.
-    pub fn state(&self, exec: &str) -> Result<containerd_shim_protos::api::StateResponse> {
-        let bundle = self.bundle.to_string_lossy();
-        Ok(self.process(exec)?.state(&self.id, &bundle, self.paused.load(Ordering::Relaxed)))
+    pub async fn state(&self, exec: &str) -> Result<containerd_shim_protos::api::StateResponse> {
+        let process = self.process(exec)?;
+        let paused = process.phase() == Phase::Running && self.is_paused().await?;
+        Ok(process.state(&self.id, &self.bundle.to_string_lossy(), paused))
     }
 
-    /// Tells of the end of a process, and lets go of what was held for it.
-    async fn watch(self: Arc<Self>, process: Arc<Process>) {
-        let status = reap(process.pid()).await.unwrap_or(255);
-        let exit = Exit { status, at: SystemTime::now() };
-        if process.exec.is_empty() {
-            self.end_executed().await;
-        }
-        // It is told of its start first.
-        let turn = process.turn.lock().await;
-        self.publish(&Event::Exited(TaskExit {
-            container_id: self.id.clone(),
-            id: if process.exec.is_empty() { self.id.clone() } else { process.exec.clone() },
-            pid: process.pid_u32(),
-            exit_status: status,
-            exited_at: MessageField::some(timestamp(exit.at)),
-            ..Default::default()
-        }));
-        process.exited(exit);
-        drop(turn);
-        process.finish().await;
-    }
-
-    /// The container has ended, and with it what was executed in it: their ends are told before its own.
-    async fn end_executed(&self) {
-        let running: Vec<_> =
-            self.executed().values().filter(|process| process.phase() == Phase::Running).cloned().collect();
-        for process in running {
-            if tokio::time::timeout(AFTER, process.wait()).await.is_err() {
-                if let Some(shadow) = process.shadow() {
-                    let _ = pidfd_send_signal(shadow, Signal::KILL);
-                }
-                process.wait().await;
-            }
-        }
-    }
-
-    /// Tells of processes that are killed for lack of memory.
-    async fn watch_memory(self: Arc<Self>) {
-        let this = self.clone();
-        let dial = beside(move || {
-            let known = Known::load(&this.surroundings.root, &this.id).ok()?;
-            let pod = known.pod().ok()?;
-            crate::stdio::dial(pod.as_fd(), podhull_protocol::AGENT_PORT).ok()
-        });
-        let Ok(Some(stream)) = dial.await else { return };
-        let Ok(agent) = Agent::new(stream) else { return };
-        let Ok(mut events) = agent.watch(&self.id).await else { return };
-        while let Ok(Happening::OutOfMemory) = events.next(&self.id).await {
-            self.publish(&Event::OutOfMemory(TaskOOM { container_id: self.id.clone(), ..Default::default() }));
-        }
+    /// As it is written down: the command line pauses and resumes, too.
+    async fn is_paused(&self) -> Result<bool> {
+        let (root, id) = (self.surroundings.root.clone(), self.id.clone());
+        beside(move || Known::load(&root, &id).is_ok_and(|known| known.status() == Status::Paused)).await
     }
 
     /// Starts its program, or executes one that was added; returns the process that stands for it.
     pub async fn start(self: &Arc<Self>, exec: &str) -> Result<u32> {
         let process = self.process(exec)?;
-        let turn = process.turn.lock().await;
+        let _turn = process.turn.lock().await;
         if exec.is_empty() {
             let this = self.clone();
             let Surroundings { root, .. } = &*self.surroundings;
@@ -259,24 +238,27 @@ impl Container {
                 pid: process.pid_u32(),
                 ..Default::default()
             }));
-            tokio::spawn(self.clone().watch(process.clone()));
+            tokio::spawn(self.clone().watch_executed(process.clone()));
         }
-        drop(turn);
         Ok(process.pid_u32())
     }
 
     async fn execute(self: &Arc<Self>, process: &Arc<Process>) -> Result<()> {
         match process.phase() {
             Phase::Added => {}
+            // While another request was waited for.
+            Phase::Forgotten => return Err(not_found(format!("process {:?} does not exist", process.exec))),
             _ => return Err(not_now(format!("process {:?} was started already", process.exec))),
         }
+        self.check_running()?;
         let owner = Owner { namespace: self.surroundings.namespace.clone(), id: self.id.clone() };
         let Io { streams, terminal, ends } = Io::open(&process.names, &owner).await.map_err(failed)?;
         let (this, added) = (self.clone(), process.clone());
         let executed = beside(move || {
             let known = pod::running(&this.surroundings.root, &this.id, false)?;
+            let spec: Value = serde_json::from_slice(&added.take_spec()).unwrap_or_default();
             let config = bundle::with_process(&this.bundle, |value| {
-                *value = added.spec.clone();
+                *value = spec;
                 value["terminal"] = added.names.terminal.into();
             })?;
             let words = this.words(&["exec", "--detach"], &[this.id.as_ref()]);
@@ -289,27 +271,46 @@ impl Container {
             };
             pod::exec_in_background(execution, Launch { words, streams: Some(streams) }, terminal)
         });
-        match executed.await? {
-            Ok(pid) => process.made(pid, ends, Phase::Running).map_err(failed),
-            Err(error) => {
-                ends.finish().await;
-                Err(of_exec(error))
+        let unwanted = match executed.await? {
+            Ok(pid) => {
+                let refused = match process::open(pid) {
+                    // The end of the container was told meanwhile, and nothing comes after it.
+                    Ok(_) if matches!(self.init.phase(), Phase::Exited(_)) => self.not_running(),
+                    Ok(pidfd) => {
+                        process.made(pid, pidfd, ends, Phase::Running);
+                        return Ok(());
+                    }
+                    Err(error) => failed(error),
+                };
+                process::end(pid);
+                refused
             }
-        }
+            Err(error) => of_exec(error),
+        };
+        ends.finish().await;
+        Err(unwanted)
+    }
+
+    fn not_running(&self) -> ttrpc::Error {
+        not_now(format!("container {:?} is not running", self.id))
+    }
+
+    fn check_running(&self) -> Result<()> {
+        if self.ending.load(Ordering::Relaxed) { Err(self.not_running()) } else { Ok(()) }
     }
 
     /// Adds a program to execute.
     pub fn add(&self, request: ExecProcessRequest) -> Result<()> {
-        if let Phase::Exited(_) = self.init.phase() {
-            return Err(not_now(format!("container {:?} is not running", self.id)));
-        }
+        self.check_running()?;
         let wrong =
             |what: String| error(Code::INVALID_ARGUMENT, format!("spec of process {:?}: {what}", request.exec_id));
         if request.exec_id.is_empty() {
             return Err(wrong("no name".into()));
         }
-        let spec: Value = serde_json::from_slice(&request.spec.value).map_err(|e| wrong(e.to_string()))?;
-        if !spec.is_object() {
+        // Kept as it came: read, it would take several times the memory, for as long as nobody starts it.
+        let spec = request.spec.into_option().unwrap_or_default().value;
+        let read: Value = serde_json::from_slice(&spec).map_err(|e| wrong(e.to_string()))?;
+        if !read.is_object() {
             return Err(wrong("not an object".into()));
         }
         let names =
@@ -317,6 +318,10 @@ impl Container {
         let mut executed = self.executed();
         if executed.contains_key(&request.exec_id) {
             return Err(error(Code::ALREADY_EXISTS, format!("process {:?} exists already", request.exec_id)));
+        }
+        if executed.len() >= MOST_EXECUTED {
+            let what = format!("container {:?} has {MOST_EXECUTED} processes that nobody has deleted", self.id);
+            return Err(error(Code::RESOURCE_EXHAUSTED, what));
         }
         executed.insert(request.exec_id.clone(), Arc::new(Process::new(&request.exec_id, spec, names)));
         drop(executed);
@@ -333,13 +338,20 @@ impl Container {
         let process = self.process(exec)?;
         let number = i32::try_from(signal).unwrap_or(-1);
         match process.phase() {
-            Phase::Exited(_) => return Err(not_found("process already finished")),
+            Phase::Exited(_) | Phase::Forgotten => return Err(not_found("process already finished")),
             Phase::Added => return Err(not_now("process not created")),
-            _ => {}
+            Phase::Created | Phase::Running => {}
         }
         if exec.is_empty() {
             let this = self.clone();
-            return beside(move || pod::kill(&this.surroundings.root, &this.id, number, all)).await?.map_err(of_kill);
+            if number == libc::SIGKILL {
+                tokio::spawn(self.clone().insist());
+            }
+            return match beside(move || pod::kill(&this.surroundings.root, &this.id, number, all)).await? {
+                // Nobody inside does it, or there is nobody left but what it has written: see there.
+                Err(CommandError::Agent(_)) if number == libc::SIGKILL => Ok(()),
+                killed => killed.map_err(of_kill),
+            };
         }
         // Real-time signals have no names. What the number 0 asks for is known by now.
         let signal = match number {
@@ -356,7 +368,6 @@ impl Container {
     pub async fn pause(self: &Arc<Self>) -> Result<()> {
         let this = self.clone();
         beside(move || pod::pause(&this.surroundings.root, &this.id)).await?.map_err(of_command)?;
-        self.paused.store(true, Ordering::Relaxed);
         self.publish(&Event::Paused(TaskPaused { container_id: self.id.clone(), ..Default::default() }));
         Ok(())
     }
@@ -365,7 +376,6 @@ impl Container {
     pub async fn resume(self: &Arc<Self>) -> Result<()> {
         let this = self.clone();
         beside(move || pod::resume(&this.surroundings.root, &this.id)).await?.map_err(of_command)?;
-        self.paused.store(false, Ordering::Relaxed);
         self.publish(&Event::Resumed(TaskResumed { container_id: self.id.clone(), ..Default::default() }));
         Ok(())
     }
@@ -383,7 +393,7 @@ impl Container {
     /// What it uses.
     pub async fn stats(self: &Arc<Self>) -> Result<containerd_shim_protos::protobuf::well_known_types::any::Any> {
         let this = self.clone();
-        let stats = beside(move || pod::stats(&this.surroundings.root, &this.id)).await?.map_err(of_command)?;
+        let stats = beside(move || pod::stats(&this.surroundings.root, &this.id)).await?.map_err(of_stats)?;
         Ok(any(&metrics::of(stats)))
     }
 
@@ -401,51 +411,113 @@ impl Container {
     }
 
     /// Forgets a program that has ended, or was never started.
-    pub async fn forget(&self, exec: &str) -> Result<Arc<Process>> {
+    pub async fn forget(&self, exec: &str) -> Result<DeleteResponse> {
         let process = self.process(exec)?;
+        let turn = process.turn.lock().await;
         match process.phase() {
-            Phase::Added => {}
-            Phase::Exited(_) => process.finished().await,
-            _ => return Err(not_now(format!("process {exec:?} is running"))),
+            Phase::Added => process.forget(),
+            Phase::Exited(_) => {
+                drop(turn);
+                process.finished().await;
+            }
+            // By another request, meanwhile.
+            Phase::Forgotten => return Err(not_found(format!("process {exec:?} does not exist"))),
+            Phase::Created | Phase::Running => return Err(not_now(format!("process {exec:?} is running"))),
         }
-        self.executed().remove(exec);
-        Ok(process)
+        let mut executed = self.executed();
+        // Another of its name may be there by now.
+        if executed.get(exec).is_some_and(|known| Arc::ptr_eq(known, &process)) {
+            executed.remove(exec);
+        }
+        Ok(deleted(&process))
     }
 
     /// Removes it.
-    pub async fn delete(self: &Arc<Self>) -> Result<()> {
-        match self.init.phase() {
+    pub async fn delete(&self) -> Result<DeleteResponse> {
+        // One that is being started runs, or has ended, when that is over.
+        let phase = {
+            let _turn = self.init.turn.lock().await;
+            self.init.phase()
+        };
+        match phase {
             Phase::Running => return Err(not_now(format!("container {:?} is running: stop it first", self.id))),
             Phase::Exited(_) => self.init.finished().await,
-            Phase::Added | Phase::Created => {}
+            _ => {}
         }
-        let this = self.clone();
-        beside(move || pod::delete(&this.surroundings.root, &this.id, true, &this.surroundings.log))
-            .await?
-            .map_err(of_command)?;
+        self.remove().await?;
         // It may have been there until now, and its end is told.
-        let exit = self.init.wait().await;
+        self.init.wait().await;
         self.init.finished().await;
-        let this = self.clone();
-        beside(move || rootfs::unmount_all(&this.bundle)).await?.map_err(failed)?;
+        // Who waits for one that was never started waits for nothing.
+        self.executed().drain().for_each(|(_, process)| process.forget());
+        let answer = deleted(&self.init);
         self.publish(&Event::Deleted(TaskDelete {
             container_id: self.id.clone(),
-            pid: self.init.pid_u32(),
-            exit_status: exit.status,
-            exited_at: MessageField::some(timestamp(exit.at)),
+            pid: answer.pid,
+            exit_status: answer.exit_status,
+            exited_at: answer.exited_at.clone(),
             ..Default::default()
         }));
-        Ok(())
+        Ok(answer)
+    }
+
+    /// Removes what there is of it beside this process, whatever it does.
+    async fn remove(&self) -> Result<()> {
+        let (surroundings, id, bundle) = (self.surroundings.clone(), self.id.clone(), self.bundle.clone());
+        beside(move || {
+            pod::delete(&surroundings.root, &id, true, &surroundings.log).map_err(of_command)?;
+            rootfs::unmount_all(&bundle).map_err(failed)
+        })
+        .await?
     }
 }
 
-/// Who makes control groups: what `linux.cgroupsPath` looks like says so, since options for that are another shim's.
-fn manager(bundle: &Path) -> Manager {
-    let read = || -> Option<Value> {
-        let text = std::fs::read(bundle.join("config.json")).ok()?;
-        serde_json::from_slice(&text).ok()
-    };
-    let config = read().unwrap_or_default();
-    let path = config["linux"]["cgroupsPath"].as_str().unwrap_or_default();
+/// What is said of a process that is not to be known any more.
+fn deleted(process: &Process) -> DeleteResponse {
+    let exit = process.exit();
+    DeleteResponse {
+        pid: process.pid_u32(),
+        exit_status: exit.map_or(0, |exit| exit.status),
+        exited_at: exit.map(|exit| timestamp(exit.at)).map_or_else(MessageField::none, MessageField::some),
+        ..Default::default()
+    }
+}
+
+/// Who makes control groups, where options do not say: what `linux.cgroupsPath` looks like does.
+fn manager(config: &Config) -> Manager {
+    let path = config.spec().linux().as_ref().and_then(|linux| linux.cgroups_path().as_deref());
+    let path = path.and_then(Path::to_str).unwrap_or_default();
     if !path.starts_with('/') && path.matches(':').count() == 2 { Manager::Systemd } else { Manager::Files }
+}
+
+#[cfg(test)]
+impl Container {
+    /// One whose first process is a child of this process.
+    pub fn of_child(surroundings: Arc<Surroundings>, id: &str, pid: i32) -> Arc<Self> {
+        let container = Arc::new(Self {
+            cgroups: Manager::Files,
+            id: id.into(),
+            bundle: surroundings.root.join(id),
+            surroundings,
+            init: Arc::new(Process::new("", Vec::new(), Names::default())),
+            executed: Mutex::default(),
+            ending: AtomicBool::new(false),
+        });
+        container.init.made(pid, process::open(pid).unwrap(), super::io::Ends::default(), Phase::Running);
+        tokio::spawn(container.clone().watch_first());
+        container
+    }
+
+    /// Has a child of this process stand for a program that was added.
+    pub fn execute_child(self: &Arc<Self>, exec: &str, pid: i32) -> Arc<Process> {
+        let process = self.process(exec).unwrap();
+        process.made(pid, process::open(pid).unwrap(), super::io::Ends::default(), Phase::Running);
+        tokio::spawn(self.clone().watch_executed(process.clone()));
+        process
+    }
+
+    /// Whether the end of its first process was seen, if not told.
+    pub fn is_ending(&self) -> bool {
+        self.ending.load(Ordering::Relaxed)
+    }
 }

@@ -66,6 +66,14 @@ pub fn of_kill(failure: CommandError) -> Error {
     }
 }
 
+/// Of numbers: containerd asks for those of what has ended, too, and passes over what is not found.
+pub fn of_stats(failure: CommandError) -> Error {
+    match failure {
+        CommandError::Over(_) | CommandError::NotRunning(..) => not_found(failure.to_string()),
+        failure => of_command(failure),
+    }
+}
+
 /// Of the making of a container.
 pub fn of_create(failure: CreateError) -> Error {
     let code = match &failure {

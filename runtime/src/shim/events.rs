@@ -147,10 +147,8 @@ impl Sender {
                     self.client = Some(client);
                     return;
                 }
-                // It has answered, in a way.
-                Err(ttrpc::Error::RpcStatus(_)) => refused += 1,
-                // The connection is of before a restart.
-                Err(_) => {}
+                // It has answered, in a way; or the connection is of before a restart, or whoever listens there hangs up.
+                Err(_) => refused += 1,
             }
         }
     }
@@ -176,7 +174,9 @@ struct Watch(AsyncFd<std::os::fd::OwnedFd>);
 impl Watch {
     fn new(directory: &Path) -> io::Result<Self> {
         let fd = inotify::init(inotify::CreateFlags::NONBLOCK | inotify::CreateFlags::CLOEXEC)?;
-        inotify::add_watch(&fd, directory, inotify::WatchFlags::CREATE | inotify::WatchFlags::MOVED_TO)?;
+        // A socket is there before anybody listens at it; containerd changes its mode after that.
+        let made = inotify::WatchFlags::CREATE | inotify::WatchFlags::MOVED_TO | inotify::WatchFlags::ATTRIB;
+        inotify::add_watch(&fd, directory, made)?;
         // SAFETY: the descriptor is owned by the AsyncFd from here on, and never replaced.
         Ok(Self(unsafe { AsyncFd::register(fd) }?))
     }
@@ -192,5 +192,13 @@ impl Watch {
                 Err(errno) => return Err(errno.into()),
             }
         }
+    }
+}
+
+#[cfg(test)]
+impl Sender {
+    /// What waits to be sent.
+    pub fn waiting(&mut self) -> Vec<Envelope> {
+        std::iter::from_fn(|| self.receiver.try_recv().ok()).collect()
     }
 }

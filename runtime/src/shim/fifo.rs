@@ -7,7 +7,7 @@ use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::OpenOptionsExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::Duration;
 
 use rustix::fs::{Mode, OFlags};
@@ -28,8 +28,8 @@ impl Output {
     pub async fn open(path: &Path) -> io::Result<Self> {
         let open = {
             let path = path.to_owned();
-            // Waits for a reader (fifo(7)).
-            move || OpenOptions::new().write(true).open(path)
+            // Waits for a reader (fifo(7)). Who has made a file instead wants it continued.
+            move || OpenOptions::new().append(true).open(path)
         };
         let mut opened = tokio::task::spawn_blocking(open);
         let writer = match tokio::time::timeout(OPENED, &mut opened).await {
@@ -73,10 +73,15 @@ pub fn append(path: &Path) -> io::Result<File> {
     if let Some(directory) = path.parent() {
         std::fs::create_dir_all(directory)?;
     }
-    OpenOptions::new().append(true).create(true).mode(0o644).open(path)
+    // Not waiting for a reader, should it be a pipe.
+    let nonblocking = OFlags::NONBLOCK.bits().cast_signed();
+    let file = OpenOptions::new().append(true).create(true).mode(0o644).custom_flags(nonblocking).open(path)?;
+    rustix::io::ioctl_fionbio(&file, false)?;
+    Ok(file)
 }
 
-/// The log of a shim, in the working directory: a pipe that containerd reads, if it does.
+/// The log of a shim, in the working directory: a pipe that containerd reads, if it does. Opened at both ends, since containerd
+/// may come to read it later; what does not fit into it is lost.
 pub fn log() -> Option<File> {
-    open_now(&PathBuf::from("log"), OFlags::WRONLY).ok().map(File::from)
+    open_now(Path::new("log"), OFlags::RDWR).ok().map(File::from)
 }

@@ -141,31 +141,35 @@ impl Io {
 
     async fn open_terminal(names: &Names, owner: &Owner) -> Result<Self, IoError> {
         let (master, peer) = stdio::terminal_pair(None).map_err(|errno| IoError::Make(errno.into()))?;
+        let copy = || master.try_clone().map_err(IoError::Make);
+        let (to_output, to_input, streams) = (copy()?, copy()?, [null()?, null()?, null()?]);
         let mut ends = Ends::default();
+        let input = match &*names.stdin {
+            "" => None,
+            path => Some(Input::open(Path::new(path)).map_err(|e| IoError::Open(path.into(), e))?),
+        };
+        // The last that can fail: nobody would wait for the end of a program that was started for nothing.
         let output = match Place::of(&names.stdout)? {
-            Place::Null => null()?,
+            Place::Null => None,
             Place::Fifo(path) => {
                 let opened = Output::open(path).await.map_err(|e| IoError::Open(path.into(), e))?;
                 ends.held = Mutex::new(vec![opened.reader]);
-                opened.writer
+                Some(opened.writer)
             }
             Place::File(_) => return Err(IoError::TerminalTo(names.stdout.clone())),
             Place::Logger(program, arguments) => {
                 let (child, [out, _]) = logger(program, arguments, owner).await?;
                 ends.logger = Mutex::new(Some(child));
-                out
+                Some(out)
             }
         };
-        let copy = || master.try_clone().map_err(IoError::Make);
-        ends.output = Mutex::new(Some(tokio::spawn(copy_until_end(copy()?, output))));
-        if !names.stdin.is_empty() {
-            let path = Path::new(&names.stdin);
-            let input = Input::open(path).map_err(|e| IoError::Open(path.into(), e))?;
-            ends.stdin = Mutex::new(Some(input.writer));
-            ends.input = Some(tokio::spawn(copy_until_end(input.reader, copy()?)));
+        ends.output = Mutex::new(Some(tokio::spawn(copy_until_end(to_output, output))));
+        if let Some(Input { reader, writer }) = input {
+            ends.stdin = Mutex::new(Some(writer));
+            ends.input = Some(tokio::spawn(copy_until_end(reader, Some(to_input))));
         }
         ends.master = Some(master);
-        Ok(Self { streams: [null()?, null()?, null()?], terminal: Some(peer), ends })
+        Ok(Self { streams, terminal: Some(peer), ends })
     }
 }
 
@@ -173,6 +177,11 @@ impl Ends {
     /// There will be no more input from containerd's side.
     pub fn close_stdin(&self) {
         drop(take(&self.stdin));
+    }
+
+    /// Nobody but who reads the output holds it open any more: if nobody does, who writes it is told.
+    pub fn let_go(&self) {
+        self.held.lock().unwrap_or_else(std::sync::PoisonError::into_inner).clear();
     }
 
     /// Sets the size of the terminal; none if there is no terminal.
@@ -185,14 +194,16 @@ impl Ends {
     pub async fn finish(&self) {
         self.close_stdin();
         let output = take(&self.output);
-        if let Some(output) = output {
+        if let Some(mut output) = output {
             // A reader that does not read is not waited for for ever.
-            let _ = tokio::time::timeout(DRAIN, output).await;
+            if tokio::time::timeout(DRAIN, &mut output).await.is_err() {
+                output.abort();
+            }
         }
         if let Some(input) = &self.input {
             input.abort();
         }
-        self.held.lock().unwrap_or_else(std::sync::PoisonError::into_inner).clear();
+        self.let_go();
         let logger = take(&self.logger);
         if let Some(logger) = logger {
             let _ = tokio::task::spawn_blocking(move || end_logger(logger)).await;
@@ -327,13 +338,14 @@ fn end_logger(mut logger: Child) {
     let _ = logger.wait();
 }
 
-/// Copies until there is nothing more to come, or nobody to take it.
-async fn copy_until_end(from: OwnedFd, to: OwnedFd) {
+/// Copies until there is nothing more to come; to nowhere, if there is nowhere, or nobody there to take it any more: what a terminal
+/// holds that nobody reads would stop who writes.
+async fn copy_until_end(from: OwnedFd, to: Option<OwnedFd>) {
     let _ = copy(from, to).await;
 }
 
-async fn copy(from: OwnedFd, to: OwnedFd) -> io::Result<()> {
-    let (from, to) = (register(from)?, register(to)?);
+async fn copy(from: OwnedFd, to: Option<OwnedFd>) -> io::Result<()> {
+    let (from, mut to) = (register(from)?, to.map(register).transpose()?);
     let mut buffer = vec![0; CHUNK];
     loop {
         let length = loop {
@@ -347,17 +359,25 @@ async fn copy(from: OwnedFd, to: OwnedFd) -> io::Result<()> {
                 Err(errno) => return Err(errno.into()),
             }
         };
-        let mut rest = &buffer[..length];
-        while !rest.is_empty() {
-            let mut ready = to.writable().await?;
-            match rustix::io::write(to.get_ref(), rest) {
-                Ok(written) => rest = &rest[written..],
-                Err(Errno::WOULDBLOCK) => ready.clear_ready(),
-                Err(Errno::INTR) => {}
-                Err(errno) => return Err(errno.into()),
-            }
+        if let Some(taker) = &to
+            && write_all(taker, &buffer[..length]).await.is_err()
+        {
+            to = None;
         }
     }
+}
+
+async fn write_all(to: &AsyncFd<OwnedFd>, mut rest: &[u8]) -> io::Result<()> {
+    while !rest.is_empty() {
+        let mut ready = to.writable().await?;
+        match rustix::io::write(to.get_ref(), rest) {
+            Ok(written) => rest = &rest[written..],
+            Err(Errno::WOULDBLOCK) => ready.clear_ready(),
+            Err(Errno::INTR) => {}
+            Err(errno) => return Err(errno.into()),
+        }
+    }
+    Ok(())
 }
 
 fn register(fd: OwnedFd) -> io::Result<AsyncFd<OwnedFd>> {
@@ -369,6 +389,7 @@ fn register(fd: OwnedFd) -> io::Result<AsyncFd<OwnedFd>> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use rustix::fs::{Mode, OFlags};
 
     #[test]
     fn places_are_named_as_containerd_names_them() {
@@ -379,5 +400,82 @@ mod tests {
         assert_eq!((program, words), ("/usr/bin/log".into(), vec!["--to".into(), "/var 1".into(), "-v".into()]));
         assert!(Place::of("npipe://x").is_err());
         assert_eq!(decode("a%zz%4"), "a%zz%4");
+    }
+
+    async fn open(stdin: &str, stdout: &str, terminal: bool) -> Io {
+        let names = Names { stdin: stdin.into(), stdout: stdout.into(), stderr: String::new(), terminal };
+        let owner = Owner { namespace: "n".into(), id: "i".into() };
+        Io::open(&names, &owner).await.unwrap()
+    }
+
+    #[tokio::test]
+    async fn a_terminal_whose_output_nobody_wants_stops_nobody() {
+        let Io { terminal, ends, .. } = open("", "", true).await;
+        let peer = terminal.unwrap();
+        // More than a terminal holds.
+        let write = move || (0..64).try_for_each(|_| rustix::io::write(&peer, &[b'x'; 4096]).map(drop));
+        let written = tokio::time::timeout(Duration::from_secs(30), tokio::task::spawn_blocking(write)).await;
+        written.unwrap().unwrap().unwrap();
+        ends.finish().await;
+    }
+
+    #[tokio::test]
+    async fn output_that_is_given_up_stops_nobody() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("out");
+        rustix::fs::mknodat(rustix::fs::CWD, &path, rustix::fs::FileType::Fifo, 0o600.into(), 0).unwrap();
+        for terminal in [true, false] {
+            let reader = rustix::fs::open(&path, OFlags::RDONLY | OFlags::NONBLOCK, Mode::empty()).unwrap();
+            let Io { terminal: peer, streams: [_, out, _], ends } = open("", path.to_str().unwrap(), terminal).await;
+            drop(reader);
+            // More than the pipe holds.
+            let out = peer.unwrap_or(out);
+            let write = move || (0..64).try_for_each(|_| rustix::io::write(&out, &[b'x'; 4096]).map(drop));
+            let mut writing = tokio::task::spawn_blocking(write);
+            assert!(tokio::time::timeout(Duration::from_millis(100), &mut writing).await.is_err(), "{terminal}");
+            ends.let_go();
+            let written = tokio::time::timeout(Duration::from_secs(30), writing).await.unwrap().unwrap();
+            assert_eq!(written, if terminal { Ok(()) } else { Err(Errno::PIPE) });
+            ends.finish().await;
+        }
+    }
+
+    #[tokio::test]
+    async fn what_is_written_to_a_terminal_is_read_before_its_end() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("out");
+        rustix::fs::mknodat(rustix::fs::CWD, &path, rustix::fs::FileType::Fifo, 0o600.into(), 0).unwrap();
+        let read = {
+            let path = path.clone();
+            tokio::task::spawn_blocking(move || std::fs::read_to_string(path))
+        };
+        let Io { terminal, ends, .. } = open("", path.to_str().unwrap(), true).await;
+        rustix::io::write(terminal.as_ref().unwrap(), b"last words").unwrap();
+        drop(terminal);
+        ends.finish().await;
+        assert_eq!(read.await.unwrap().unwrap(), "last words");
+        // Of what has ended the size may be set, too.
+        ends.resize(1, 2).unwrap().unwrap();
+    }
+
+    #[tokio::test]
+    async fn a_pipe_that_only_containerd_s_side_has_left_is_no_end() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("in");
+        rustix::fs::mknodat(rustix::fs::CWD, &path, rustix::fs::FileType::Fifo, 0o600.into(), 0).unwrap();
+        let Io { streams: [stdin, ..], ends, .. } = open(path.to_str().unwrap(), "", false).await;
+        drop(std::fs::OpenOptions::new().write(true).open(&path).unwrap());
+        rustix::io::ioctl_fionbio(&stdin, true).unwrap();
+        assert_eq!(rustix::io::read(&stdin, &mut [0; 1]), Err(Errno::WOULDBLOCK));
+        ends.close_stdin();
+        assert_eq!(rustix::io::read(&stdin, &mut [0; 1]), Ok(0));
+    }
+
+    #[tokio::test]
+    async fn a_file_that_is_a_pipe_without_a_reader_holds_nobody_up() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("log");
+        rustix::fs::mknodat(rustix::fs::CWD, &path, rustix::fs::FileType::Fifo, 0o600.into(), 0).unwrap();
+        assert!(fifo::append(&path).is_err());
     }
 }

@@ -11,8 +11,10 @@ mod delete;
 mod error;
 mod events;
 mod fifo;
+mod info;
 mod io;
 mod metrics;
+mod options;
 mod process;
 mod rootfs;
 mod serve;
@@ -40,6 +42,8 @@ enum ShimError {
     Serve(#[from] serve::ServeError),
     #[error(transparent)]
     Delete(#[from] delete::DeleteError),
+    #[error(transparent)]
+    Info(#[from] info::InfoError),
     #[error("cannot write to standard output: {0}")]
     Output(#[source] std::io::Error),
 }
@@ -65,6 +69,7 @@ fn run() -> Result<(), ShimError> {
     let arguments = Arguments::read(std::env::args_os())?;
     let answer = match arguments.action {
         Action::Version => arguments::version(),
+        Action::Info => info::info()?,
         Action::Start => start::start(&arguments)?,
         Action::Delete => delete::delete(&arguments)?,
         Action::Serve => return Ok(serve::serve(&arguments)?),

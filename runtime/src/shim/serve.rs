@@ -7,6 +7,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tokio::sync::Notify;
 
 use super::arguments::Arguments;
@@ -19,6 +20,10 @@ use crate::log::{Format, Log};
 
 /// Name of the process.
 const NAME: &std::ffi::CStr = c"podhull-shim";
+
+/// How many descriptors this process may have open, if it may: some five for each program that is executed. Services are given 1024
+/// by default.
+const DESCRIPTORS: u64 = 16384;
 
 /// How long the last answers and events may take.
 const LAST: Duration = Duration::from_secs(3);
@@ -47,6 +52,8 @@ pub fn serve(arguments: &Arguments) -> Result<(), ServeError> {
         Some(file) => Log::to(file, Format::Text, arguments.debug),
         None => Log::stderr(),
     };
+    end_by_panics();
+    raise_limit();
     let events = std::env::var(EVENTS).unwrap_or_default();
     let runtime =
         tokio::runtime::Builder::new_current_thread().enable_io().enable_time().build().map_err(ServeError::Events)?;
@@ -78,6 +85,26 @@ pub fn serve(arguments: &Arguments) -> Result<(), ServeError> {
     });
     runtime.shutdown_background();
     served
+}
+
+/// A panic anywhere ends this process, and says why: containerd then sees its connection closed and removes the containers, and waits for
+/// no answer that will never come.
+fn end_by_panics() {
+    std::panic::set_hook(Box::new(|panic| {
+        if let Some(file) = fifo::log() {
+            Log::to(file, Format::Text, false).error(&panic.to_string());
+        }
+        std::process::abort();
+    }));
+}
+
+fn raise_limit() {
+    let limit = getrlimit(Resource::Nofile);
+    let wanted = Some(limit.maximum.unwrap_or(DESCRIPTORS).min(DESCRIPTORS));
+    if limit.current < wanted && limit.current.is_some() {
+        // What it may not, it does without.
+        let _ = setrlimit(Resource::Nofile, Rlimit { current: wanted, ..limit });
+    }
 }
 
 /// The listener that this process was started with.

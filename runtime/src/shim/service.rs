@@ -1,7 +1,9 @@
 //! `containerd.task.v2.Task` and `containerd.task.v3.Task`, which are the same under two names.
 
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::collections::hash_map::Entry;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use async_trait::async_trait;
 use containerd_shim_protos::api::{
@@ -19,112 +21,158 @@ use ttrpc::{Code, Result};
 use super::container::{Container, Surroundings};
 use super::error::{error, failed, not_found};
 use super::events::timestamp;
-use super::process::Process;
 
 /// Names of the service: that of the version that containerd has spoken since 1.3, and of 2.0.
 const NAMES: [&str; 2] = ["containerd.task.v2.Task", "containerd.task.v3.Task"];
 
-/// The containers of a pod, and what containerd asks for.
+/// The containers of a pod.
 pub struct Tasks {
     surroundings: Arc<Surroundings>,
-    /// `None`: it is being made.
-    containers: Mutex<HashMap<String, Option<Arc<Container>>>>,
+    containers: Mutex<HashMap<String, Arc<Place>>>,
+    /// Whether containerd has asked for the end while it waited for no container any more, but one was still being made or removed.
+    asked: AtomicBool,
     /// That there is nothing more to do.
     over: Arc<Notify>,
 }
 
+/// That of a container, from the moment it is asked for.
+#[derive(Default)]
+struct Place {
+    /// Held while it is made, and while it is removed.
+    turn: tokio::sync::Mutex<()>,
+    /// Once it was made.
+    container: OnceLock<Arc<Container>>,
+}
+
+/// What containerd asks for.
+struct Service(Arc<Tasks>);
+
 impl Tasks {
     /// None yet.
     pub fn new(surroundings: Arc<Surroundings>, over: Arc<Notify>) -> Arc<Self> {
-        Arc::new(Self { surroundings, containers: Mutex::default(), over })
+        Arc::new(Self { surroundings, containers: Mutex::default(), asked: AtomicBool::new(false), over })
     }
 
     /// To be registered with a server.
     pub fn services(self: &Arc<Self>) -> HashMap<String, ttrpc::r#async::Service> {
-        let named =
-            |name: &str| create_task(self.clone()).into_values().map(move |service| (name.to_owned(), service)).next();
+        let service = Arc::new(Service(self.clone()));
+        let named = |name: &str| {
+            create_task(service.clone()).into_values().map(move |service| (name.to_owned(), service)).next()
+        };
         NAMES.iter().filter_map(|name| named(name)).collect()
     }
 
-    fn containers(&self) -> MutexGuard<'_, HashMap<String, Option<Arc<Container>>>> {
+    fn containers(&self) -> MutexGuard<'_, HashMap<String, Arc<Place>>> {
         self.containers.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    fn place(&self, id: &str) -> Result<Arc<Place>> {
+        self.containers().get(id).cloned().ok_or_else(|| missing(id))
+    }
+
     fn container(&self, id: &str) -> Result<Arc<Container>> {
-        self.containers()
-            .get(id)
-            .cloned()
-            .flatten()
-            .ok_or_else(|| not_found(format!("container {id:?} does not exist")))
+        self.place(id)?.container.get().cloned().ok_or_else(|| missing(id))
+    }
+
+    async fn create(&self, request: CreateTaskRequest) -> Result<CreateTaskResponse> {
+        let id = request.id.clone();
+        let place = Arc::new(Place::default());
+        let _turn = place.turn.lock().await;
+        match self.containers().entry(id.clone()) {
+            Entry::Occupied(_) => {
+                return Err(error(Code::ALREADY_EXISTS, format!("container {id:?} exists already")));
+            }
+            Entry::Vacant(free) => drop(free.insert(place.clone())),
+        }
+        let container =
+            Container::create(self.surroundings.clone(), request).await.inspect_err(|_| self.remove(&id))?;
+        let pid = container.init.pid_u32();
+        let _ = place.container.set(container);
+        Ok(CreateTaskResponse { pid, ..Default::default() })
+    }
+
+    async fn delete(&self, request: DeleteRequest) -> Result<DeleteResponse> {
+        if !request.exec_id.is_empty() {
+            return self.container(&request.id)?.forget(&request.exec_id).await;
+        }
+        let place = self.place(&request.id)?;
+        // One that is still being made is waited for: who has given it up asks once.
+        let _turn = place.turn.lock().await;
+        let container = self.container(&request.id)?;
+        let answer = container.delete().await?;
+        self.remove(&request.id);
+        Ok(answer)
+    }
+
+    fn remove(&self, id: &str) {
+        let mut containers = self.containers();
+        containers.remove(id);
+        if containers.is_empty() && self.asked.load(Ordering::Relaxed) {
+            self.over.notify_one();
+        }
+    }
+
+    fn shutdown(&self, id: &str) {
+        // It is asked for each container; the last one counts.
+        let containers = self.containers();
+        if containers.is_empty() {
+            self.over.notify_one();
+        } else if containers.contains_key(id) {
+            self.asked.store(true, Ordering::Relaxed);
+        }
     }
 }
 
-fn deleted(process: &Process) -> DeleteResponse {
-    let exit = process.exit();
-    DeleteResponse {
-        pid: process.pid_u32(),
-        exit_status: exit.map_or(0, |exit| exit.status),
-        exited_at: exit.map(|exit| timestamp(exit.at)).map_or_else(MessageField::none, MessageField::some),
-        ..Default::default()
-    }
+fn missing(id: &str) -> ttrpc::Error {
+    not_found(format!("container {id:?} does not exist"))
+}
+
+/// Does what was asked for to its end. The server drops what it waits for when the connection ends, or when who asked has waited
+/// long enough; what is half done by then, nobody would finish.
+async fn whole<T: Send + 'static>(work: impl Future<Output = Result<T>> + Send + 'static) -> Result<T> {
+    tokio::spawn(work).await.unwrap_or_else(|failure| Err(error(Code::INTERNAL, failure.to_string())))
 }
 
 #[async_trait]
-impl Task for Tasks {
+impl Task for Service {
     async fn create(&self, _: &TtrpcContext, request: CreateTaskRequest) -> Result<CreateTaskResponse> {
-        let id = request.id.clone();
-        if self.containers().contains_key(&id) {
-            return Err(error(Code::ALREADY_EXISTS, format!("container {id:?} exists already")));
-        }
-        self.containers().insert(id.clone(), None);
-        match Container::create(self.surroundings.clone(), request).await {
-            Ok(container) => {
-                let pid = container.init.pid_u32();
-                self.containers().insert(id, Some(container));
-                Ok(CreateTaskResponse { pid, ..Default::default() })
-            }
-            Err(error) => {
-                self.containers().remove(&id);
-                Err(error)
-            }
-        }
+        let tasks = self.0.clone();
+        whole(async move { tasks.create(request).await }).await
     }
 
     async fn start(&self, _: &TtrpcContext, request: StartRequest) -> Result<StartResponse> {
-        let pid = self.container(&request.id)?.start(&request.exec_id).await?;
+        let container = self.0.container(&request.id)?;
+        let pid = whole(async move { container.start(&request.exec_id).await }).await?;
         Ok(StartResponse { pid, ..Default::default() })
     }
 
     async fn exec(&self, _: &TtrpcContext, request: ExecProcessRequest) -> Result<Empty> {
-        self.container(&request.id)?.add(request)?;
+        self.0.container(&request.id)?.add(request)?;
         Ok(Empty::new())
     }
 
     async fn delete(&self, _: &TtrpcContext, request: DeleteRequest) -> Result<DeleteResponse> {
-        let container = self.container(&request.id)?;
-        if !request.exec_id.is_empty() {
-            return Ok(deleted(&*container.forget(&request.exec_id).await?));
-        }
-        container.delete().await?;
-        self.containers().remove(&request.id);
-        Ok(deleted(&container.init))
+        let tasks = self.0.clone();
+        whole(async move { tasks.delete(request).await }).await
     }
 
     async fn state(&self, _: &TtrpcContext, request: StateRequest) -> Result<StateResponse> {
-        self.container(&request.id)?.state(&request.exec_id)
+        self.0.container(&request.id)?.state(&request.exec_id).await
     }
 
     async fn pids(&self, _: &TtrpcContext, request: PidsRequest) -> Result<PidsResponse> {
-        Ok(PidsResponse { processes: self.container(&request.id)?.pids(), ..Default::default() })
+        Ok(PidsResponse { processes: self.0.container(&request.id)?.pids(), ..Default::default() })
     }
 
     async fn pause(&self, _: &TtrpcContext, request: PauseRequest) -> Result<Empty> {
-        self.container(&request.id)?.pause().await?;
+        let container = self.0.container(&request.id)?;
+        whole(async move { container.pause().await }).await?;
         Ok(Empty::new())
     }
 
     async fn resume(&self, _: &TtrpcContext, request: ResumeRequest) -> Result<Empty> {
-        self.container(&request.id)?.resume().await?;
+        let container = self.0.container(&request.id)?;
+        whole(async move { container.resume().await }).await?;
         Ok(Empty::new())
     }
 
@@ -134,22 +182,19 @@ impl Task for Tasks {
     }
 
     async fn kill(&self, _: &TtrpcContext, request: KillRequest) -> Result<Empty> {
-        self.container(&request.id)?.kill(&request.exec_id, request.signal, request.all).await?;
+        self.0.container(&request.id)?.kill(&request.exec_id, request.signal, request.all).await?;
         Ok(Empty::new())
     }
 
     async fn resize_pty(&self, _: &TtrpcContext, request: ResizePtyRequest) -> Result<Empty> {
-        let process = self.container(&request.id)?.process(&request.exec_id)?;
+        let process = self.0.container(&request.id)?.process(&request.exec_id)?;
         let size = |number: u32| u16::try_from(number).unwrap_or(u16::MAX);
-        // Of what has no terminal, or is not there yet, the size does not matter.
-        match process.ends.get().and_then(|ends| ends.resize(size(request.height), size(request.width))) {
-            Some(Err(error)) => Err(failed(error)),
-            _ => Ok(Empty::new()),
-        }
+        process.resize((size(request.height), size(request.width))).map_err(failed)?;
+        Ok(Empty::new())
     }
 
     async fn close_io(&self, _: &TtrpcContext, request: CloseIORequest) -> Result<Empty> {
-        let process = self.container(&request.id)?.process(&request.exec_id)?;
+        let process = self.0.container(&request.id)?.process(&request.exec_id)?;
         if request.stdin {
             process.close_stdin();
         }
@@ -157,24 +202,24 @@ impl Task for Tasks {
     }
 
     async fn update(&self, _: &TtrpcContext, request: UpdateTaskRequest) -> Result<Empty> {
-        self.container(&request.id)?.update(request.resources.value.clone()).await?;
+        self.0.container(&request.id)?.update(request.resources.value.clone()).await?;
         Ok(Empty::new())
     }
 
     async fn wait(&self, _: &TtrpcContext, request: WaitRequest) -> Result<WaitResponse> {
-        let process = self.container(&request.id)?.process(&request.exec_id)?;
-        let exit = process.wait().await;
+        let process = self.0.container(&request.id)?.process(&request.exec_id)?;
+        let exit = process.wait().await.ok_or_else(|| not_found("the process was deleted before it was started"))?;
         let exited_at = MessageField::some(timestamp(exit.at));
         Ok(WaitResponse { exit_status: exit.status, exited_at, ..Default::default() })
     }
 
     async fn stats(&self, _: &TtrpcContext, request: StatsRequest) -> Result<StatsResponse> {
-        let stats = MessageField::some(self.container(&request.id)?.stats().await?);
+        let stats = MessageField::some(self.0.container(&request.id)?.stats().await?);
         Ok(StatsResponse { stats, ..Default::default() })
     }
 
     async fn connect(&self, _: &TtrpcContext, request: ConnectRequest) -> Result<ConnectResponse> {
-        let task_pid = self.container(&request.id).map_or(0, |container| container.init.pid_u32());
+        let task_pid = self.0.container(&request.id).map_or(0, |container| container.init.pid_u32());
         Ok(ConnectResponse {
             shim_pid: std::process::id(),
             task_pid,
@@ -183,11 +228,11 @@ impl Task for Tasks {
         })
     }
 
-    async fn shutdown(&self, _: &TtrpcContext, _: ShutdownRequest) -> Result<Empty> {
-        // It is asked for each container; the last one counts.
-        if self.containers().is_empty() {
-            self.over.notify_one();
-        }
+    async fn shutdown(&self, _: &TtrpcContext, request: ShutdownRequest) -> Result<Empty> {
+        self.0.shutdown(&request.id);
         Ok(Empty::new())
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -2,21 +2,29 @@
 
 use std::collections::HashMap;
 use std::fmt::Write as _;
-use std::fs::{self, DirBuilder, Permissions};
-use std::io::{self, Read};
+use std::fs::{self, DirBuilder, OpenOptions, Permissions};
+use std::io::{self, Read, Write as _};
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::time::Duration;
 
+use containerd_shim_protos::api::ConnectRequest;
 use containerd_shim_protos::bootstrap_api::{BootstrapParams, BootstrapResult};
 use containerd_shim_protos::protobuf::Message;
-use rustix::fs::FlockOperation;
+use containerd_shim_protos::protobuf::well_known_types::any::Any;
+use containerd_shim_protos::shim_async::TaskClient;
 use sha2::{Digest, Sha256};
+use ttrpc::r#async::transport::Socket;
+use ttrpc::context::Context;
 
 use super::arguments::Arguments;
+use super::options::{Options, OptionsError};
+use crate::oom;
+use crate::state::lock_in_time;
 
 /// Where shims have their sockets, as containerd's own do.
 const SOCKETS: &str = "/run/containerd/s";
@@ -25,7 +33,7 @@ const SOCKETS: &str = "/run/containerd/s";
 const ADDRESS: &str = "address";
 
 /// Most of what containerd says on standard input, in bytes.
-const MAX_INPUT: u64 = 4 << 20;
+pub const MAX_INPUT: u64 = 4 << 20;
 
 /// Longest `config.json` that is looked at for its annotations.
 const MAX_CONFIG: u64 = 3 << 20;
@@ -40,6 +48,12 @@ pub const EVENTS: &str = "TTRPC_ADDRESS";
 const GROUPS: [&str; 3] =
     ["io.kubernetes.cri.sandbox-id", "io.kubernetes.cri-o.SandboxID", "io.containerd.runc.v2.group"];
 
+/// How long the shim of a pod may take to answer, and how long others may take to start theirs.
+const ANSWER: Duration = Duration::from_secs(10);
+
+/// Where control groups are.
+const GROUPS_MOUNTED: &str = "/sys/fs/cgroup";
+
 /// Why there is no process.
 #[derive(Debug, thiserror::Error)]
 pub enum StartError {
@@ -52,21 +66,41 @@ pub enum StartError {
     /// The socket.
     #[error("cannot listen at {0}: {1}")]
     Listen(PathBuf, #[source] io::Error),
+    /// Somebody listens, and does not answer.
+    #[error(
+        "the shim of pod {0:?} at {1} does not answer within {secs} seconds: end its process, podhull-shim",
+        secs = ANSWER.as_secs()
+    )]
+    Hangs(String, PathBuf),
+    /// No event loop.
+    #[error("cannot set up event handling: {0}")]
+    Events(#[source] io::Error),
     /// The process.
     #[error("cannot start the shim's process: {0}")]
     Spawn(#[source] io::Error),
+    /// When the host has no memory left, containerd is to live longer.
+    #[error("cannot set oom_score_adj of the shim's process: {0}")]
+    OomScore(#[source] io::Error),
+    /// What the options say.
+    #[error(transparent)]
+    Options(#[from] OptionsError),
+    /// The group that they name.
+    #[error("options: shim_cgroup: cannot move the shim's process to {0}: {1}")]
+    Cgroup(PathBuf, #[source] io::Error),
     /// A file for containerd.
     #[error("cannot write the file address of the bundle: {0}")]
     Address(#[source] io::Error),
 }
 
 /// What containerd says beyond the command line.
-#[derive(Debug, Default, PartialEq, Eq)]
+#[derive(Debug, Default, PartialEq)]
 struct Said {
     /// Where to send events, if it says so here.
     events: Option<String>,
     /// Directory of the socket.
     sockets: Option<PathBuf>,
+    /// What its user says of the runtime.
+    options: Any,
     /// Whether it takes a [`BootstrapResult`].
     bootstrap: bool,
 }
@@ -76,18 +110,20 @@ pub fn start(arguments: &Arguments) -> Result<Vec<u8>, StartError> {
     let mut input = Vec::new();
     io::stdin().take(MAX_INPUT).read_to_end(&mut input).map_err(StartError::Input)?;
     let said = Said::read(&input, arguments);
+    let options = Options::read(&said.options)?;
     let group = group(arguments)?;
     let sockets = said.sockets.as_deref().unwrap_or(Path::new(SOCKETS));
     let socket = sockets.join(name(&arguments.address, &arguments.namespace, &group));
     let listen = |error| StartError::Listen(socket.clone(), error);
     DirBuilder::new().recursive(true).mode(0o711).create(sockets).map_err(listen)?;
-    // One at a time: what nobody answers at is removed, and must not be another's that is about to answer.
-    let turn = fs::File::open(sockets).map_err(listen)?;
-    rustix::fs::flock(&turn, FlockOperation::LockExclusive).map_err(|errno| listen(errno.into()))?;
-    if UnixStream::connect(&socket).is_err() {
-        serve(arguments, &said, &socket)?;
+    if !answers(&socket, &group, ANSWER)? {
+        // One at a time: what nobody answers at is removed, and must not be another's that is about to answer.
+        let directory = fs::File::open(sockets).map_err(listen)?;
+        let _turn = lock_in_time(directory.into(), ANSWER).map_err(|errno| listen(errno.into()))?;
+        if UnixStream::connect(&socket).is_err() {
+            serve(arguments, &said, &options, &socket)?;
+        }
     }
-    drop(turn);
     let address = format!("unix://{}", socket.display());
     // containerd 1.6 and CRI-O look for it there when they have been restarted.
     fs::write(ADDRESS, &address).map_err(StartError::Address)?;
@@ -107,9 +143,16 @@ impl Said {
             Ok(params) if params.instance_id == arguments.id && params.namespace == arguments.namespace => Self {
                 events: Some(params.containerd_ttrpc_address).filter(|address| !address.is_empty()),
                 sockets: params.socket_dir.filter(|directory| !directory.is_empty()).map(PathBuf::from),
+                // There may be other extensions, which are not for runtimes.
+                options: params
+                    .extensions
+                    .into_iter()
+                    .filter_map(|extension| extension.value.into_option())
+                    .find(Options::is_known)
+                    .unwrap_or_default(),
                 bootstrap: true,
             },
-            _ => Self::default(),
+            _ => Self { options: Any::parse_from_bytes(input).unwrap_or_default(), ..Self::default() },
         }
     }
 }
@@ -153,8 +196,33 @@ pub fn remove_socket(bundle: &Path) {
     }
 }
 
+/// Whether somebody answers at a socket in time; false if nobody listens there.
+fn answers(socket: &Path, group: &str, time: Duration) -> Result<bool, StartError> {
+    let hangs = || StartError::Hangs(group.into(), socket.into());
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_io().enable_time().build();
+    runtime.map_err(StartError::Events)?.block_on(async {
+        let stream = match tokio::net::UnixStream::connect(socket).await {
+            Ok(stream) => stream,
+            Err(error) => match error.kind() {
+                io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused => return Ok(false),
+                // More wait for an answer than there is room for.
+                io::ErrorKind::WouldBlock => return Err(hangs()),
+                _ => return Err(StartError::Listen(socket.into(), error)),
+            },
+        };
+        let client = TaskClient::new(ttrpc::r#async::Client::new(Socket::new(stream)));
+        let request = ConnectRequest { id: group.into(), ..Default::default() };
+        match tokio::time::timeout(time, client.connect(Context::default(), &request)).await {
+            Ok(Ok(_) | Err(ttrpc::Error::RpcStatus(_))) => Ok(true),
+            // It is just ending.
+            Ok(Err(_)) => Ok(false),
+            Err(_) => Err(hangs()),
+        }
+    })
+}
+
 /// Starts the process.
-fn serve(arguments: &Arguments, said: &Said, socket: &Path) -> Result<(), StartError> {
+fn serve(arguments: &Arguments, said: &Said, options: &Options, socket: &Path) -> Result<(), StartError> {
     let listen = |error| StartError::Listen(socket.to_owned(), error);
     match fs::remove_file(socket) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(listen(error)),
@@ -185,11 +253,28 @@ fn serve(arguments: &Arguments, said: &Said, socket: &Path) -> Result<(), StartE
     unsafe {
         command.pre_exec(move || inherit_only(fd));
     }
-    let spawned = command.spawn();
-    if spawned.is_err() {
-        let _ = fs::remove_file(socket);
+    let spawned = command.spawn().map_err(StartError::Spawn).and_then(|mut child| {
+        settle(child.id(), options).inspect_err(|_| {
+            let _ = child.kill();
+            let _ = child.wait();
+        })
+    });
+    spawned.inspect_err(|_| drop(fs::remove_file(socket)))
+}
+
+/// What containerd's shim for runc does with its process: when the host has no memory left it goes after containerd has, which is
+/// the parent of this process; and it is in the group that the options name.
+fn settle(pid: u32, options: &Options) -> Result<(), StartError> {
+    let parent = rustix::process::getppid().map_or(1, |parent| parent.as_raw_nonzero().get());
+    let score = oom::score(parent).map_err(StartError::OomScore)?;
+    oom::set_score(pid.cast_signed(), score.saturating_add(1)).map_err(StartError::OomScore)?;
+    if let Some(group) = &options.shim_cgroup {
+        let group = Path::new(GROUPS_MOUNTED).join(group);
+        let moved = OpenOptions::new().write(true).open(group.join("cgroup.procs"));
+        let moved = moved.and_then(|mut file| file.write_all(pid.to_string().as_bytes()));
+        moved.map_err(|error| StartError::Cgroup(group, error))?;
     }
-    spawned.map(drop).map_err(StartError::Spawn)
+    Ok(())
 }
 
 /// A session of its own, the listener at its place, and nothing else of the caller's beyond the standard streams.
@@ -212,6 +297,7 @@ fn inherit_only(listener: i32) -> io::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use containerd_shim_protos::bootstrap_api::Extension;
     use std::ffi::OsString;
 
     fn arguments() -> Arguments {
@@ -228,15 +314,42 @@ mod tests {
             ..Default::default()
         };
         let said = Said::read(&params.write_to_bytes().unwrap(), &arguments());
-        assert_eq!(said, Said { events: Some("unix:///e".into()), sockets: Some("/s".into()), bootstrap: true });
+        let expected =
+            Said { events: Some("unix:///e".into()), sockets: Some("/s".into()), options: Any::new(), bootstrap: true };
+        assert_eq!(said, expected);
         params.namespace = "another".into();
-        assert_eq!(Said::read(&params.write_to_bytes().unwrap(), &arguments()), Said::default());
+        let said = Said::read(&params.write_to_bytes().unwrap(), &arguments());
+        assert_eq!((said.events, said.bootstrap, &*said.options.type_url), (None, false, "i"));
         // An Any: its first two fields have the numbers of those two.
-        let mut any = containerd_shim_protos::protobuf::well_known_types::any::Any::new();
+        let mut any = Any::new();
         any.type_url = "containerd.runc.v1.Options".into();
-        assert_eq!(Said::read(&any.write_to_bytes().unwrap(), &arguments()), Said::default());
+        let said = Said::read(&any.write_to_bytes().unwrap(), &arguments());
+        assert_eq!(said, Said { options: any.clone(), ..Said::default() });
+        (params.namespace, params.extensions) = ("n".into(), Vec::new());
+        for options in [Any { type_url: "io.x.Nri".into(), ..Default::default() }, any.clone()] {
+            let value = containerd_shim_protos::protobuf::MessageField::some(options);
+            params.extensions.push(Extension { value, ..Default::default() });
+        }
+        assert_eq!(Said::read(&params.write_to_bytes().unwrap(), &arguments()).options, any);
         assert_eq!(Said::read(b"", &arguments()), Said::default());
         assert_eq!(Said::read(&[0xff; 64], &arguments()), Said::default());
+    }
+
+    #[test]
+    fn who_listens_and_does_not_answer_is_named() {
+        let directory = tempfile::tempdir().unwrap();
+        let socket = directory.path().join("s");
+        let answers = |socket| answers(socket, "g", Duration::from_millis(100));
+        assert!(!answers(&socket).unwrap());
+        let listener = UnixListener::bind(&socket).unwrap();
+        let (closing, hung) = (listener.try_clone().unwrap(), listener);
+        let close = std::thread::spawn(move || drop(closing.accept().unwrap()));
+        assert!(!answers(&socket).unwrap());
+        close.join().unwrap();
+        let error = answers(&socket).unwrap_err().to_string();
+        assert!(error.contains("pod \"g\"") && error.contains("does not answer"), "{error}");
+        drop(hung);
+        assert!(!answers(&socket).unwrap());
     }
 
     #[test]

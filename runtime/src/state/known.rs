@@ -300,7 +300,7 @@ pub fn try_turn(directory: impl AsFd) -> Option<OwnedFd> {
 
 /// Waits for an exclusive lock, but not for ever. There is no such call: when the deadline has passed a thread goes on
 /// waiting, until the process ends or it gets the lock and gives it back.
-fn lock_in_time(file: OwnedFd, deadline: Duration) -> Result<OwnedFd, Errno> {
+pub fn lock_in_time(file: OwnedFd, deadline: Duration) -> Result<OwnedFd, Errno> {
     match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
         Ok(()) => return Ok(file),
         Err(Errno::WOULDBLOCK) => {}

@@ -1,0 +1,126 @@
+//! The ends of a container's processes, and what is told of them: in order, and whatever holds them up.
+
+use std::os::fd::AsFd;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant, SystemTime};
+
+use containerd_shim_protos::events::task::{TaskExit, TaskOOM};
+use containerd_shim_protos::protobuf::MessageField;
+
+use super::super::events::{Event, timestamp};
+use super::super::process::{Exit, Phase, Process};
+use super::{Container, beside};
+use crate::agent::{Agent, Happening};
+use crate::state::Known;
+
+/// How long what is executed in a container may take to end after that has, and again when it was killed.
+const AFTER: Duration = Duration::from_secs(10);
+
+/// How long a guest may take to write back what a container has written that was killed.
+const LAST_PAGES: Duration = Duration::from_secs(60);
+
+/// How long the last event of a container may come after its end.
+const LAST_WORDS: Duration = Duration::from_secs(1);
+
+/// How often containerd is told that a process was killed for lack of memory.
+const OFTEN: Duration = Duration::from_millis(100);
+
+impl Container {
+    /// Waits for the end of its first process. What was executed in it ends with it, and is told of first.
+    pub(super) async fn watch_first(self: Arc<Self>) {
+        let mut memory = tokio::spawn(self.clone().watch_memory());
+        let exit = end_of(&self.init).await;
+        self.ending.store(true, Ordering::Relaxed);
+        self.end_executed().await;
+        // That it was killed for lack of memory is known in the guest before its end is.
+        if tokio::time::timeout(LAST_WORDS, &mut memory).await.is_err() {
+            memory.abort();
+        }
+        self.ended(&self.init, exit).await;
+    }
+
+    /// The same for a program that was executed.
+    pub(super) async fn watch_executed(self: Arc<Self>, process: Arc<Process>) {
+        let exit = end_of(&process).await;
+        self.ended(&process, exit).await;
+    }
+
+    /// Tells of the end of a process, and lets go of what was held for it.
+    async fn ended(&self, process: &Process, exit: Exit) {
+        // It is told of its start first.
+        let turn = process.turn.lock().await;
+        self.publish(&Event::Exited(TaskExit {
+            container_id: self.id.clone(),
+            id: if process.exec.is_empty() { self.id.clone() } else { process.exec.clone() },
+            pid: process.pid_u32(),
+            exit_status: exit.status,
+            exited_at: MessageField::some(timestamp(exit.at)),
+            ..Default::default()
+        }));
+        process.exited(exit);
+        drop(turn);
+        process.finish().await;
+    }
+
+    /// The container has ended, and with it what was executed in it: their ends are told before its own. What does not end by
+    /// itself is killed, and if that does not help given up.
+    async fn end_executed(&self) {
+        let all: Vec<_> = self.executed().values().cloned().collect();
+        for killed in [false, true] {
+            if killed {
+                all.iter().filter(|process| process.phase() == Phase::Running).for_each(|process| process.kill());
+            }
+            let at_rest = async {
+                for process in &all {
+                    process.at_rest().await;
+                }
+            };
+            if tokio::time::timeout(AFTER, at_rest).await.is_ok() {
+                return;
+            }
+        }
+    }
+
+    /// Tells of processes that are killed for lack of memory.
+    async fn watch_memory(self: Arc<Self>) {
+        let this = self.clone();
+        let dial = beside(move || {
+            let known = Known::load(&this.surroundings.root, &this.id).ok()?;
+            let pod = known.pod().ok()?;
+            crate::stdio::dial(pod.as_fd(), podhull_protocol::AGENT_PORT).ok()
+        });
+        let Ok(Some(stream)) = dial.await else { return };
+        let Ok(agent) = Agent::new(stream) else { return };
+        let Ok(mut events) = agent.watch(&self.id).await else { return };
+        let mut last: Option<Instant> = None;
+        while let Ok(Happening::OutOfMemory) = events.next(&self.id).await {
+            // The guest can say it as often as it likes.
+            if last.is_some_and(|last| last.elapsed() < OFTEN) {
+                continue;
+            }
+            last = Some(Instant::now());
+            // Where CRI-O, which takes no events, looks for it.
+            let _ = std::fs::write(self.bundle.join("oom"), "");
+            self.publish(&Event::OutOfMemory(TaskOOM { container_id: self.id.clone(), ..Default::default() }));
+        }
+    }
+
+    /// It is being killed. What does not end then is held up by output that nobody reads, or by a guest that does nothing any more:
+    /// the output is given up, and then what stands for it here is ended, with its machine if that is its own.
+    pub(super) async fn insist(self: Arc<Self>) {
+        let steps: [(_, fn(&Process)); 2] = [(AFTER, Process::give_up_output), (LAST_PAGES, Process::kill)];
+        for (patience, step) in steps {
+            if tokio::time::timeout(patience, self.init.wait()).await.is_ok() {
+                return;
+            }
+            step(&self.init);
+        }
+    }
+}
+
+/// Waits for the end of a process that was made.
+async fn end_of(process: &Process) -> Exit {
+    let status = process.reap().await.unwrap_or(255);
+    Exit { status, at: SystemTime::now() }
+}
