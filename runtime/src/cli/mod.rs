@@ -2,6 +2,7 @@
 
 mod check;
 mod checkpoint;
+mod config;
 mod create;
 mod delete;
 mod events;
@@ -121,6 +122,7 @@ enum Command {
     Restore(Box<restore::Arguments>),
     Spec(spec::Arguments),
     Check(check::Arguments),
+    Config(config::Arguments),
     Features(features::Arguments),
     #[command(hide = true)]
     Vmm(vmm::Arguments),
@@ -195,6 +197,8 @@ enum Failure {
     #[error(transparent)]
     Spec(#[from] spec::SpecError),
     #[error(transparent)]
+    Config(#[from] crate::config::ConfigError),
+    #[error(transparent)]
     Output(#[from] std::io::Error),
 }
 
@@ -250,6 +254,7 @@ pub fn main() -> ExitCode {
         Some(Command::Restore(restore)) => restore.execute(&context),
         Some(Command::Spec(spec)) => spec.execute().map(|()| 0).map_err(Failure::from),
         Some(Command::Check(check)) => check.execute().map_err(Failure::from),
+        Some(Command::Config(config)) => config.execute(),
         Some(Command::Features(features)) => features.execute().map_err(Failure::from),
         Some(Command::Exec(exec)) => exec.execute(&context).map_err(Failure::from),
         Some(Command::Vmm(vmm)) => return vmm.execute(),

@@ -12,6 +12,7 @@ use serde::{Deserialize, Serialize};
 use tokio::io::unix::AsyncFd;
 
 use super::network::Wiring;
+use crate::config::Settings;
 use crate::state::Membership;
 
 /// Descriptor at which the shadow finds its end.
@@ -45,6 +46,8 @@ pub struct Begin {
     pub pid: i32,
     /// The process of the machine.
     pub machine: Option<i32>,
+    /// What the machine is made with.
+    pub settings: Settings,
     /// Whether a terminal is attached, which is to be the container's.
     pub terminal: bool,
     /// Whether a process is attached, which stands for the container.
