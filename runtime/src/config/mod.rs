@@ -23,7 +23,8 @@ use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 
 use crate::pod::{IMAGE, KERNEL, LIBRARY, Sizing, host_cpus, host_memory, library_file};
-pub use annotations::check_member;
+pub use annotations::{PREFIX, check_member};
+pub use kata::PREFIX as KATA_PREFIX;
 pub use keys::{KEYS, Key};
 pub use sandbox::is_sandbox;
 pub use source::Source;

@@ -28,7 +28,7 @@ pub enum Order {
     /// The first. Attached are, in this order and as far as there is one, the channel to its machine, the terminal, the
     /// process whose namespaces it is to join (a pidfd), the `process` to execute in a file, the mount namespace of the machine
     /// of its pod, the namespaces that it is to be in, and the program's descriptors.
-    Begin(Begin),
+    Begin(Box<Begin>),
     /// The pod's network, before the first [`Order::GoOn`] and only if there is one. Attached are what the agent is told of
     /// it, in a file, and what the resources are.
     Network(Vec<Resource>),
@@ -165,7 +165,7 @@ impl Creator {
                 let mounts = next(begin.pod.is_some());
                 let namespaces = begin.namespaces.iter().copied().zip(fds.by_ref()).collect();
                 let descriptors = fds.take(begin.descriptors).collect();
-                Ok(Given { begin, channel, terminal, container, process, mounts, namespaces, descriptors })
+                Ok(Given { begin: *begin, channel, terminal, container, process, mounts, namespaces, descriptors })
             }
             (order, _) => Err(ChannelError::Malformed(format!("{order:?} is not how one begins")).into()),
         }
