@@ -54,7 +54,8 @@ fn line(finding: &Finding) -> String {
 fn configuration(config: Result<Config, ConfigError>) -> Finding {
     let result = match config.map(|config| config.files().len()) {
         Ok(0) => Ok("none: fine, everything is as it comes".to_owned()),
-        Ok(count) => Ok(format!("of {count} files in force: `podhull config show`")),
+        Ok(1) => Ok("one file: `podhull config show` says what is in force".to_owned()),
+        Ok(count) => Ok(format!("{count} files: `podhull config show` says what is in force")),
         Err(error) => Err(missing(error.to_string(), "")),
     };
     Finding { subject: "configuration", result }

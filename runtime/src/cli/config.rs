@@ -10,6 +10,7 @@ use crate::config::{Config, Shown};
 
 /// Show the configuration
 #[derive(clap::Args)]
+#[command(arg_required_else_help = false)]
 #[command(after_help = "Examples:
   podhull config show                        every key, its value, and where that comes from
   podhull config show -b DIR                 for a pod of the bundle in DIR, with its annotations

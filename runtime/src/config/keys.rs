@@ -125,7 +125,7 @@ pub const KEYS: &[Line] = &[
         key: Key::Kernel,
         name: "machine.kernel",
         kind: Kind::Path,
-        unset: "vmlinux",
+        unset: "`vmlinux` in `$PODHULL_LIBDIR`, else installed",
         annotation: ByAnnotation::IfAllowed,
         what: "The guest kernel: an ELF file with podhull's configuration",
     },
@@ -133,7 +133,7 @@ pub const KEYS: &[Line] = &[
         key: Key::Image,
         name: "machine.image",
         kind: Kind::Path,
-        unset: "guest.img",
+        unset: "`guest.img`, likewise",
         annotation: ByAnnotation::IfAllowed,
         what: "The guest image: an EROFS file with podhull's agent",
     },
@@ -143,8 +143,8 @@ pub const KEYS: &[Line] = &[
         kind: Kind::Params,
         unset: "none",
         annotation: ByAnnotation::Yes,
-        what: "Appended to the command line of the guest kernel; what an annotation says comes last. A word that the kernel \
-               does not know keeps the guest from booting",
+        what: "Appended to the command line of the guest kernel; what an annotation says comes last. A word without `=` \
+               that the kernel does not know keeps the guest from booting",
     },
     Line {
         key: Key::GuestConsole,
@@ -159,7 +159,7 @@ pub const KEYS: &[Line] = &[
         key: Key::Allow,
         name: "annotations.allow",
         kind: Kind::Keys,
-        unset: "those of the size and machine.kernel_params",
+        unset: "those with *yes*",
         annotation: ByAnnotation::Never,
         what: "Keys that a pod may set for itself, by annotations. It stands for the whole list; an empty one allows none",
     },

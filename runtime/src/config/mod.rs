@@ -280,3 +280,51 @@ struct Host {
     memory: u64,
     vcpus: u64,
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn file(given: &[(Key, Value)]) -> Config {
+        let mut config = Config::default();
+        for (line, (key, value)) in given.iter().enumerate() {
+            config.set(*key, value.clone(), Source::File { path: "/c.toml".into(), line: line + 1 });
+        }
+        config
+    }
+
+    #[test]
+    fn a_default_above_its_maximum_is_refused_unless_nobody_set_it() {
+        let config = file(&[(Key::MaxMemory, Value::Mebibytes(1024)), (Key::Memory, Value::Mebibytes(2048))]);
+        let expected = "machine.memory (/c.toml:2): 2048 MiB is more than machine.max_memory, 1024 MiB (/c.toml:1)";
+        assert_eq!(config.check().unwrap_err().to_string(), expected);
+        let config = file(&[(Key::MaxMemory, Value::Mebibytes(1024))]);
+        config.check().unwrap();
+        assert_eq!(config.show()[Key::Memory as usize].text, "1024 MiB");
+    }
+
+    #[test]
+    fn settings_are_those_of_the_pod_and_a_floor_is_only_what_it_asks_for_itself() {
+        let config = file(&[
+            (Key::Memory, Value::Mebibytes(512)),
+            (Key::MaxVcpus, Value::Number(4)),
+            (Key::Kernel, Value::Path("/k".into())),
+            (Key::GuestConsole, Value::Path("/var/log".into())),
+        ]);
+        let name = "io.kubernetes.cri.sandbox-memory".to_owned();
+        let settings = config.clone().settings(&Annotations::from([(name, "1048576".into())])).unwrap();
+        let sizing = Sizing {
+            memory: Some(512 * MIB),
+            max_cpus: Some(4),
+            expected: crate::pod::Demand::expected(1 << 20, 0, 0),
+            ..Sizing::default()
+        };
+        assert_eq!(settings.sizing, sizing);
+        assert_eq!((settings.kernel, settings.guest_console), ("/k".into(), Some("/var/log".into())));
+        let asked = Annotations::from([("io.podhull.machine.memory".into(), "256".into())]);
+        let sizing = config.with(&asked).unwrap().settings(&asked).unwrap().sizing;
+        assert_eq!((sizing.memory, sizing.least_memory), (Some(256 * MIB), Some(256 * MIB)));
+        let text = serde_json::to_string(&sizing).unwrap();
+        assert_eq!(serde_json::from_str::<Sizing>(&text).unwrap(), sizing);
+    }
+}

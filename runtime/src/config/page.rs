@@ -25,11 +25,16 @@ names it, its file and its line, as is a value of another type or out of range: 
 as they are, with what was in force when they were made.
 
 `podhull config show` prints what is in force and where each value comes from; with `--bundle DIR` for the pod of that bundle, with
-its annotations.
+its annotations, and with `--format json` for programs.
 
-```console
+```
 # podhull config show
-KEY                     VALUE                                                                                          FROM
+KEY                    VALUE                                      FROM
+machine.vcpus          all of the host                            default
+machine.memory         1024 MiB                                   /etc/podhull/config.toml:2
+machine.max_vcpus      all of the host                            default
+machine.max_memory     16384 MiB                                  /etc/podhull/config.toml:3
+...
 ```
 
 ## Keys

@@ -47,7 +47,9 @@ pub enum ResourceError {
     #[error("/dev/kvm cannot boot a kernel: {0}")]
     KvmCannotBoot(String),
     /// Not installed, or not readable.
-    #[error("{what} {path}: {error}; install podhull's files or set PODHULL_LIBDIR to their directory")]
+    #[error(
+        "{what} {path}: {error}; install podhull's files, or name it in the configuration or in PODHULL_LIBDIR: see `podhull config show`"
+    )]
     File {
         /// "guest kernel" or "guest image".
         what: &'static str,
