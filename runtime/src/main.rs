@@ -2,12 +2,13 @@
 //!
 //! `cli` has one file per subcommand and decides exit codes; `bundle` and `spec` read and check what the caller wants;
 //! `pod` makes it so, with `machine` (the VMM process), `network`, `agent` (the guest's PID 1), `stdio`, `signals` and `handover` as its hands;
-//! `state` owns what lies under `/run/podhull`, `cgroup` the control groups on the host. `shim` is the same for containerd.
+//! `config` is what the administrator of the host has decided; `state` owns what lies under `/run/podhull`, `cgroup` the control groups on the host. `shim` is the same for containerd.
 
 mod agent;
 mod bundle;
 mod cgroup;
 mod cli;
+mod config;
 mod confine;
 mod handover;
 mod log;

@@ -309,8 +309,130 @@ fn check_says_what_is_missing_and_run_says_why_it_cannot() {
 
 /// Runs in a mount namespace of its own, after these commands of a shell.
 fn after(place: &Place, commands: &str) -> Output {
-    let script = format!("{commands}\nexec {PODHULL} --root {0}/root run -b {0}/bundle x", place.0.display());
+    then(place, commands, &format!("run -b {}/bundle x", place.0.display()))
+}
+
+/// The same with other arguments.
+fn then(place: &Place, commands: &str, arguments: &str) -> Output {
+    let script = format!("{commands}\nexec {PODHULL} --root {}/root {arguments}", place.0.display());
     Command::new("unshare").args(["-m", "sh", "-ec", &script]).output().unwrap()
+}
+
+/// Commands that give the host a configuration; each file's lines are on their own.
+fn configuration(files: &[(&str, &str)]) -> String {
+    let mut commands = "mount -t tmpfs -o mode=755 none /etc; mkdir -p /etc/podhull/config.d".to_owned();
+    for (name, text) in files {
+        commands += &format!("\ncat >/etc/podhull/{name} <<'END'\n{text}\nEND");
+    }
+    commands
+}
+
+#[test]
+fn the_configuration_in_force_is_shown_with_where_it_comes_from() {
+    if !rustix::process::geteuid().is_root() {
+        eprintln!("skipped: needs root");
+        return;
+    }
+    let place = Place::new("config");
+    let show = "config show --format json";
+    let shown = |commands: &str, arguments: &str| -> Value {
+        let output = then(&place, &format!("unset PODHULL_LIBDIR; {commands}"), arguments);
+        assert!(output.status.success(), "{output:?}");
+        serde_json::from_slice(&output.stdout).unwrap()
+    };
+    let of =
+        |shown: &Value, key: &str| shown.as_array().unwrap().iter().find(|line| line["key"] == key).unwrap().clone();
+    let none = shown("mount -t tmpfs none /etc", show);
+    assert!(none.as_array().unwrap().iter().all(|line| line["from"] == "default"), "{none}");
+    assert_eq!(of(&none, "machine.memory")["value"], 2048);
+
+    let files =
+        [("config.toml", "[machine]\nmemory = 256\nvcpus = 1"), ("config.d/10.toml", "[machine]\n\nmemory = 512")];
+    let commands = configuration(&files);
+    let some = shown(&commands, show);
+    let file = |name: &str, line: u32| json!({ "file": { "path": format!("/etc/podhull/{name}"), "line": line } });
+    let expected = json!({ "key": "machine.memory", "value": 512, "from": file("config.d/10.toml", 3) });
+    assert_eq!(of(&some, "machine.memory"), expected);
+    assert_eq!(of(&some, "machine.vcpus")["from"], file("config.toml", 3));
+
+    let annotation = "io.katacontainers.config.hypervisor.default_memory";
+    place.set("annotations", json!({ annotation: "384" }));
+    let bundle = shown(&commands, &format!("{show} --bundle {}/bundle", place.0.display()));
+    let expected = json!({ "key": "machine.memory", "value": 384, "from": { "annotation": annotation } });
+    assert_eq!(of(&bundle, "machine.memory"), expected);
+
+    let table = then(&place, &commands, "config show");
+    let text = String::from_utf8(table.stdout).unwrap();
+    let line = text.lines().find(|line| line.starts_with("machine.memory ")).unwrap();
+    assert!(line.contains(" 512 MiB ") && line.ends_with(" /etc/podhull/config.d/10.toml:3"), "{text}");
+
+    let library = shown(&format!("{commands}\nexport PODHULL_LIBDIR=/lib/x"), show);
+    let expected =
+        json!({ "key": "machine.kernel", "value": "/lib/x/vmlinux", "from": { "variable": "PODHULL_LIBDIR" } });
+    assert_eq!(of(&library, "machine.kernel"), expected);
+}
+
+#[test]
+fn a_configuration_that_is_wrong_keeps_pods_from_being_made_and_names_its_file() {
+    if !rustix::process::geteuid().is_root() {
+        eprintln!("skipped: needs root");
+        return;
+    }
+    let place = Place::new("wrong-config");
+    let file = "/etc/podhull/config.toml";
+    for (text, more, expected) in [
+        ("[machine]\nmemroy = 1", "", "line 2: machine.memroy: unknown key; "),
+        (
+            "[hypervisor.qemu]\ndefault_memory = 1",
+            "",
+            "line 2: hypervisor.qemu.default_memory: is a key of Kata Containers; ",
+        ),
+        ("", "chown 1 /etc/podhull/config.toml", "belongs to user 1: "),
+        ("", "chmod 666 /etc/podhull/config.toml", "others than root may write it (mode 0666): chmod go-w"),
+    ] {
+        let commands = format!("{}\n{more}", configuration(&[("config.toml", text)]));
+        for arguments in [&format!("run -b {}/bundle x", place.0.display()), "config show"] {
+            let output = then(&place, &commands, arguments);
+            let error = String::from_utf8(output.stderr).unwrap();
+            assert!(error.starts_with(&format!("podhull: {file}: {expected}")), "{error}");
+            assert_eq!((output.status.code(), error.lines().count()), (Some(1), 1), "{error}");
+        }
+        let check = String::from_utf8(then(&place, &commands, "check").stdout).unwrap();
+        assert!(check.contains(&format!("missing  {:<24} {file}: {expected}", "configuration")), "{check}");
+        // What is there already is none of its business.
+        assert!(then(&place, &commands, "list").status.success());
+    }
+    // The file of a user who may not read it.
+    let commands = format!("{}\nchmod 600 {file}", configuration(&[("config.toml", "")]));
+    let script = format!("{commands}\nexec setpriv --reuid 65534 --clear-groups {PODHULL} config show");
+    let output = Command::new("unshare").args(["-m", "sh", "-ec", &script]).output().unwrap();
+    let error = String::from_utf8(output.stderr).unwrap();
+    // Where the program itself cannot be reached by that user there is nothing to see.
+    if output.status.code() == Some(1) {
+        assert!(error.starts_with(&format!("podhull: {file}: cannot be read: Permission denied")), "{error}");
+    }
+}
+
+#[test]
+fn annotations_of_ours_and_of_kata_s_are_honoured_or_refused_by_name() {
+    for (annotation, value, expected) in [
+        ("io.podhull.machine.memroy", "1", "unknown; behind io.podhull. may be machine.vcpus, "),
+        ("io.podhull.machine.memory", "2Gi", "\"2Gi\" is not a whole number of MiB"),
+        ("io.podhull.machine.kernel", "/boot/vmlinux", "machine.kernel is not among annotations.allow (default)"),
+        ("io.katacontainers.config.hypervisor.default_vcpus", "65", "65 is not between 1 and 64"),
+        ("io.katacontainers.config.hypervisor.image", "/x.img", "machine.image is not among annotations.allow"),
+        ("io.katacontainers.config.hypervisor.enable_iommu", "true", "\"true\": not supported: machines have no IOMMU"),
+        (
+            "io.katacontainers.config.hypervisor.warp",
+            "9",
+            "podhull knows no annotation of Kata Containers with this name",
+        ),
+        ("io.kubernetes.cri.sandbox-memory", "much", "\"much\" is not a whole number"),
+    ] {
+        let place = Place::new(&format!("annotation-{annotation}"));
+        place.set("annotations", json!({ annotation: value }));
+        place.refuses(RUN, &[&format!("podhull: annotation {annotation}: {expected}")]);
+    }
 }
 
 #[test]

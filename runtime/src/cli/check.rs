@@ -2,11 +2,12 @@
 
 use std::fs::File;
 use std::io::{self, Write};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use podhull_vmm::host::{self, Finding, Missing};
 use rustix::io::Errno;
 
+use crate::config::{Config, ConfigError};
 use crate::pod::{self, ResourceError};
 
 /// Tell whether this host can run pods, point by point, and what to do about what is missing
@@ -20,9 +21,12 @@ impl Arguments {
     /// Prints the report; the exit status says whether pods can run.
     pub fn execute(self) -> Result<u8, io::Error> {
         let mut findings = kvm();
+        let config = Config::read();
+        let used = config.as_ref().map_or_else(|_| Config::default(), Clone::clone);
         findings.extend([
-            installed("guest kernel", pod::kernel()),
-            installed("guest image", pod::image()),
+            configuration(config),
+            installed("guest kernel", &used.kernel(), pod::kernel),
+            installed("guest image", &used.image(), pod::image),
             cgroup(),
             system_calls(),
             seccomp(),
@@ -47,8 +51,19 @@ fn line(finding: &Finding) -> String {
 }
 
 /// The error says what to do already.
-fn installed(subject: &'static str, found: Result<PathBuf, ResourceError>) -> Finding {
-    let result = found.map(|path| path.display().to_string());
+fn configuration(config: Result<Config, ConfigError>) -> Finding {
+    let result = match config.map(|config| config.files().len()) {
+        Ok(0) => Ok("none: fine, everything is as it comes".to_owned()),
+        Ok(1) => Ok("one file: `podhull config show` says what is in force".to_owned()),
+        Ok(count) => Ok(format!("{count} files: `podhull config show` says what is in force")),
+        Err(error) => Err(missing(error.to_string(), "")),
+    };
+    Finding { subject: "configuration", result }
+}
+
+/// The error says what to do already.
+fn installed(subject: &'static str, path: &Path, open: fn(&Path) -> Result<File, ResourceError>) -> Finding {
+    let result = open(path).map(|_| path.display().to_string());
     Finding { subject, result: result.map_err(|e| missing(e.to_string().trim_start_matches(subject).trim(), "")) }
 }
 

@@ -8,6 +8,7 @@ use serde::Serialize;
 use serde_json::ser::PrettyFormatter;
 
 use crate::cgroup::PROPERTY_ANNOTATION;
+use crate::config;
 use crate::spec::words;
 
 /// Print what this runtime supports, as JSON
@@ -147,7 +148,7 @@ impl Features {
                 // The name by which callers know.
                 ("org.opencontainers.runc.checkpoint.enabled", "false"),
             ]),
-            potentially_unsafe_config_annotations: &[PROPERTY_ANNOTATION],
+            potentially_unsafe_config_annotations: &[config::PREFIX, config::KATA_PREFIX, PROPERTY_ANNOTATION],
         }
     }
 }

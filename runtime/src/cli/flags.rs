@@ -75,7 +75,11 @@ impl Line {
                 Some(given) => drop(self.push(given, words, &mut switches)),
                 None => {
                     let ends = word == "--" || takes_rest && !is_flag(&word);
+                    let subcommand = command.find_subcommand(&word);
                     self.words.push(Some(word));
+                    if let Some(subcommand) = subcommand {
+                        return self.read_own(subcommand, words);
+                    }
                     if ends {
                         return;
                     }

@@ -2,6 +2,7 @@
 
 mod check;
 mod checkpoint;
+mod config;
 mod create;
 mod delete;
 mod events;
@@ -122,6 +123,7 @@ enum Command {
     Restore(Box<restore::Arguments>),
     Spec(spec::Arguments),
     Check(check::Arguments),
+    Config(config::Arguments),
     Features(features::Arguments),
     #[command(hide = true)]
     Vmm(vmm::Arguments),
@@ -196,6 +198,8 @@ enum Failure {
     #[error(transparent)]
     Spec(#[from] spec::SpecError),
     #[error(transparent)]
+    Config(#[from] crate::config::ConfigError),
+    #[error(transparent)]
     Output(#[from] std::io::Error),
 }
 
@@ -251,6 +255,7 @@ pub fn main() -> ExitCode {
         Some(Command::Restore(restore)) => restore.execute(&context),
         Some(Command::Spec(spec)) => spec.execute().map(|()| 0).map_err(Failure::from),
         Some(Command::Check(check)) => check.execute().map_err(Failure::from),
+        Some(Command::Config(config)) => config.execute(),
         Some(Command::Features(features)) => features.execute().map_err(Failure::from),
         Some(Command::Exec(exec)) => exec.execute(&context).map_err(Failure::from),
         Some(Command::Vmm(vmm)) => return vmm.execute(),

@@ -24,6 +24,7 @@ use super::size::{Demand, Size, SizeError};
 use super::view::namespaces;
 use crate::bundle::{Bundle, BundleError};
 use crate::cgroup::{Cgroup, CgroupError, Manager, PATIENCE, Placement};
+use crate::config::{self, ConfigError, Settings};
 use crate::log::Log;
 use crate::machine::{MachineError, PidNamespace, Process};
 use crate::oom;
@@ -58,6 +59,9 @@ pub enum CreateError {
     /// It asks for more than there is.
     #[error(transparent)]
     Size(#[from] SizeError),
+    /// The configuration of this host, or what the container's annotations ask for.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
     /// Its id, or what is written under the state root.
     #[error(transparent)]
     State(#[from] StateError),
@@ -224,6 +228,8 @@ pub struct Handed {
 struct Wanted {
     joined: Joined,
     placement: Option<Placement>,
+    /// What its machine is made with; nothing of it counts for one that runs.
+    settings: Settings,
 }
 
 impl<'a> Pod<'a> {
@@ -237,7 +243,7 @@ impl<'a> Pod<'a> {
         handed: Handed,
     ) -> Result<Self, CreateError> {
         let Handed { terminal, inherited: Inherited { fds: descriptors, listening } } = handed;
-        let Wanted { joined: Joined { pod: member_of, shared, namespaces: joined }, placement } = wanted;
+        let Wanted { joined: Joined { pod: member_of, shared, namespaces: joined }, placement, settings } = wanted;
         let (mut machine, mounts) = match &member_of {
             None => (Some(Process::spawn()?), None),
             Some(pod) => (None, Some(pod.mounts()?.ok_or_else(|| CreateError::PodGone(pod.pod.clone()))?)),
@@ -246,6 +252,7 @@ impl<'a> Pod<'a> {
         let (kinds, joined): (Vec<_>, Vec<_>) = joined.into_iter().unzip();
         let begin = Begin {
             machine: machine.as_ref().map(Process::pid),
+            settings,
             terminal: terminal.is_some(),
             pod: member_of.clone(),
             shared,
@@ -470,9 +477,20 @@ impl Create<'_> {
     fn check(&self) -> Result<(Bundle, Wanted), CreateError> {
         state::check_free(self.root, self.id)?;
         let bundle = Bundle::open(self.bundle)?;
-        Size::for_container(bundle.config.spec())?;
         let joined = join::look_up(self.root, &bundle.config)?;
+        let settings = self.settings(&bundle, &joined)?;
+        Size::of(&settings.sizing, &[&Demand::of(bundle.config.spec())])?;
         let placement = Placement::new(self.cgroups, &bundle.config, self.id)?;
-        Ok((bundle, Wanted { joined, placement }))
+        Ok((bundle, Wanted { joined, placement, settings }))
+    }
+
+    /// What the container's machine is made with, or that of its pod was. What the configuration says now is not asked for one
+    /// that runs.
+    fn settings(&self, bundle: &Bundle, joined: &Joined) -> Result<Settings, CreateError> {
+        let annotations = bundle.config.spec().annotations().clone().unwrap_or_default();
+        let Some(pod) = &joined.pod else { return Ok(Settings::for_pod(&annotations)?) };
+        let first = Known::load(self.root, &pod.pod)?.state;
+        config::check_member(&annotations, &first.annotations.unwrap_or_default(), &pod.pod)?;
+        Ok(Settings { sizing: first.sizing, ..Settings::default() })
     }
 }

@@ -12,6 +12,7 @@ use serde::{Deserialize, Serialize};
 use tokio::io::unix::AsyncFd;
 
 use super::network::Wiring;
+use crate::config::Settings;
 use crate::state::Membership;
 
 /// Descriptor at which the shadow finds its end.
@@ -27,7 +28,7 @@ pub enum Order {
     /// The first. Attached are, in this order and as far as there is one, the channel to its machine, the terminal, the
     /// process whose namespaces it is to join (a pidfd), the `process` to execute in a file, the mount namespace of the machine
     /// of its pod, the namespaces that it is to be in, and the program's descriptors.
-    Begin(Begin),
+    Begin(Box<Begin>),
     /// The pod's network, before the first [`Order::GoOn`] and only if there is one. Attached are what the agent is told of
     /// it, in a file, and what the resources are.
     Network(Vec<Resource>),
@@ -45,6 +46,8 @@ pub struct Begin {
     pub pid: i32,
     /// The process of the machine.
     pub machine: Option<i32>,
+    /// What the machine is made with.
+    pub settings: Settings,
     /// Whether a terminal is attached, which is to be the container's.
     pub terminal: bool,
     /// Whether a process is attached, which stands for the container.
@@ -162,7 +165,7 @@ impl Creator {
                 let mounts = next(begin.pod.is_some());
                 let namespaces = begin.namespaces.iter().copied().zip(fds.by_ref()).collect();
                 let descriptors = fds.take(begin.descriptors).collect();
-                Ok(Given { begin, channel, terminal, container, process, mounts, namespaces, descriptors })
+                Ok(Given { begin: *begin, channel, terminal, container, process, mounts, namespaces, descriptors })
             }
             (order, _) => Err(ChannelError::Malformed(format!("{order:?} is not how one begins")).into()),
         }

@@ -30,8 +30,6 @@ mod update;
 mod view;
 mod watch;
 
-use std::path::PathBuf;
-
 pub use announce::Announce;
 pub use command::{CommandError, delete, kill, pause, resume, start as start_created};
 pub use create::{Create, CreateError, Handed, create, run as run_in_foreground};
@@ -39,19 +37,9 @@ pub use descriptors::{Asked, DescriptorError, Inherited};
 pub use exec::{Exec, ExecError, Execution, exec, exec_in_background, exec_in_foreground, running};
 pub use link::{Creator, News};
 pub use notify::SOCKET as NOTIFY_SOCKET;
-pub use resources::ResourceError;
+pub use resources::{IMAGE, KERNEL, LIBRARY, ResourceError, image, kernel, library_file};
 pub use shadow::{FLAG as SHADOW_FLAG, Launch, NAME as SHADOW_NAME};
-pub use size::{Demand, host_memory};
+pub use size::{Demand, MAX_CPUS, MAX_MEMORY, Sizing, host_cpus, host_memory};
 pub use start::{Run, RunError, run};
 pub use update::update;
 pub use watch::{Seen, stats, watch};
-
-/// Where the guest kernel is, if it is one.
-pub fn kernel() -> Result<PathBuf, ResourceError> {
-    resources::kernel().map(|_| resources::library_file(resources::KERNEL))
-}
-
-/// Where the guest image is, if it is one.
-pub fn image() -> Result<PathBuf, ResourceError> {
-    resources::image().map(|_| resources::library_file(resources::IMAGE))
-}

@@ -4,7 +4,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 
 use super::command::{CommandError, event_loop};
-use super::size::{Demand, Size};
+use super::size::{Demand, Size, Sizing};
 use crate::agent::{Agent, Growth};
 use crate::log::Log;
 use crate::machine::Control;
@@ -14,6 +14,8 @@ use crate::state::{self, State};
 pub struct Machine<'a> {
     pod: String,
     root: &'a Path,
+    /// What was in force when it was made.
+    sizing: Sizing,
     /// Of its containers, but the one that is changed.
     others: Vec<Demand>,
     log: &'a Log,
@@ -29,8 +31,17 @@ impl<'a> Machine<'a> {
         // Only now: who had its turn before may have added one.
         let there = state::list(root)?.into_iter().map(|known| known.state);
         let others = there.filter(|state| state.id != container.id && state.pod().as_ref() == Some(&pod));
-        let others = others.map(|state| state.demand).collect();
-        Ok(Some(Self { pod: pod.pod, root, others, log, _turn: turn }))
+        let mut sizing = (container.id == pod.pod).then(|| container.sizing.clone());
+        let mut demands = Vec::new();
+        for state in others {
+            if state.id == pod.pod {
+                sizing = Some(state.sizing);
+            }
+            demands.push(state.demand);
+        }
+        // Where the first container is gone its machine is about to be.
+        let sizing = sizing.unwrap_or_default();
+        Ok(Some(Self { pod: pod.pod, root, sizing, others: demands, log, _turn: turn }))
     }
 
     /// The size it is to have with a container that asks for this.
@@ -40,7 +51,7 @@ impl<'a> Machine<'a> {
 
     fn size_of(&self, demand: Option<&Demand>) -> Result<Size, CommandError> {
         let demands: Vec<_> = self.others.iter().chain(demand).collect();
-        Ok(Size::of(&demands)?)
+        Ok(Size::of(&self.sizing, &demands)?)
     }
 
     /// Makes room for the container, or takes its room away if it is gone.

@@ -47,7 +47,9 @@ pub enum ResourceError {
     #[error("/dev/kvm cannot boot a kernel: {0}")]
     KvmCannotBoot(String),
     /// Not installed, or not readable.
-    #[error("{what} {path}: {error}; install podhull's files or set PODHULL_LIBDIR to their directory")]
+    #[error(
+        "{what} {path}: {error}; install podhull's files, or name it in the configuration or in PODHULL_LIBDIR: see `podhull config show`"
+    )]
     File {
         /// "guest kernel" or "guest image".
         what: &'static str,
@@ -82,10 +84,13 @@ pub fn kvm() -> Result<File, ResourceError> {
     }
 }
 
+/// The environment variable that names the directory of what is not installed.
+pub const LIBRARY: &str = "PODHULL_LIBDIR";
+
 /// Where a file of ours is installed: `$PODHULL_LIBDIR`, else `../lib/podhull` beside the directory of this program, else
 /// `/usr/lib/podhull`.
 pub fn library_file(name: &str) -> PathBuf {
-    if let Some(directory) = std::env::var_os("PODHULL_LIBDIR").filter(|directory| !directory.is_empty()) {
+    if let Some(directory) = std::env::var_os(LIBRARY).filter(|directory| !directory.is_empty()) {
         return Path::new(&directory).join(name);
     }
     let beside =
@@ -94,11 +99,7 @@ pub fn library_file(name: &str) -> PathBuf {
 }
 
 /// Opens the guest kernel.
-pub fn kernel() -> Result<File, ResourceError> {
-    kernel_at(library_file(KERNEL))
-}
-
-fn kernel_at(path: PathBuf) -> Result<File, ResourceError> {
+pub fn kernel(path: &Path) -> Result<File, ResourceError> {
     open("guest kernel", path, |file, _| {
         let mut head = [0; 20];
         match file.read_exact_at(&mut head, 0) {
@@ -111,11 +112,7 @@ fn kernel_at(path: PathBuf) -> Result<File, ResourceError> {
 }
 
 /// Opens the guest image.
-pub fn image() -> Result<File, ResourceError> {
-    image_at(library_file(IMAGE))
-}
-
-fn image_at(path: PathBuf) -> Result<File, ResourceError> {
+pub fn image(path: &Path) -> Result<File, ResourceError> {
     open("guest image", path, |file, length| {
         let mut magic = [0; 4];
         match file.read_exact_at(&mut magic, EROFS_OFFSET) {
@@ -129,13 +126,13 @@ fn image_at(path: PathBuf) -> Result<File, ResourceError> {
 
 fn open(
     what: &'static str,
-    path: PathBuf,
+    path: &Path,
     problem: impl Fn(&File, u64) -> Option<&'static str>,
 ) -> Result<File, ResourceError> {
-    let opened = File::open(&path).and_then(|file| file.metadata().map(|metadata| (file, metadata)));
-    let (file, metadata) = opened.map_err(|error| ResourceError::File { what, path: path.clone(), error })?;
+    let opened = File::open(path).and_then(|file| file.metadata().map(|metadata| (file, metadata)));
+    let (file, metadata) = opened.map_err(|error| ResourceError::File { what, path: path.to_owned(), error })?;
     let problem = if metadata.is_file() { problem(&file, metadata.len()) } else { Some("not a regular file") };
-    problem.map_or(Ok(file), |problem| Err(ResourceError::Damaged { what, path, problem }))
+    problem.map_or(Ok(file), |problem| Err(ResourceError::Damaged { what, path: path.to_owned(), problem }))
 }
 
 #[cfg(test)]
@@ -147,24 +144,24 @@ mod tests {
         let path = std::env::temp_dir().join(format!("podhull-resources-{}", std::process::id()));
         let mut elf = vec![0; 4096];
         elf[..6].copy_from_slice(&ELF_64);
-        let mut kernel = elf.clone();
-        kernel[18..20].copy_from_slice(&EM_X86_64);
-        let mut image = vec![0; 2 << 20];
-        image[1024..1028].copy_from_slice(&EROFS_MAGIC);
-        let short = image[..4096].to_vec();
-        let check = |open: fn(PathBuf) -> Result<File, ResourceError>, content: &[u8]| {
+        let mut good = elf.clone();
+        good[18..20].copy_from_slice(&EM_X86_64);
+        let mut erofs = vec![0; 2 << 20];
+        erofs[1024..1028].copy_from_slice(&EROFS_MAGIC);
+        let short = erofs[..4096].to_vec();
+        let check = |open: fn(&Path) -> Result<File, ResourceError>, content: &[u8]| {
             std::fs::write(&path, content).unwrap();
-            open(path.clone()).map(drop).map_err(|e| e.to_string()).err().unwrap_or_default()
+            open(&path).map(drop).map_err(|e| e.to_string()).err().unwrap_or_default()
         };
-        assert_eq!(check(kernel_at, &kernel), "");
-        assert!(check(kernel_at, &elf).contains("damaged: not for x86-64"));
-        assert!(check(kernel_at, b"#!/bin/sh\necho no kernel here\n").contains("not a 64-bit ELF file"));
-        assert!(check(kernel_at, b"").contains("too short"));
-        assert_eq!(check(image_at, &image), "");
-        assert!(check(image_at, &short).contains("2 MiB"));
-        assert!(check(image_at, &kernel).contains("not an EROFS file system"));
+        assert_eq!(check(kernel, &good), "");
+        assert!(check(kernel, &elf).contains("damaged: not for x86-64"));
+        assert!(check(kernel, b"#!/bin/sh\necho no kernel here\n").contains("not a 64-bit ELF file"));
+        assert!(check(kernel, b"").contains("too short"));
+        assert_eq!(check(image, &erofs), "");
+        assert!(check(image, &short).contains("2 MiB"));
+        assert!(check(image, &good).contains("not an EROFS file system"));
         std::fs::remove_file(&path).unwrap();
-        let error = kernel_at(path.clone()).unwrap_err().to_string();
+        let error = kernel(&path).unwrap_err().to_string();
         assert!(error.contains(&path.display().to_string()) && error.contains("PODHULL_LIBDIR"), "{error}");
     }
 }

@@ -62,7 +62,7 @@ impl Shadow {
         begin.pid = shadow.pid();
         let fds: Vec<BorrowedFd<'_>> = fds.iter().map(AsFd::as_fd).collect();
         // One that ended at once is noticed by whoever waits for its news.
-        match control::send(&shadow.link, &Order::Begin(begin), &fds) {
+        match control::send(&shadow.link, &Order::Begin(Box::new(begin)), &fds) {
             Ok(()) | Err(ChannelError::Closed) => Ok(shadow),
             Err(error) => {
                 shadow.kill();

@@ -3,12 +3,10 @@
 use oci_spec::runtime::{LinuxResources, Spec};
 use serde::{Deserialize, Serialize};
 
+use crate::config::is_sandbox;
 use crate::spec::last_of_list;
 
 const MIB: u64 = 1 << 20;
-
-/// Memory of a pod with a container that has no limit, beside what the others ask for, if the host has as much.
-const DEFAULT_MEMORY: u64 = 2048 * MIB;
 
 /// Memory a machine boots with. What is missing to its size is plugged while its container is made: a smaller
 /// machine boots sooner.
@@ -25,10 +23,10 @@ const PAGE: u64 = 2 * MIB;
 const BLOCK: u64 = 128 * MIB;
 
 /// Most memory a machine can have: what a processor with the fewest address bits still reaches.
-const MAX_MEMORY: u64 = 512 << 30;
+pub const MAX_MEMORY: u64 = 512 << 30;
 
 /// Most CPUs a machine can have.
-const MAX_CPUS: u32 = 64;
+pub const MAX_CPUS: u32 = 64;
 
 /// CPUs a machine can grow to, if the host has as many, whatever it begins with. Each one more costs every machine the guest
 /// kernel's own memory for it.
@@ -45,6 +43,64 @@ pub enum SizeError {
         /// What the host has.
         host: u64,
     },
+    /// Nor one above what the administrator of the host, or the pod itself, allows.
+    #[error(
+        "linux.resources.memory.limit: {asked} bytes is more than the {most} bytes that the configuration allows \
+         (machine.max_memory; `podhull config show` says who)"
+    )]
+    Maximum {
+        /// The limit.
+        asked: u64,
+        /// What a machine may have.
+        most: u64,
+    },
+}
+
+/// What is in force for the size of a pod's machine, from the time when it was made.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct Sizing {
+    /// Bytes for containers without a limit, beside what the others ask for; as many as the host has at most.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub memory: Option<u64>,
+    /// CPUs for containers without a quota, likewise.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub cpus: Option<u32>,
+    /// Most bytes it may have.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub max_memory: Option<u64>,
+    /// Most CPUs it may have, and what it can grow to.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub max_cpus: Option<u32>,
+    /// Bytes it has at least.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub least_memory: Option<u64>,
+    /// CPUs it has at least.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub least_cpus: Option<u32>,
+    /// What its containers will ask for together. They come one after the other, and the machine is not to change for each.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub expected: Option<Demand>,
+}
+
+impl Sizing {
+    /// [`Self::memory`] where nobody says.
+    pub const DEFAULT_MEMORY: u64 = 2048 * MIB;
+
+    /// Memory that containers need together.
+    fn memory(&self, demands: &[&Demand]) -> u64 {
+        let limits = demands.iter().filter_map(|demand| demand.memory());
+        let limits = limits.fold(0u64, |sum, limit| sum.saturating_add(limit).saturating_add(limit / 32));
+        let limited = !demands.is_empty() && demands.iter().all(|demand| demand.memory().is_some());
+        limits.saturating_add(if limited { GUEST_OVERHEAD } else { self.memory.unwrap_or(Self::DEFAULT_MEMORY) })
+    }
+
+    /// CPUs that they need together.
+    fn cpus(&self, demands: &[&Demand]) -> u64 {
+        let quotas = demands.iter().filter_map(|demand| demand.cpus()).fold(0, u64::saturating_add);
+        let limited = !demands.is_empty() && demands.iter().all(|demand| demand.cpus().is_some());
+        quotas.saturating_add(if limited { 0 } else { u64::from(self.cpus.unwrap_or(MAX_CPUS)) })
+    }
 }
 
 /// What the size of a machine depends on, of the limits of one container. Negative numbers are no limit.
@@ -59,13 +115,29 @@ pub struct Demand {
     period: Option<u64>,
     #[serde(skip_serializing_if = "Option::is_none")]
     cpus: Option<String>,
+    /// Whether the container only holds the pod open, and asks for nothing where it has no limits.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    idle: bool,
+    /// Whether its limits are others than it was made with.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    changed: bool,
 }
 
 impl Demand {
     /// Of a specification.
     pub fn of(spec: &Spec) -> Self {
         let resources = spec.linux().as_ref().and_then(|linux| linux.resources().as_ref());
-        resources.map(|resources| Self::default().with(resources)).unwrap_or_default()
+        let demand = resources.map(|resources| Self::default().with(resources)).unwrap_or_default();
+        Self { idle: spec.annotations().as_ref().is_some_and(is_sandbox), changed: false, ..demand }
+    }
+
+    /// Of the containers of a pod together: bytes of memory, and microseconds of all CPUs in a period. What is not above 0 is no
+    /// limit; none if nothing is one.
+    pub fn expected(memory: i64, quota: i64, period: i64) -> Option<Self> {
+        let limit = |value| Some(value).filter(|value| *value > 0);
+        let (memory, quota) = (limit(memory), limit(quota));
+        let period = u64::try_from(period).ok().filter(|period| *period > 0);
+        (memory.is_some() || quota.is_some()).then(|| Self { memory, quota, period, ..Self::default() })
     }
 
     /// What it is when the limits that are given here are others.
@@ -77,7 +149,14 @@ impl Demand {
             quota: cpu.and_then(|cpu| cpu.quota()).filter(|quota| *quota != 0).or(self.quota),
             period: cpu.and_then(|cpu| cpu.period()).filter(|period| *period > 0).or(self.period),
             cpus: cpu.and_then(|cpu| cpu.cpus().clone()).filter(|list| !list.is_empty()).or(self.cpus.clone()),
+            idle: self.idle,
+            changed: true,
         }
+    }
+
+    /// Whether nothing is to be had for it.
+    fn asks_for_nothing(&self) -> bool {
+        self.idle && self.memory().is_none() && self.cpus().is_none()
     }
 
     fn memory(&self) -> Option<u64> {
@@ -114,19 +193,14 @@ pub fn host_memory() -> u64 {
 }
 
 /// CPUs this process may run on.
-fn host_cpus() -> u32 {
+pub fn host_cpus() -> u32 {
     std::thread::available_parallelism().map_or(1, |n| u32::try_from(n.get()).unwrap_or(MAX_CPUS))
 }
 
 impl Size {
-    /// The size for a container by itself on this host.
-    pub fn for_container(spec: &Spec) -> Result<Self, SizeError> {
-        Self::of(&[&Demand::of(spec)])
-    }
-
     /// The size for containers together on this host.
-    pub fn of(demands: &[&Demand]) -> Result<Self, SizeError> {
-        Self::new(demands, host_memory(), host_cpus())
+    pub fn of(sizing: &Sizing, demands: &[&Demand]) -> Result<Self, SizeError> {
+        Self::new(sizing, demands, host_memory(), host_cpus())
     }
 
     /// What it is to have while it goes from one size to another: the more of both.
@@ -140,26 +214,36 @@ impl Size {
         (self.memory, self.cpus) == (other.memory, other.cpus)
     }
 
-    fn new(demands: &[&Demand], host_memory: u64, host_cpus: u32) -> Result<Self, SizeError> {
+    fn new(sizing: &Sizing, demands: &[&Demand], host_memory: u64, host_cpus: u32) -> Result<Self, SizeError> {
         let host = host_memory.min(MAX_MEMORY);
-        let (mut limits, mut unlimited) = (0u64, demands.is_empty());
-        for demand in demands {
-            match demand.memory() {
-                Some(asked) if asked > host => return Err(SizeError::Memory { asked, host }),
-                Some(limit) => limits = limits.saturating_add(limit + limit / 32),
-                None => unlimited = true,
+        let most = sizing.max_memory.map_or(host, |most| most.min(host));
+        for asked in demands.iter().filter_map(|demand| demand.memory()) {
+            match asked {
+                asked if asked > host => return Err(SizeError::Memory { asked, host }),
+                asked if asked > most => return Err(SizeError::Maximum { asked, most }),
+                _ => {}
             }
         }
-        let rest = if unlimited { DEFAULT_MEMORY } else { GUEST_OVERHEAD };
-        let memory = limits.saturating_add(rest).min(host.max(GUEST_OVERHEAD)).next_multiple_of(PAGE);
+        // What was said in advance is not true any more of what was changed.
+        let expected = sizing.expected.as_ref().filter(|_| !demands.iter().any(|demand| demand.changed));
+        let working: Vec<&Demand> = demands.iter().copied().filter(|demand| !demand.asks_for_nothing()).collect();
+        let together = if working.is_empty() { Vec::from_iter(expected) } else { working };
+
+        let promised =
+            expected.filter(|expected| expected.memory().is_some()).map(|expected| sizing.memory(&[expected]));
+        let memory = sizing.memory(&together).max(promised.unwrap_or(0)).max(sizing.least_memory.unwrap_or(0));
+        let memory = memory.min(most.max(GUEST_OVERHEAD)).next_multiple_of(PAGE);
         let memory_base = memory.min(BASE_MEMORY);
         // No more is touched of what the machine could grow to than of what it has.
-        let memory_max = memory_base + memory.max(host).saturating_sub(memory_base).next_multiple_of(BLOCK);
+        let memory_max = memory_base + memory.max(most).saturating_sub(memory_base).next_multiple_of(BLOCK);
+
         let host_cpus = host_cpus.clamp(1, MAX_CPUS);
-        let cpus = demands.iter().map(|demand| demand.cpus()).try_fold(0, |sum, cpus| Some(cpus?.saturating_add(sum)));
-        let cpus = cpus.filter(|cpus| *cpus > 0).and_then(|cpus| u32::try_from(cpus).ok());
-        let cpus = cpus.unwrap_or(MAX_CPUS).min(host_cpus);
-        Ok(Self { memory_base, memory_max, memory, cpus_max: cpus.max(SPARE_CPUS.min(host_cpus)), cpus })
+        let most = sizing.max_cpus.map_or(host_cpus, |most| most.clamp(1, host_cpus));
+        let promised = expected.filter(|expected| expected.cpus().is_some()).map(|expected| sizing.cpus(&[expected]));
+        let cpus = sizing.cpus(&together).max(promised.unwrap_or(0)).max(sizing.least_cpus.unwrap_or(0).into());
+        let cpus = u32::try_from(cpus).unwrap_or(MAX_CPUS).clamp(1, most);
+        let cpus_max = if sizing.max_cpus.is_some() { most } else { cpus.max(SPARE_CPUS.min(host_cpus)) };
+        Ok(Self { memory_base, memory_max, memory, cpus_max, cpus })
     }
 }
 
@@ -176,21 +260,25 @@ mod tests {
 
     fn demand(memory: Option<u64>, quota: Option<i64>, cpus: Option<&str>) -> Demand {
         let memory = memory.map(|limit| i64::try_from(limit).unwrap_or(i64::MAX));
-        Demand { memory, quota: quota.map(|cpus| cpus * 100_000), period: None, cpus: cpus.map(Into::into) }
+        Demand { memory, quota: quota.map(|cpus| cpus * 100_000), cpus: cpus.map(Into::into), ..Demand::default() }
+    }
+
+    fn size(demands: &[&Demand], host_memory: u64, host_cpus: u32) -> Result<Size, SizeError> {
+        Size::new(&Sizing::default(), demands, host_memory, host_cpus)
     }
 
     fn memory(limits: &[Option<u64>]) -> Size {
         let demands: Vec<_> = limits.iter().map(|limit| demand(*limit, Some(1), None)).collect();
-        Size::new(&demands.iter().collect::<Vec<_>>(), HOST, 2).unwrap()
+        size(&demands.iter().collect::<Vec<_>>(), HOST, 2).unwrap()
     }
 
     #[test]
     fn without_limits_a_pod_has_the_default_memory_and_all_cpus() {
-        let size = Size::new(&[&Demand::default()], HOST, 2).unwrap();
+        let found = size(&[&Demand::default()], HOST, 2).unwrap();
         let memory_max = (256 + 46 * 128) * MIB;
-        assert_eq!(size, Size { memory_base: 256 * MIB, memory_max, memory: 2048 * MIB, cpus_max: 2, cpus: 2 });
-        assert_eq!(Size::new(&[&Demand::default()], 1024 * MIB, 200).unwrap().memory, 1024 * MIB);
-        assert_eq!(Size::new(&[&Demand::default()], HOST, 200).unwrap().cpus, 64);
+        assert_eq!(found, Size { memory_base: 256 * MIB, memory_max, memory: 2048 * MIB, cpus_max: 2, cpus: 2 });
+        assert_eq!(size(&[&Demand::default()], 1024 * MIB, 200).unwrap().memory, 1024 * MIB);
+        assert_eq!(size(&[&Demand::default()], HOST, 200).unwrap().cpus, 64);
     }
 
     #[test]
@@ -208,26 +296,95 @@ mod tests {
         assert_eq!(memory(&[None, None]).memory, 2048 * MIB);
         assert_eq!(memory(&[Some(HOST), Some(HOST)]).memory, HOST);
         let (two, all) = (demand(None, Some(2), None), demand(None, None, None));
-        assert_eq!(Size::new(&[&two, &two], HOST, 16).unwrap().cpus, 4);
-        assert_eq!(Size::new(&[&two, &all], HOST, 16).unwrap().cpus, 16);
+        assert_eq!(size(&[&two, &two], HOST, 16).unwrap().cpus, 4);
+        assert_eq!(size(&[&two, &all], HOST, 16).unwrap().cpus, 16);
     }
 
     #[test]
     fn a_limit_above_the_host_is_refused_and_one_near_it_is_bounded() {
-        let error = Size::new(&[&demand(Some(HOST + 1), None, None)], HOST, 2).unwrap_err();
+        let error = size(&[&demand(Some(HOST + 1), None, None)], HOST, 2).unwrap_err();
         assert!(error.to_string().contains(&(HOST + 1).to_string()) && error.to_string().contains(&HOST.to_string()));
         assert_eq!(memory(&[Some(HOST)]).memory, HOST);
-        assert!(Size::new(&[&demand(Some(u64::MAX), None, None)], HOST, 2).is_err());
+        assert!(size(&[&demand(Some(u64::MAX), None, None)], HOST, 2).is_err());
     }
 
     #[test]
     fn a_quota_decides_how_many_cpus_unless_the_set_names_more() {
-        let size = |quota, set| Size::new(&[&demand(None, quota, set)], HOST, 16).unwrap();
-        assert_eq!(size(Some(3), None).cpus, 3);
-        assert_eq!(size(Some(3), None).cpus_max, 8);
-        assert_eq!(size(Some(1), Some("0-3")).cpus, 4);
-        assert_eq!(size(Some(100), None).cpus, 16);
-        assert_eq!(size(None, Some("0-1")).cpus, 16);
+        let with = |quota, set| size(&[&demand(None, quota, set)], HOST, 16).unwrap();
+        assert_eq!(with(Some(3), None).cpus, 3);
+        assert_eq!(with(Some(3), None).cpus_max, 8);
+        assert_eq!(with(Some(1), Some("0-3")).cpus, 4);
+        assert_eq!(with(Some(100), None).cpus, 16);
+        assert_eq!(with(None, Some("0-1")).cpus, 16);
+    }
+
+    fn sized(sizing: &Sizing, demands: &[&Demand]) -> (u64, u32) {
+        let size = Size::new(sizing, demands, HOST, 16).unwrap();
+        (size.memory / MIB, size.cpus)
+    }
+
+    #[test]
+    fn the_configuration_says_how_much_there_is_without_limits() {
+        let sizing = Sizing { memory: Some(512 * MIB), cpus: Some(2), ..Sizing::default() };
+        let (limited, unlimited) = (demand(Some(320 * MIB), Some(3), None), Demand::default());
+        assert_eq!(sized(&sizing, &[&unlimited]), (512, 2));
+        assert_eq!(sized(&sizing, &[&limited]), (320 + 10 + 96, 3));
+        assert_eq!(sized(&sizing, &[&limited, &unlimited]), (320 + 10 + 512, 5));
+        let much = Sizing { memory: Some(4 * HOST), cpus: Some(64), ..Sizing::default() };
+        assert_eq!(sized(&much, &[&unlimited]), (HOST / MIB, 16));
+    }
+
+    #[test]
+    fn no_machine_is_or_becomes_larger_than_the_maxima() {
+        let sizing = Sizing { max_memory: Some(1024 * MIB), max_cpus: Some(4), ..Sizing::default() };
+        let size = Size::new(&sizing, &[&Demand::default()], HOST, 16).unwrap();
+        assert_eq!((size.memory, size.memory_max), (1024 * MIB, 1024 * MIB));
+        assert_eq!((size.cpus, size.cpus_max), (4, 4));
+        let more = Sizing { max_cpus: Some(12), ..Sizing::default() };
+        assert_eq!(Size::new(&more, &[&demand(None, Some(1), None)], HOST, 16).unwrap().cpus_max, 12);
+        let error = Size::new(&sizing, &[&demand(Some(1025 * MIB), None, None)], HOST, 16).unwrap_err();
+        assert!(error.to_string().contains("machine.max_memory"), "{error}");
+        let (one, two) = (demand(Some(1000 * MIB), Some(3), None), demand(Some(500 * MIB), Some(3), None));
+        assert_eq!(sized(&sizing, &[&one, &two]), (1024, 4));
+    }
+
+    #[test]
+    fn what_a_pod_asks_for_itself_it_has_at_least() {
+        let sizing = Sizing {
+            memory: Some(512 * MIB),
+            least_memory: Some(512 * MIB),
+            cpus: Some(4),
+            least_cpus: Some(4),
+            ..Sizing::default()
+        };
+        assert_eq!(sized(&sizing, &[&Demand::default()]), (512, 4));
+        assert_eq!(sized(&sizing, &[&demand(Some(64 * MIB), Some(1), None)]), (512, 4));
+        assert_eq!(sized(&sizing, &[&demand(Some(1024 * MIB), Some(8), None)]), (1024 + 32 + 96, 8));
+    }
+
+    #[test]
+    fn a_pod_begins_with_the_size_it_is_said_to_get() {
+        let expected = Demand::expected(640 << 20, 250_000, 100_000);
+        let sizing = Sizing { expected, ..Sizing::default() };
+        let pause = Demand { idle: true, ..Demand::default() };
+        let whole = (640 + 20 + 96, 3);
+        assert_eq!(sized(&sizing, &[&pause]), whole);
+        let (one, two) = (demand(Some(320 * MIB), Some(1), None), demand(Some(320 * MIB), Some(2), None));
+        assert_eq!(sized(&sizing, &[&pause, &one]), whole);
+        assert_eq!(sized(&sizing, &[&pause, &one, &two]), whole);
+        // Somebody has no limits after all.
+        assert_eq!(sized(&sizing, &[&pause, &one, &Demand::default()]), (320 + 10 + 2048, 16));
+        // Other limits than those that were foreseen.
+        let resources: LinuxResources = serde_json::from_str(r#"{"memory":{"limit":67108864}}"#).unwrap();
+        assert_eq!(sized(&sizing, &[&pause, &one.with(&resources)]), (64 + 2 + 96, 1));
+        // Nobody says anything in advance, or of memory alone.
+        assert_eq!(sized(&Sizing::default(), &[&pause]), (2048, 16));
+        assert_eq!(sized(&Sizing::default(), &[&pause, &one]), (320 + 10 + 96, 1));
+        let sizing = Sizing { expected: Demand::expected(640 << 20, 0, 100_000), ..Sizing::default() };
+        assert_eq!(sized(&sizing, &[&pause]), (640 + 20 + 96, 16));
+        // More than there is, or may be.
+        let sizing = Sizing { expected: Demand::expected(1 << 50, 10_000_000, 100_000), ..Sizing::default() };
+        assert_eq!(sized(&sizing, &[&pause]), (HOST / MIB, 16));
     }
 
     #[test]

@@ -5,6 +5,7 @@ use std::convert::Infallible;
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::net::{UnixDatagram, UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -24,7 +25,7 @@ use super::link::{Begin, Creator, Given, LinkError, News};
 use super::member;
 use super::mounts::{self, MountError};
 use super::notify::Notify;
-use super::resources::{self, IMAGE, KERNEL, ResourceError, library_file};
+use super::resources::{self, ResourceError};
 use super::session::{Outcome, Session, Step};
 use super::size::{Demand, Size, SizeError, memory_limit};
 use super::sockets::{Socket, Sockets};
@@ -33,6 +34,7 @@ use super::view::{Entered, View, ViewError, namespaces};
 use crate::agent::{self, Agent, AgentError, Exit};
 use crate::bundle::{Bundle, BundleError};
 use crate::cgroup::{CgroupError, Manager, Placement};
+use crate::config::Settings;
 use crate::confine::confine;
 use crate::log::Log;
 use crate::machine::{CONTROL_SOCKET, Channel, MachineError};
@@ -167,14 +169,15 @@ pub fn run(run: &Run<'_>) -> Result<u8, RunError> {
     bundle.config.add_environment(descriptors::environment(begin.listening));
     let descriptors = descriptors::prepare(descriptors, &descriptors::directory(run.id))?;
     let limit = memory_limit(bundle.config.spec());
-    let size = Size::for_container(bundle.config.spec())?;
+    let size = Size::of(&begin.settings.sizing, &[&Demand::of(bundle.config.spec())])?;
 
     // From here on there is something to remove.
     signals::block();
     let mut made = run.make(&begin, &mut bundle)?;
     let directory = &made.directory;
-    let files = Files { kernel: library_file(KERNEL), image: library_file(IMAGE) };
-    let (kvm, kernel, image) = (resources::kvm()?, resources::kernel()?, resources::image()?);
+    let Settings { kernel, image, kernel_params, guest_console, .. } = &begin.settings;
+    let files = Files { kernel: kernel.clone(), image: image.clone() };
+    let (kvm, kernel, image) = (resources::kvm()?, resources::kernel(kernel)?, resources::image(image)?);
     let console_size = bundle.config.console_size();
     let stdio = Stdio::new(bundle.config.terminal(), run.console_socket, console_size, terminal)?;
     let stdio = stdio.in_foreground(begin.foreground).and(descriptors.streams);
@@ -195,9 +198,10 @@ pub fn run(run: &Run<'_>) -> Result<u8, RunError> {
     if !begin.kept && made.state.cgroup.is_none() {
         machine.push((Resource::Remove { name: run.id.to_owned() }, duplicate(directory.root())?));
     }
-    if let Some(path) = run.guest_console {
-        let file = File::options().append(true).create(true).open(path);
-        machine.push((Resource::Console, file.map_err(|e| RunError::GuestConsole(path.to_owned(), e))?.into()));
+    let kept = guest_console.as_ref().map(|directory| directory.join(format!("{}.log", run.id)));
+    if let Some(path) = run.guest_console.map(Path::to_owned).or(kept) {
+        let file = File::options().append(true).create(true).mode(0o600).open(&path);
+        machine.push((Resource::Console, file.map_err(|e| RunError::GuestConsole(path, e))?.into()));
     }
     let mut mounts = mounts::prepare(run.id, &mut bundle)?;
     mounts.add_files(descriptors.files)?;
@@ -227,7 +231,7 @@ pub fn run(run: &Run<'_>) -> Result<u8, RunError> {
         machine.extend(rule.map(|rule| (Resource::Hold, rule)));
         made.forwards = Some(forwards);
     }
-    let (config, fds) = machine_config(size, machine);
+    let (config, fds) = machine_config(size, kernel_params.clone(), machine);
     let connections = made.connections();
     run.creator.tell(&News::Entered)?;
 
@@ -283,6 +287,7 @@ impl Run<'_> {
         state.hooks = spec.hooks().as_ref().and_then(hooks::later);
         state.place(placement.as_ref());
         state.demand = Demand::of(spec);
+        state.sizing = begin.settings.sizing.clone();
         let mut directory = Directory::create(self.root, self.id)?;
         let notify = match begin.notify {
             true => Some(Notify::new(&directory.container()).map_err(RunError::Notify)?),
@@ -441,7 +446,11 @@ fn with_paths(line: String, files: &Files) -> String {
 /// How long the end of a machine may come after the end of the connection to its agent.
 const GRACE: std::time::Duration = std::time::Duration::from_secs(10);
 
-fn machine_config(size: Size, machine: Vec<(Resource, OwnedFd)>) -> (MachineConfig, Vec<OwnedFd>) {
+fn machine_config(
+    size: Size,
+    kernel_params: String,
+    machine: Vec<(Resource, OwnedFd)>,
+) -> (MachineConfig, Vec<OwnedFd>) {
     let (resources, fds) = machine.into_iter().unzip();
     let mut devices = vec![Device::Share];
     if size.memory > size.memory_base {
@@ -451,7 +460,7 @@ fn machine_config(size: Size, machine: Vec<(Resource, OwnedFd)>) -> (MachineConf
         memory_bytes: size.memory_base,
         memory_max_bytes: size.memory_max,
         cpus_max: size.cpus_max,
-        extra_cmdline: String::new(),
+        extra_cmdline: kernel_params,
         resources,
         devices,
     };

@@ -3,6 +3,7 @@
 use ttrpc::{Code, Error, get_status};
 
 use crate::bundle::BundleError;
+use crate::config::ConfigError;
 use crate::pod::{CommandError, CreateError, ExecError};
 use crate::state::StateError;
 
@@ -79,6 +80,8 @@ pub fn of_create(failure: CreateError) -> Error {
     let code = match &failure {
         CreateError::State(state) => of_state(state),
         CreateError::Bundle(bundle) => of_bundle(bundle),
+        CreateError::Config(ConfigError::Annotation { .. }) => Code::INVALID_ARGUMENT,
+        CreateError::Config(_) => Code::FAILED_PRECONDITION,
         _ => Code::UNKNOWN,
     };
     error(code, failure.to_string())

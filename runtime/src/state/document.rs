@@ -8,7 +8,7 @@ use oci_spec::runtime::Hooks;
 use serde::{Deserialize, Serialize};
 
 use crate::cgroup::{Cgroup, CgroupError, Placement};
-use crate::pod::Demand;
+use crate::pod::{Demand, Sizing};
 
 /// Version of `state.json`. Raised when a reader of the version before could misread it.
 pub const VERSION: u32 = 1;
@@ -55,6 +55,9 @@ pub struct State {
     /// What it asks for of the size of its machine.
     #[serde(default)]
     pub demand: Demand,
+    /// What was in force for that when the machine was made.
+    #[serde(default)]
+    pub sizing: Sizing,
     /// Its control group, and that of its machine's process.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub cgroup: Option<Cgroup>,
@@ -161,6 +164,7 @@ impl State {
             member_of: None,
             hooks: None,
             demand: Demand::default(),
+            sizing: Sizing::default(),
             cgroup: None,
             machine_cgroup: None,
             notify: None,

@@ -7,6 +7,7 @@ mod cgroups;
 mod command_line;
 mod commands;
 mod compose;
+mod config;
 mod containerd;
 mod crashes;
 mod descriptors;
@@ -72,6 +73,7 @@ pub const ALL: &[&[Case]] = &[
     crashes::CASES,
     resources::CASES,
     growth::CASES,
+    config::CASES,
     load::CASES,
     pods::CASES,
     network::CASES,
