@@ -9,6 +9,7 @@ mod commands;
 mod compose;
 mod containerd;
 mod crashes;
+mod cri;
 mod descriptors;
 mod disks;
 mod docker;
@@ -80,6 +81,7 @@ pub const ALL: &[&[Case]] = &[
     programs::CASES,
     containerd::CASES,
     shim::CASES,
+    cri::CASES,
     podman::CASES,
     podman_networks::CASES,
     docker::CASES,
