@@ -78,16 +78,21 @@ impl Cri {
         );
         fs::create_dir_all(PODS)?;
         let containerd = Containerd::with_config(scene, shim, &[], &more, Some(&netns))?;
-        for archive in [image::busybox(scene)?, image::pause(scene, PAUSE)?] {
-            let import = ["--namespace", "k8s.io", "image", "import", &archive.to_string_lossy()];
-            containerd.call(&import)?.output()?;
-        }
         let tokio = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         let endpoint = Endpoint::try_from(format!("unix://{}", containerd.socket().display()))?;
         let channel = tokio.block_on(endpoint.connect())?;
         let cri = Self { containerd, tokio, channel, directory, handler, netns, before };
+        for archive in [image::busybox(scene)?, image::pause(scene, PAUSE)?] {
+            cri.import(&archive)?;
+        }
         cri.ready()?;
         Ok(cri)
+    }
+
+    /// Gives it a further image.
+    pub fn import(&self, archive: &Path) -> Outcome {
+        let words = ["--namespace", "k8s.io", "image", "import", &archive.to_string_lossy()];
+        self.containerd.call(&words)?.output().map(drop)
     }
 
     /// Waits until it has a network and images.
@@ -331,4 +336,14 @@ fn plugins(directory: &Path) -> String {
         ],
     })
     .to_string()
+}
+
+/// A path of the host in a container, as kubelet gives volumes to it.
+pub fn volume(host: &Path, container: &str, readonly: bool) -> api::Mount {
+    api::Mount {
+        host_path: host.display().to_string(),
+        container_path: container.into(),
+        readonly,
+        ..Default::default()
+    }
 }

@@ -10,6 +10,7 @@ mod compose;
 mod containerd;
 mod crashes;
 mod cri;
+mod cri_volumes;
 mod descriptors;
 mod disks;
 mod docker;
@@ -82,6 +83,7 @@ pub const ALL: &[&[Case]] = &[
     containerd::CASES,
     shim::CASES,
     cri::CASES,
+    cri_volumes::CASES,
     podman::CASES,
     podman_networks::CASES,
     docker::CASES,
