@@ -10,6 +10,7 @@ mod compose;
 mod containerd;
 mod crashes;
 mod cri;
+mod cri_security;
 mod cri_volumes;
 mod descriptors;
 mod disks;
@@ -83,6 +84,7 @@ pub const ALL: &[&[Case]] = &[
     containerd::CASES,
     shim::CASES,
     cri::CASES,
+    cri_security::CASES,
     cri_volumes::CASES,
     podman::CASES,
     podman_networks::CASES,
