@@ -177,8 +177,14 @@ impl Cri {
         self.call(async |mut client| client.remove_pod_sandbox(remove).await)?;
         let name = &pod.config.metadata.as_ref().ok_or("no name")?.name;
         // The group is kubelet's, and must be empty by now.
-        fs::remove_dir(Path::new(PODS).join(format!("pod-{name}")))
-            .map_err(|error| format!("control group of pod {name}: {error}"))?;
+        let group = Path::new(PODS).join(format!("pod-{name}"));
+        fs::remove_dir(&group).map_err(|error| {
+            let entries = fs::read_dir(&group).into_iter().flatten().flatten();
+            let left: Vec<_> = entries.filter(|entry| entry.path().is_dir()).map(|entry| entry.path()).collect();
+            let inside = |group: &PathBuf| fs::read_to_string(group.join("cgroup.procs")).unwrap_or_default();
+            let processes: Vec<_> = left.iter().map(inside).collect();
+            format!("control group of pod {name}: {error}: {left:?} with {processes:?}")
+        })?;
         Ok(())
     }
 
