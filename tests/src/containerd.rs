@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use rustix::process::Signal;
 
 use crate::leaks::Leaks;
+use crate::netns::Netns;
 use crate::run::{DEADLINE, Ended, Running};
 use crate::suite::Scene;
 use crate::terminal::shell_line;
@@ -47,20 +48,42 @@ pub struct Containerd {
     directory: PathBuf,
     /// The words that name the runtime.
     runtime: Vec<String>,
+    /// Where its network is.
+    netns: Option<PathBuf>,
 }
 
 impl Containerd {
     /// Starts it, and gives it the image of [`image::WHOLE_NAME`].
     pub fn start(scene: &Scene, shim: Shim) -> Outcome<Self> {
+        // What is for Kubernetes takes its time.
+        let disabled = ["io.containerd.grpc.v1.cri", "io.containerd.internal.v1.opt"];
+        let containerd = Self::with_config(scene, shim, &disabled, "", None)?;
+        let archive = image::busybox(scene)?;
+        containerd.call(&["image", "import", &archive.to_string_lossy()])?.output()?;
+        Ok(containerd)
+    }
+
+    /// Starts it without these plugins, with more in its configuration file, in this network namespace of the host.
+    pub fn with_config(
+        scene: &Scene,
+        shim: Shim,
+        disabled: &[&str],
+        more: &str,
+        netns: Option<&Netns>,
+    ) -> Outcome<Self> {
         let directory = scene.make_directory("containerd")?;
         let path = |name: &str| directory.join(name).display().to_string();
-        // What is for Kubernetes, and storage that this host does not have, takes its time.
+        // Storage that this host does not have takes its time, too.
+        let storage =
+            ["btrfs", "zfs", "devmapper", "blockfile"].map(|name| format!("io.containerd.snapshotter.v1.{name}"));
+        let disabled: Vec<&str> = disabled
+            .iter()
+            .copied()
+            .chain(["io.containerd.nri.v1.nri"])
+            .chain(storage.iter().map(String::as_str))
+            .collect();
         let config = format!(
-            "version = 2\nroot = {:?}\nstate = {:?}\n\
-             disabled_plugins = [\"io.containerd.grpc.v1.cri\", \"io.containerd.nri.v1.nri\", \
-             \"io.containerd.snapshotter.v1.btrfs\", \"io.containerd.snapshotter.v1.zfs\", \
-             \"io.containerd.snapshotter.v1.devmapper\", \"io.containerd.snapshotter.v1.blockfile\", \
-             \"io.containerd.internal.v1.opt\"]\n[grpc]\naddress = {:?}\n",
+            "version = 2\nroot = {:?}\nstate = {:?}\ndisabled_plugins = {disabled:?}\n[grpc]\naddress = {:?}\n{more}",
             path("root"),
             path("state"),
             path("socket"),
@@ -73,17 +96,25 @@ impl Containerd {
             }
             Shim::Podhull => ["--runtime", "io.containerd.podhull.v2"].map(str::to_owned).into(),
         };
-        let mut containerd = Self { daemon: None, directory, runtime };
+        let netns = netns.map(|netns| netns.path.clone());
+        let mut containerd = Self { daemon: None, directory, runtime, netns };
         containerd.start_daemon()?;
-        let archive = image::busybox(scene)?;
-        containerd.call(&["image", "import", &archive.to_string_lossy()])?.output()?;
         Ok(containerd)
+    }
+
+    /// Where it listens.
+    pub fn socket(&self) -> PathBuf {
+        self.directory.join("socket")
     }
 
     /// Starts the daemon, when there is none, and waits until it answers.
     pub fn start_daemon(&mut self) -> Outcome {
         let config = self.directory.join("config.toml").display().to_string();
-        let words = ["containerd", "--config", &config].map(Into::into);
+        let mut words: Vec<OsString> = Vec::new();
+        if let Some(netns) = &self.netns {
+            words.extend(["nsenter".into(), format!("--net={}", netns.display()).into(), "--".into()]);
+        }
+        words.extend(["containerd", "--config", &config].map(OsString::from));
         self.daemon = Some(Running::start(&words, &[])?);
         let until = Instant::now() + DEADLINE;
         while self.call(&["version"])?.status != 0 {
@@ -103,7 +134,7 @@ impl Containerd {
 
     /// The whole command line of its client.
     pub fn words(&self, words: &[&str]) -> Vec<OsString> {
-        let mut all: Vec<OsString> = vec!["ctr".into(), "--address".into(), self.directory.join("socket").into()];
+        let mut all: Vec<OsString> = vec!["ctr".into(), "--address".into(), self.socket().into()];
         all.extend(words.iter().map(Into::into));
         all
     }

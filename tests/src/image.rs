@@ -34,7 +34,14 @@ pub fn busybox_as(scene: &Scene, name: &str) -> Outcome<PathBuf> {
     // Users as in any image.
     fs::write(root.join("etc/passwd"), "root:x:0:0:root:/:/bin/sh\nother:x:1000:1000:other:/:/bin/sh\n")?;
     fs::write(root.join("etc/group"), "root:x:0:\nother:x:1000:\n")?;
-    archive(&directory, name, "/bin")
+    archive(&directory, name, "/bin", &["sh"])
+}
+
+/// Makes an archive `name` of a program that waits, as Kubernetes has one in each pod.
+pub fn pause(scene: &Scene, name: &str) -> Outcome<PathBuf> {
+    let directory = scene.make_directory("image")?;
+    make_busybox_root(&directory.join("root"))?;
+    archive(&directory, name, "/bin", &["sleep", "2147483647"])
 }
 
 /// Makes an archive `services` of what the root of servers has beside its programs, which are mounted at `/usr` then, and of
@@ -49,7 +56,7 @@ pub fn of_services(scene: &Scene, files: &[(&str, &str)]) -> Outcome<PathBuf> {
     for (name, text) in files {
         fs::write(root.join("etc").join(name), text)?;
     }
-    archive(&directory, "docker.io/library/services:latest", "/usr/sbin:/usr/bin")
+    archive(&directory, "docker.io/library/services:latest", "/usr/sbin:/usr/bin", &["sh"])
 }
 
 /// What is to be mounted in containers of [`of_debian`].
@@ -59,7 +66,7 @@ pub const DEBIAN_PROGRAMS: &str = "/bundles/debian/rootfs/usr:/usr:ro";
 pub fn of_debian(scene: &Scene) -> Outcome<PathBuf> {
     let directory = scene.make_directory("image")?;
     without_programs(Path::new(DEBIAN), &directory.join("root"), &["etc", "var"])?;
-    archive(&directory, "localhost/debian:latest", "/usr/sbin:/usr/bin")
+    archive(&directory, "localhost/debian:latest", "/usr/sbin:/usr/bin", &["sh"])
 }
 
 /// Makes a root of some of the directories of another.
@@ -79,7 +86,7 @@ fn without_programs(other: &Path, root: &Path, directories: &[&str]) -> Outcome 
 }
 
 /// Makes one of `root` in a directory: one layer, its configuration, and a list of both.
-fn archive(directory: &Path, name: &str, path: &str) -> Outcome<PathBuf> {
+fn archive(directory: &Path, name: &str, path: &str, command: &[&str]) -> Outcome<PathBuf> {
     let (root, parts) = (directory.join("root"), directory.join("parts"));
     fs::create_dir_all(&parts)?;
     tar(&parts.join("layer.tar"), &root, &["."])?;
@@ -91,7 +98,7 @@ fn archive(directory: &Path, name: &str, path: &str) -> Outcome<PathBuf> {
     let config = json!({
         "architecture": "amd64",
         "os": "linux",
-        "config": { "Env": [format!("PATH={path}")], "Cmd": ["sh"] },
+        "config": { "Env": [format!("PATH={path}")], "Cmd": command },
         "rootfs": { "type": "layers", "diff_ids": [format!("sha256:{sum}")] },
     });
     fs::write(parts.join("config.json"), config.to_string())?;

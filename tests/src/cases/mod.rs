@@ -10,6 +10,9 @@ mod compose;
 mod config;
 mod containerd;
 mod crashes;
+mod cri;
+mod cri_security;
+mod cri_volumes;
 mod descriptors;
 mod disks;
 mod docker;
@@ -82,6 +85,9 @@ pub const ALL: &[&[Case]] = &[
     programs::CASES,
     containerd::CASES,
     shim::CASES,
+    cri::CASES,
+    cri_security::CASES,
+    cri_volumes::CASES,
     podman::CASES,
     podman_networks::CASES,
     docker::CASES,

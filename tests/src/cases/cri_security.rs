@@ -1,0 +1,193 @@
+//! Who a container's programs are, and what they may, as pods' security contexts say; seen from inside.
+
+use std::fs;
+
+use k8s_cri::v1::security_profile::ProfileType;
+use k8s_cri::v1::{Capability, ContainerConfig, Int64Value, NamespaceMode, SecurityProfile};
+use serde_json::json;
+
+use super::oci;
+use crate::cri::{Cri, container, security};
+use crate::suite::{Case, Scene};
+use crate::{Outcome, ensure, ensure_eq};
+
+pub const CASES: &[Case] = &[
+    oci("cri_security::users_and_rights", users_and_rights),
+    oci("cri_security::privileged", privileged),
+    oci("cri_security::system_calls", system_calls),
+    oci("cri_security::processes_of_each_other", processes_of_each_other),
+    oci("cri_security::parameters_of_the_kernel", parameters_of_the_kernel),
+];
+
+/// Waits until it is told to end.
+const PATIENT: &[&str] = &["sh", "-c", "trap 'exit 0' TERM; while :; do sleep 0.1; done"];
+
+/// A container whose security context was changed.
+fn with(name: &str, change: impl FnOnce(&mut k8s_cri::v1::LinuxContainerSecurityContext)) -> ContainerConfig {
+    let mut config = container(name, PATIENT);
+    change(security(&mut config));
+    config
+}
+
+/// A line of `/proc/self/status`.
+fn line(status: &str, name: &str) -> String {
+    let line = status.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(":"));
+    line.unwrap_or_default().trim().to_owned()
+}
+
+fn profile(kind: ProfileType, path: &str) -> Option<SecurityProfile> {
+    Some(SecurityProfile { profile_type: kind.into(), localhost_ref: path.into() })
+}
+
+fn users_and_rights(scene: &Scene) -> Outcome {
+    let cri = Cri::start(scene)?;
+    let pod = cri.run(cri.pod_config("rights")?)?;
+    let status = |id: &str| cri.shell(id, "cat /proc/1/status");
+
+    let other = cri.launch(
+        &pod,
+        with("other", |security| {
+            security.run_as_user = Some(Int64Value { value: 1000 });
+            security.run_as_group = Some(Int64Value { value: 2000 });
+            security.supplemental_groups = vec![3000, 4000];
+            security.no_new_privs = true;
+            security.capabilities = Some(Capability { drop_capabilities: vec!["ALL".into()], ..Default::default() });
+        }),
+    )?;
+    let inside = status(&other)?;
+    ensure_eq!(line(&inside, "Uid"), "1000\t1000\t1000\t1000", "user");
+    ensure_eq!(line(&inside, "Gid"), "2000\t2000\t2000\t2000", "group");
+    let groups = line(&inside, "Groups");
+    ensure!(["3000", "4000"].iter().all(|group| groups.split(' ').any(|found| found == *group)), "groups {groups:?}");
+    ensure_eq!(line(&inside, "NoNewPrivs"), "1", "no_new_privs");
+    for set in ["CapPrm", "CapEff", "CapBnd"] {
+        ensure_eq!(line(&inside, set), "0000000000000000", "{set}");
+    }
+
+    let named = cri.launch(&pod, with("named", |security| security.run_as_username = "other".into()))?;
+    ensure_eq!(cri.shell(&named, "id -un; id -gn")?, "other\nother\n", "user by name");
+
+    let able = cri.launch(
+        &pod,
+        with("able", |security| {
+            let (add_capabilities, drop_capabilities) = (vec!["NET_ADMIN".into()], vec!["CHOWN".into()]);
+            security.capabilities = Some(Capability { add_capabilities, drop_capabilities, ..Default::default() });
+            security.readonly_rootfs = true;
+            security.masked_paths = vec!["/proc/keys".into(), "/proc/scsi".into()];
+            security.readonly_paths = vec!["/proc/sys".into()];
+        }),
+    )?;
+    let bits = u64::from_str_radix(&line(&status(&able)?, "CapEff"), 16)?;
+    ensure_eq!((bits & 1, bits >> 12 & 1), (0, 1), "CAP_CHOWN, CAP_NET_ADMIN of {bits:x}");
+    cri.shell(&able, "ip link set lo mtu 60000")?;
+    let denied = cri.exec(&able, &["touch", "/file"], 0)?;
+    ensure!(denied.stderr.contains("Read-only file system"), "the root is written to: {denied:?}");
+    ensure_eq!(cri.shell(&able, "cat /proc/keys; ls /proc/scsi 2>&1 | grep -v such || true")?, "", "what is masked");
+    ensure!(
+        cri.exec(&able, &["sh", "-c", "echo 1 >/proc/sys/vm/overcommit_memory"], 0)?.status != 0,
+        "/proc/sys is written to"
+    );
+    cri.remove_pod(&pod)?;
+    cri.end()
+}
+
+/// It may whatever there is to do in its machine, or on its node, and has none of the host's devices.
+fn privileged(scene: &Scene) -> Outcome {
+    let cri = Cri::start(scene)?;
+    let mut config = cri.pod_config("privileged")?;
+    config.linux.get_or_insert_default().security_context.get_or_insert_default().privileged = true;
+    let pod = cri.run(config)?;
+    let id = cri.launch(&pod, with("main", |security| security.privileged = true))?;
+    let status = cri.shell(&id, "cat /proc/1/status")?;
+    let last: u32 = cri.shell(&id, "cat /proc/sys/kernel/cap_last_cap")?.trim().parse()?;
+    ensure_eq!(u64::from_str_radix(&line(&status, "CapEff"), 16)?, (1 << (last + 1)) - 1, "capabilities");
+    ensure_eq!(line(&status, "Seccomp"), "0", "seccomp");
+    cri.shell(&id, "mkdir /mnt; mount -t tmpfs tmpfs /mnt && umount /mnt")?;
+    cri.shell(&id, "echo 1 >/proc/sys/net/ipv4/ip_forward; mkdir /sys/fs/cgroup/inside; rmdir /sys/fs/cgroup/inside")?;
+    cri.remove_pod(&pod)?;
+    cri.end()
+}
+
+fn system_calls(scene: &Scene) -> Outcome {
+    let cri = Cri::start(scene)?;
+    let path = scene.directory.join("profile.json");
+    let denied = json!([{ "names": ["mkdir", "mkdirat"], "action": "SCMP_ACT_ERRNO", "errnoRet": 95 }]);
+    fs::write(&path, json!({ "defaultAction": "SCMP_ACT_ALLOW", "syscalls": denied }).to_string())?;
+    let pod = cri.run(cri.pod_config("calls")?)?;
+    let of = |name: &str, profile| cri.launch(&pod, with(name, |security| security.seccomp = profile));
+    let usual = of("usual", profile(ProfileType::RuntimeDefault, ""))?;
+    ensure_eq!(line(&cri.shell(&usual, "cat /proc/1/status")?, "Seccomp"), "2", "with the runtime's profile");
+    ensure!(cri.exec(&usual, &["unshare", "-U", "true"], 0)?.status != 0, "unshare with the runtime's profile");
+    let free = of("free", profile(ProfileType::Unconfined, ""))?;
+    ensure_eq!(line(&cri.shell(&free, "cat /proc/1/status")?, "Seccomp"), "0", "without one");
+    cri.shell(&free, "unshare -U true")?;
+    let own = of("own", profile(ProfileType::Localhost, &path.to_string_lossy()))?;
+    let answer = cri.exec(&own, &["mkdir", "/new"], 0)?;
+    ensure!(answer.stderr.contains("not supported"), "mkdir with a profile of its own: {answer:?}");
+    cri.remove_pod(&pod)?;
+    cri.end()
+}
+
+/// Those of a pod, if it is so asked, and those of one container for another that is there to look at it.
+fn processes_of_each_other(scene: &Scene) -> Outcome {
+    let cri = Cri::start(scene)?;
+    let mut config = cri.pod_config("together")?;
+    let linux = config.linux.get_or_insert_default().security_context.get_or_insert_default();
+    linux.namespace_options.get_or_insert_default().set_pid(NamespaceMode::Pod);
+    let pod = cri.run(config)?;
+    let of = |name: &str, mode, target: &str| {
+        let config = with(name, |security| {
+            let namespaces = security.namespace_options.get_or_insert_default();
+            namespaces.set_pid(mode);
+            target.clone_into(&mut namespaces.target_id);
+        });
+        cri.launch(&pod, config)
+    };
+    let one = of("one", NamespaceMode::Pod, "")?;
+    let two = of("two", NamespaceMode::Pod, "")?;
+    cri.shell(&one, "sleep 1234 >/dev/null 2>&1 &")?;
+    let seen = cri.shell(&two, "ps -o args")?;
+    ensure!(seen.contains("sleep 1234") && seen.contains("sleep 2147483647"), "processes of the pod: {seen}");
+    cri.remove_pod(&pod)?;
+
+    let pod = cri.run(cri.pod_config("apart")?)?;
+    let of = |name: &str, mode, target: &str| {
+        let config = with(name, |security| {
+            let namespaces = security.namespace_options.get_or_insert_default();
+            namespaces.set_pid(mode);
+            target.clone_into(&mut namespaces.target_id);
+        });
+        cri.launch(&pod, config)
+    };
+    let one = of("one", NamespaceMode::Container, "")?;
+    let two = of("two", NamespaceMode::Container, "")?;
+    cri.shell(&one, "sleep 1234 >/dev/null 2>&1 &")?;
+    let seen = cri.shell(&two, "ps -o args")?;
+    ensure!(!seen.contains("sleep 1234"), "processes of another container: {seen}");
+    let debugger = of("debugger", NamespaceMode::Target, &one)?;
+    let seen = cri.shell(&debugger, "ps -o args")?;
+    ensure!(seen.contains("sleep 1234"), "processes of the container that is looked at: {seen}");
+    cri.stop(&debugger, 10)?;
+    cri.remove(&debugger)?;
+    ensure!(cri.shell(&one, "ps -o args")?.contains("sleep 1234"), "it took the other's along");
+    cri.remove_pod(&pod)?;
+    cri.end()
+}
+
+fn parameters_of_the_kernel(scene: &Scene) -> Outcome {
+    let cri = Cri::start(scene)?;
+    let mut config = cri.pod_config("sysctls")?;
+    let wanted =
+        [("net.ipv4.ip_unprivileged_port_start", "0"), ("kernel.shm_rmid_forced", "1"), ("net.core.somaxconn", "1234")];
+    let sysctls = wanted.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned()));
+    config.linux.get_or_insert_default().sysctls = sysctls.collect();
+    let pod = cri.run(config)?;
+    let id = cri.launch(&pod, container("main", PATIENT))?;
+    for (name, value) in wanted {
+        let path = name.replace('.', "/");
+        let found = cri.shell(&id, &format!("cat /proc/sys/{path}"))?;
+        ensure_eq!(found.trim(), value, "{name}");
+    }
+    cri.remove_pod(&pod)?;
+    cri.end()
+}

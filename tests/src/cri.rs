@@ -1,0 +1,355 @@
+//! containerd as kubelet uses it: through the Container Runtime Interface, with pods on a network of CNI's plugins.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use k8s_cri::v1 as api;
+use k8s_cri::v1::runtime_service_client::RuntimeServiceClient;
+use tonic::transport::{Channel, Endpoint};
+use tonic::{Response, Status};
+
+use crate::containerd::{Containerd, Shim, check};
+use crate::leaks::Leaks;
+use crate::netns::Netns;
+use crate::run::DEADLINE;
+use crate::suite::Scene;
+use crate::{Outcome, ensure, ensure_eq, image};
+
+/// How long a call may take: that of a pod with a machine and its network.
+const CALL: Duration = Duration::from_secs(180);
+
+/// What pods' own container runs.
+const PAUSE: &str = "podhull.test/pause:latest";
+
+/// Group of all pods, as kubelet has one.
+const PODS: &str = "/sys/fs/cgroup/kubepods";
+
+/// What answers when pods are made.
+pub struct Cri {
+    containerd: Containerd,
+    tokio: tokio::runtime::Runtime,
+    channel: Channel,
+    directory: PathBuf,
+    /// Name of the class of pods.
+    handler: &'static str,
+    /// The network of the host that the pods are on.
+    pub netns: Netns,
+    before: Leaks,
+}
+
+/// A pod that runs.
+pub struct Pod {
+    /// Its id.
+    pub id: String,
+    /// What was asked for.
+    pub config: api::PodSandboxConfig,
+}
+
+/// How a program ended that was executed.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Executed {
+    /// Its exit status.
+    pub status: i32,
+    /// What it wrote on standard output.
+    pub stdout: String,
+    /// What it wrote on standard error.
+    pub stderr: String,
+}
+
+impl Cri {
+    /// Starts containerd, with the shim of podhull for pods of the class `kata`; the program under test may be runc instead.
+    pub fn start(scene: &Scene) -> Outcome<Self> {
+        let before = Leaks::watch();
+        let directory = scene.make_directory("cri")?;
+        let netns = Netns::new(scene, "node")?;
+        let network = directory.join("cni");
+        fs::create_dir(&network)?;
+        fs::write(network.join("10-test.conflist"), plugins(&directory))?;
+        let (handler, shim) = if scene.runtime.is_virtual() { ("kata", Shim::Podhull) } else { ("runc", Shim::Runc) };
+        let prefix = "plugins.\"io.containerd.grpc.v1.cri\"";
+        let more = format!(
+            "[{prefix}]\nsandbox_image = {PAUSE:?}\nstream_server_address = \"127.0.0.1\"\nstream_server_port = \"0\"\n\
+             [{prefix}.containerd.runtimes.kata]\nruntime_type = \"io.containerd.kata.v2\"\n\
+             privileged_without_host_devices = true\n\
+             [{prefix}.containerd.runtimes.runc]\nruntime_type = \"io.containerd.runc.v2\"\n\
+             [{prefix}.cni]\nbin_dir = \"/usr/lib/cni\"\nconf_dir = {:?}\n",
+            network.display().to_string(),
+        );
+        fs::create_dir_all(PODS)?;
+        let containerd = Containerd::with_config(scene, shim, &[], &more, Some(&netns))?;
+        let tokio = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+        let endpoint = Endpoint::try_from(format!("unix://{}", containerd.socket().display()))?;
+        let channel = tokio.block_on(endpoint.connect())?;
+        let cri = Self { containerd, tokio, channel, directory, handler, netns, before };
+        for archive in [image::busybox(scene)?, image::pause(scene, PAUSE)?] {
+            cri.import(&archive)?;
+        }
+        cri.ready()?;
+        Ok(cri)
+    }
+
+    /// Gives it a further image.
+    pub fn import(&self, archive: &Path) -> Outcome {
+        let words = ["--namespace", "k8s.io", "image", "import", &archive.to_string_lossy()];
+        self.containerd.call(&words)?.output().map(drop)
+    }
+
+    /// Waits until it has a network and images.
+    fn ready(&self) -> Outcome {
+        let until = Instant::now() + DEADLINE;
+        loop {
+            let status = self.call(async |mut client| client.status(api::StatusRequest::default()).await)?;
+            let conditions = status.status.unwrap_or_default().conditions;
+            let images = self.containerd.call(&["--namespace", "k8s.io", "image", "list"])?.output()?;
+            let known = [PAUSE, image::WHOLE_NAME].iter().all(|name| {
+                images.lines().any(|line| line.starts_with(name) && line.contains("io.cri-containerd.image=managed"))
+            });
+            if known && conditions.iter().all(|condition| condition.status) {
+                return Ok(());
+            }
+            ensure!(Instant::now() < until, "not ready: {conditions:?}, images {images}");
+            std::thread::sleep(Duration::from_millis(200));
+        }
+    }
+
+    /// One call, to its answer.
+    pub fn call<T>(
+        &self,
+        call: impl AsyncFnOnce(RuntimeServiceClient<Channel>) -> Result<Response<T>, Status>,
+    ) -> Outcome<T> {
+        let client = RuntimeServiceClient::new(self.channel.clone());
+        match self.tokio.block_on(async { tokio::time::timeout(CALL, call(client)).await }) {
+            Ok(Ok(answer)) => Ok(answer.into_inner()),
+            Ok(Err(status)) => Err(format!("{:?}: {}", status.code(), status.message()).into()),
+            Err(_) => Err(format!("no answer within {CALL:?}").into()),
+        }
+    }
+
+    /// What a pod of this name is asked for with, as kubelet does.
+    pub fn pod_config(&self, name: &str) -> Outcome<api::PodSandboxConfig> {
+        let logs = self.directory.join("logs").join(name);
+        fs::create_dir_all(&logs)?;
+        let group = Path::new(PODS).join(format!("pod-{name}"));
+        fs::create_dir_all(&group)?;
+        Ok(api::PodSandboxConfig {
+            metadata: Some(api::PodSandboxMetadata {
+                name: name.into(),
+                uid: format!("uid-{name}"),
+                namespace: "default".into(),
+                attempt: 0,
+            }),
+            hostname: name.into(),
+            log_directory: logs.display().to_string(),
+            linux: Some(api::LinuxPodSandboxConfig {
+                cgroup_parent: format!("/kubepods/pod-{name}"),
+                security_context: Some(api::LinuxSandboxSecurityContext {
+                    namespace_options: Some(namespaces()),
+                    ..Default::default()
+                }),
+                ..Default::default()
+            }),
+            ..Default::default()
+        })
+    }
+
+    /// Runs one.
+    pub fn run(&self, config: api::PodSandboxConfig) -> Outcome<Pod> {
+        let request =
+            api::RunPodSandboxRequest { config: Some(config.clone()), runtime_handler: self.handler.to_owned() };
+        let id = self.call(async |mut client| client.run_pod_sandbox(request).await)?.pod_sandbox_id;
+        Ok(Pod { id, config })
+    }
+
+    /// Its state, addresses among it.
+    pub fn pod_status(&self, pod: &Pod) -> Outcome<api::PodSandboxStatus> {
+        let request = api::PodSandboxStatusRequest { pod_sandbox_id: pod.id.clone(), verbose: false };
+        let answer = self.call(async |mut client| client.pod_sandbox_status(request).await)?;
+        Ok(answer.status.ok_or("no status")?)
+    }
+
+    /// Stops and removes it, and looks that nothing is left of its containers.
+    pub fn remove_pod(&self, pod: &Pod) -> Outcome {
+        let pod_sandbox_id = pod.id.clone();
+        let stop = api::StopPodSandboxRequest { pod_sandbox_id: pod_sandbox_id.clone() };
+        self.call(async |mut client| client.stop_pod_sandbox(stop).await)?;
+        let remove = api::RemovePodSandboxRequest { pod_sandbox_id };
+        self.call(async |mut client| client.remove_pod_sandbox(remove).await)?;
+        let name = &pod.config.metadata.as_ref().ok_or("no name")?.name;
+        // The group is kubelet's, and must be empty by now.
+        let group = Path::new(PODS).join(format!("pod-{name}"));
+        fs::remove_dir(&group).map_err(|error| {
+            let entries = fs::read_dir(&group).into_iter().flatten().flatten();
+            let left: Vec<_> = entries.filter(|entry| entry.path().is_dir()).map(|entry| entry.path()).collect();
+            let inside = |group: &PathBuf| fs::read_to_string(group.join("cgroup.procs")).unwrap_or_default();
+            let processes: Vec<_> = left.iter().map(inside).collect();
+            format!("control group of pod {name}: {error}: {left:?} with {processes:?}")
+        })?;
+        Ok(())
+    }
+
+    /// Makes a container in a pod.
+    pub fn create(&self, pod: &Pod, config: api::ContainerConfig) -> Outcome<String> {
+        let request = api::CreateContainerRequest {
+            pod_sandbox_id: pod.id.clone(),
+            config: Some(config),
+            sandbox_config: Some(pod.config.clone()),
+        };
+        Ok(self.call(async |mut client| client.create_container(request).await)?.container_id)
+    }
+
+    /// Starts it.
+    pub fn start_container(&self, id: &str) -> Outcome {
+        let request = api::StartContainerRequest { container_id: id.into() };
+        self.call(async |mut client| client.start_container(request).await).map(drop)
+    }
+
+    /// Makes and starts one.
+    pub fn launch(&self, pod: &Pod, config: api::ContainerConfig) -> Outcome<String> {
+        let id = self.create(pod, config)?;
+        self.start_container(&id)?;
+        Ok(id)
+    }
+
+    /// Stops it, killing it after so many seconds.
+    pub fn stop(&self, id: &str, timeout: i64) -> Outcome {
+        let request = api::StopContainerRequest { container_id: id.into(), timeout };
+        self.call(async |mut client| client.stop_container(request).await).map(drop)
+    }
+
+    /// Removes it.
+    pub fn remove(&self, id: &str) -> Outcome {
+        let request = api::RemoveContainerRequest { container_id: id.into() };
+        self.call(async |mut client| client.remove_container(request).await).map(drop)
+    }
+
+    /// Its state.
+    pub fn status(&self, id: &str) -> Outcome<api::ContainerStatus> {
+        let request = api::ContainerStatusRequest { container_id: id.into(), verbose: false };
+        let answer = self.call(async |mut client| client.container_status(request).await)?;
+        Ok(answer.status.ok_or("no status")?)
+    }
+
+    /// Waits for its end.
+    pub fn ended(&self, id: &str) -> Outcome<api::ContainerStatus> {
+        let until = Instant::now() + DEADLINE;
+        loop {
+            let status = self.status(id)?;
+            if status.state() == api::ContainerState::ContainerExited {
+                return Ok(status);
+            }
+            ensure!(Instant::now() < until, "{id} does not end: {status:?}");
+            std::thread::sleep(Duration::from_millis(100));
+        }
+    }
+
+    /// Executes a program in it, to its end; 0 seconds are no limit.
+    pub fn exec(&self, id: &str, words: &[&str], timeout: i64) -> Outcome<Executed> {
+        let cmd = words.iter().map(|word| (*word).to_owned()).collect();
+        let request = api::ExecSyncRequest { container_id: id.into(), cmd, timeout };
+        let answer = self.call(async |mut client| client.exec_sync(request).await)?;
+        Ok(Executed {
+            status: answer.exit_code,
+            stdout: String::from_utf8(answer.stdout)?,
+            stderr: String::from_utf8(answer.stderr)?,
+        })
+    }
+
+    /// What a shell says that is executed in it, and succeeds.
+    pub fn shell(&self, id: &str, script: &str) -> Outcome<String> {
+        let ended = self.exec(id, &["sh", "-c", script], 0)?;
+        ensure_eq!(ended.status, 0, "{script}: {ended:?}");
+        Ok(ended.stdout)
+    }
+
+    /// The log of a container as kubelet reads it: time, stream, tag, text.
+    pub fn log(&self, pod: &Pod, name: &str) -> Outcome<String> {
+        Ok(fs::read_to_string(Path::new(&pod.config.log_directory).join(name))?)
+    }
+
+    /// Ends it, and looks that nothing is left.
+    pub fn end(self) -> Outcome {
+        self.containerd.end()?;
+        drop(self.netns);
+        for own in ["/run/netns", "/run/containerd/podhull/k8s.io/pods", "/run/containerd/podhull/k8s.io", PODS] {
+            let _ = fs::remove_dir(own);
+        }
+        for own in ["/run/containerd/runc/k8s.io/pods", "/run/containerd/runc/k8s.io"] {
+            let _ = fs::remove_dir(own);
+        }
+        check(&self.before)
+    }
+}
+
+/// As pods have them that ask for nothing: one network, one IPC, and processes apart.
+pub fn namespaces() -> api::NamespaceOption {
+    api::NamespaceOption {
+        network: api::NamespaceMode::Pod.into(),
+        pid: api::NamespaceMode::Container.into(),
+        ipc: api::NamespaceMode::Pod.into(),
+        ..Default::default()
+    }
+}
+
+/// A container of the image, by this name, which logs to a file of the same.
+pub fn container(name: &str, command: &[&str]) -> api::ContainerConfig {
+    api::ContainerConfig {
+        metadata: Some(api::ContainerMetadata { name: name.into(), attempt: 0 }),
+        image: Some(api::ImageSpec { image: image::WHOLE_NAME.into(), ..Default::default() }),
+        command: command.iter().map(|word| (*word).to_owned()).collect(),
+        log_path: name.into(),
+        linux: Some(api::LinuxContainerConfig {
+            resources: Some(api::LinuxContainerResources::default()),
+            security_context: Some(api::LinuxContainerSecurityContext {
+                namespace_options: Some(namespaces()),
+                ..Default::default()
+            }),
+        }),
+        ..Default::default()
+    }
+}
+
+/// The security context of a container's configuration.
+pub fn security(config: &mut api::ContainerConfig) -> &mut api::LinuxContainerSecurityContext {
+    config.linux.get_or_insert_default().security_context.get_or_insert_default()
+}
+
+/// The limits of a container's configuration.
+pub fn resources(config: &mut api::ContainerConfig) -> &mut api::LinuxContainerResources {
+    config.linux.get_or_insert_default().resources.get_or_insert_default()
+}
+
+/// What the plugins make for each pod: an interface on a bridge, addresses of both kinds, and ports of the host.
+fn plugins(directory: &Path) -> String {
+    serde_json::json!({
+        "cniVersion": "1.0.0",
+        "name": "test",
+        "plugins": [
+            {
+                "type": "bridge",
+                "bridge": "cni0",
+                "isGateway": true,
+                "ipMasq": true,
+                "hairpinMode": true,
+                "ipam": {
+                    "type": "host-local",
+                    "dataDir": directory.join("addresses"),
+                    "ranges": [[{ "subnet": "10.88.7.0/24" }], [{ "subnet": "fd00:88:7::/64" }]],
+                    "routes": [{ "dst": "0.0.0.0/0" }, { "dst": "::/0" }],
+                },
+            },
+            { "type": "portmap", "capabilities": { "portMappings": true } },
+        ],
+    })
+    .to_string()
+}
+
+/// A path of the host in a container, as kubelet gives volumes to it.
+pub fn volume(host: &Path, container: &str, readonly: bool) -> api::Mount {
+    api::Mount {
+        host_path: host.display().to_string(),
+        container_path: container.into(),
+        readonly,
+        ..Default::default()
+    }
+}
