@@ -1,11 +1,34 @@
 //! Pods as kubelet makes them, through containerd's Container Runtime Interface.
 
+use std::fs;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use k8s_cri::v1 as api;
+
 use super::oci;
-use crate::cri::{Cri, container};
+use crate::cri::{Cri, container, resources};
+use crate::run::DEADLINE;
 use crate::suite::{Case, Scene};
 use crate::{Outcome, ensure, ensure_eq};
 
-pub const CASES: &[Case] = &[oci("cri::a_pod_and_its_container", a_pod_and_its_container)];
+pub const CASES: &[Case] = &[
+    oci("cri::a_pod_and_its_container", a_pod_and_its_container),
+    oci("cri::five_containers_come_and_go", five_containers_come_and_go),
+    oci("cri::what_is_executed_too_long", what_is_executed_too_long),
+    oci("cri::limits_and_statistics", limits_and_statistics),
+    oci("cri::a_log_is_rotated", a_log_is_rotated),
+];
+
+/// Waits until it is told to end, and then exits with 3.
+const PATIENT: &[&str] = &["sh", "-c", "trap 'exit 3' TERM; touch /ready; while :; do sleep 0.1; done"];
+
+/// Starts one that is [`PATIENT`], and waits until it listens to signals.
+fn patient(cri: &Cri, pod: &crate::cri::Pod, config: api::ContainerConfig) -> Outcome<String> {
+    let id = cri.launch(pod, config)?;
+    cri.shell(&id, "until [ -e /ready ]; do sleep 0.1; done")?;
+    Ok(id)
+}
 
 fn a_pod_and_its_container(scene: &Scene) -> Outcome {
     let cri = Cri::start(scene)?;
@@ -14,8 +37,8 @@ fn a_pod_and_its_container(scene: &Scene) -> Outcome {
     let network = status.network.clone().unwrap_or_default();
     ensure!(network.ip.starts_with("10.88.7.") && network.additional_ips.len() == 1, "addresses {network:?}");
 
-    let script = "echo out; echo err >&2; trap 'exit 3' TERM; while :; do sleep 0.1; done";
-    let id = cri.launch(&pod, container("main", &["sh", "-c", script]))?;
+    let script = "echo out; echo err >&2; trap 'exit 3' TERM; touch /ready; while :; do sleep 0.1; done";
+    let id = patient(&cri, &pod, container("main", &["sh", "-c", script]))?;
     ensure_eq!(cri.shell(&id, "hostname")?, "one\n", "name of the host");
     let seen = cri.shell(&id, "ip -o address show dev eth0")?;
     ensure!(seen.contains(&network.ip) && seen.contains(&network.additional_ips[0].ip), "addresses inside {seen}");
@@ -29,6 +52,168 @@ fn a_pod_and_its_container(scene: &Scene) -> Outcome {
     ensure_eq!(lines.len(), 2, "log {log}");
     ensure!(lines.contains(&"stdout F out") && lines.contains(&"stderr F err"), "log {log}");
     cri.remove(&id)?;
+    cri.remove_pod(&pod)?;
+    cri.end()
+}
+
+/// They share network and IPC; each is made anew while the others go on, and none outlives the pod.
+fn five_containers_come_and_go(scene: &Scene) -> Outcome {
+    let cri = Cri::start(scene)?;
+    let pod = cri.run(cri.pod_config("five")?)?;
+    let mut ids = Vec::new();
+    for number in 0..5 {
+        ids.push(patient(&cri, &pod, container(&format!("c{number}"), PATIENT))?);
+    }
+    // What one listens for at localhost, another reaches; and what it leaves in shared memory.
+    cri.shell(&ids[0], "echo here >/dev/shm/file; echo spoken | nc -l -p 4321 >/dev/null 2>&1 &")?;
+    ensure_eq!(
+        cri.shell(&ids[4], "until nc 127.0.0.1 4321 </dev/null; do sleep 0.1; done; cat /dev/shm/file")?,
+        "spoken\nhere\n",
+        "what another hears and reads"
+    );
+    for round in 1..=scene.repeat.min(10) {
+        let number = round % 5;
+        let old = ids[number].clone();
+        // As if it had crashed, or asked to end.
+        if round % 2 == 0 {
+            cri.stop(&old, 30)?;
+            ensure_eq!(cri.status(&old)?.exit_code, 3, "exit status");
+        } else {
+            // A shell that is PID 1 does not die of a signal that it sends itself.
+            cri.stop(&old, 0)?;
+            ensure_eq!(cri.status(&old)?.exit_code, 137, "exit status");
+        }
+        let mut config = container(&format!("c{number}"), PATIENT);
+        config.metadata.get_or_insert_default().attempt = u32::try_from(round)?;
+        // kubelet keeps the one before for its log.
+        ids[number] = patient(&cri, &pod, config)?;
+        cri.remove(&old)?;
+    }
+    for id in &ids {
+        ensure_eq!(cri.status(id)?.state(), api::ContainerState::ContainerRunning, "state of {id}");
+    }
+    // One that was made and never started is no obstacle.
+    cri.create(&pod, container("never", PATIENT))?;
+    cri.remove_pod(&pod)?;
+    let left = cri.call(async |mut client| client.list_containers(api::ListContainersRequest::default()).await)?;
+    ensure_eq!(left.containers.len(), 0, "containers that are left");
+    cri.end()
+}
+
+/// It is killed where it runs, with what it has started.
+fn what_is_executed_too_long(scene: &Scene) -> Outcome {
+    let cri = Cri::start(scene)?;
+    let pod = cri.run(cri.pod_config("late")?)?;
+    let id = patient(&cri, &pod, container("main", PATIENT))?;
+    for _ in 0..scene.repeat.min(20) {
+        let late = cri.exec(&id, &["sleep", "4321"], 2);
+        let error = late.err().map(|error| error.to_string()).unwrap_or_default();
+        ensure!(error.contains("DeadlineExceeded"), "what took too long: {error:?}");
+        let until = Instant::now() + DEADLINE;
+        while cri.shell(&id, "ps -o args")?.contains("sleep 4321") {
+            ensure!(Instant::now() < until, "it still runs");
+        }
+    }
+    ensure_eq!(cri.exec(&id, &["no-such-program"], 0).is_err(), true, "a program that is not there fails");
+    ensure_eq!(cri.shell(&id, "echo fine")?, "fine\n", "what is executed afterwards");
+    cri.remove_pod(&pod)?;
+    cri.end()
+}
+
+/// What a container may use, before and after it is changed, and what it says that it has used.
+fn limits_and_statistics(scene: &Scene) -> Outcome {
+    let cri = Cri::start(scene)?;
+    let pod = cri.run(cri.pod_config("limits")?)?;
+    let mut config = container("main", PATIENT);
+    let limits = resources(&mut config);
+    (limits.memory_limit_in_bytes, limits.cpu_period, limits.cpu_quota) = (128 << 20, 100_000, 50_000);
+    let id = patient(&cri, &pod, config)?;
+    let inside = |file: &str| cri.shell(&id, &format!("cat /sys/fs/cgroup/{file}"));
+    ensure_eq!(inside("memory.max")?.trim(), "134217728", "memory.max");
+    ensure_eq!(inside("cpu.max")?.trim(), "50000 100000", "cpu.max");
+    for (memory, quota) in [(256_i64 << 20, 100_000), (96 << 20, 20_000)] {
+        let linux = api::LinuxContainerResources {
+            memory_limit_in_bytes: memory,
+            cpu_period: 100_000,
+            cpu_quota: quota,
+            ..Default::default()
+        };
+        let request =
+            api::UpdateContainerResourcesRequest { container_id: id.clone(), linux: Some(linux), ..Default::default() };
+        cri.call(async |mut client| client.update_container_resources(request).await)?;
+        ensure_eq!(inside("memory.max")?.trim(), memory.to_string(), "memory.max");
+        ensure_eq!(inside("cpu.max")?.trim(), format!("{quota} 100000"), "cpu.max");
+    }
+
+    let stats = || {
+        let request = api::ContainerStatsRequest { container_id: id.clone() };
+        let answer = cri.call(async |mut client| client.container_stats(request).await)?;
+        answer.stats.ok_or("no statistics".into())
+    };
+    let cpu = |stats: &api::ContainerStats| {
+        stats.cpu.as_ref().and_then(|cpu| cpu.usage_core_nano_seconds).map_or(0, |value| value.value)
+    };
+    let memory = |stats: &api::ContainerStats| {
+        stats.memory.as_ref().and_then(|memory| memory.working_set_bytes).map_or(0, |value| value.value)
+    };
+    let before: api::ContainerStats = stats()?;
+    // Memory that stays, and work until it has used so much, by its own account.
+    cri.shell(&id, "dd if=/dev/zero of=/dev/shm/held bs=1M count=40 2>/dev/null")?;
+    cri.shell(&id, "a=$(awk '/usage_usec/ {print $2}' /sys/fs/cgroup/cpu.stat); while [ $(awk '/^usage_usec/ {print $2}' /sys/fs/cgroup/cpu.stat) -lt $((a + 3000000)) ]; do for n in 1 2 3 4 5 6 7 8 9; do :; done; done")?;
+    let used: u64 = inside("cpu.stat")?
+        .lines()
+        .find_map(|line| line.strip_prefix("usage_usec ")?.parse().ok())
+        .ok_or("no usage")?;
+    let held: u64 = inside("memory.current")?.trim().parse()?;
+    // containerd keeps what it was told for a moment, if at all.
+    let after = stats()?;
+    let told = cpu(&after) / 1000;
+    ensure!(told.abs_diff(used) * 20 < used, "{told} us of processor are told of {used}");
+    ensure!(memory(&after) - memory(&before) > 38 << 20, "memory grew from {} to {}", memory(&before), memory(&after));
+    ensure!(memory(&after).abs_diff(held) * 20 < held, "{} bytes of memory are told of {held}", memory(&after));
+
+    // What is received from the node, by the interface in the pod's namespace.
+    let received = || {
+        let request = api::PodSandboxStatsRequest { pod_sandbox_id: pod.id.clone() };
+        let answer = cri.call(async |mut client| client.pod_sandbox_stats(request).await)?;
+        let network = answer.stats.and_then(|stats| stats.linux).and_then(|linux| linux.network);
+        let interface = network.and_then(|network| network.default_interface).ok_or("no interface")?;
+        Ok::<_, crate::Failure>(interface.rx_bytes.map_or(0, |value| value.value))
+    };
+    let ip = cri.pod_status(&pod)?.network.unwrap_or_default().ip;
+    cri.shell(&id, "nc -l -p 5000 >/dev/null 2>&1 &")?;
+    let (before, bytes) = (received()?, 4 << 20);
+    let send = format!("until head -c {bytes} /dev/zero | nc -N {ip} 5000; do sleep 0.2; done");
+    cri.netns.run(&["sh", "-c", &send])?.expect_status(0)?;
+    let grown = received()? - before;
+    ensure!(grown >= bytes && grown * 20 < bytes * 21, "{grown} bytes received of {bytes}");
+    cri.remove_pod(&pod)?;
+    cri.end()
+}
+
+/// kubelet moves the file away, and says so.
+fn a_log_is_rotated(scene: &Scene) -> Outcome {
+    let cri = Cri::start(scene)?;
+    let pod = cri.run(cri.pod_config("log")?)?;
+    let script = "n=0; trap 'exit 0' TERM; while :; do echo $n; n=$((n + 1)); [ $n -lt 20 ] || [ -e /more ] || { touch /ready; until [ -e /more ]; do sleep 0.1; done; }; [ $n -lt 40 ] || exit 0; done";
+    let id = patient(&cri, &pod, container("main", &["sh", "-c", script]))?;
+    let directory = Path::new(&pod.config.log_directory);
+    let until = Instant::now() + DEADLINE;
+    while !cri.log(&pod, "main")?.contains(" 19\n") {
+        ensure!(Instant::now() < until, "the log is {}", cri.log(&pod, "main")?);
+        std::thread::sleep(Duration::from_millis(100));
+    }
+    fs::rename(directory.join("main"), directory.join("main.1"))?;
+    let request = api::ReopenContainerLogRequest { container_id: id.clone() };
+    cri.call(async |mut client| client.reopen_container_log(request).await)?;
+    cri.shell(&id, "touch /more")?;
+    ensure_eq!(cri.ended(&id)?.exit_code, 0, "exit status");
+    let numbers = |name: &str| -> Outcome<Vec<u32>> {
+        let log = cri.log(&pod, name)?;
+        log.lines().map(|line| Ok(line.rsplit(' ').next().unwrap_or_default().parse()?)).collect()
+    };
+    ensure_eq!(numbers("main.1")?, (0..20).collect::<Vec<_>>(), "the log before");
+    ensure_eq!(numbers("main")?, (20..40).collect::<Vec<_>>(), "the log after");
     cri.remove_pod(&pod)?;
     cri.end()
 }
