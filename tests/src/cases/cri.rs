@@ -128,9 +128,11 @@ fn limits_and_statistics(scene: &Scene) -> Outcome {
     let limits = resources(&mut config);
     (limits.memory_limit_in_bytes, limits.cpu_period, limits.cpu_quota) = (128 << 20, 100_000, 50_000);
     let id = patient(&cri, &pod, config)?;
-    let inside = |file: &str| cri.shell(&id, &format!("cat /sys/fs/cgroup/{file}"));
-    ensure_eq!(inside("memory.max")?.trim(), "134217728", "memory.max");
-    ensure_eq!(inside("cpu.max")?.trim(), "50000 100000", "cpu.max");
+    let inside = |file: &str| -> Outcome<String> {
+        Ok(cri.shell(&id, &format!("cat /sys/fs/cgroup/{file}"))?.trim().to_owned())
+    };
+    ensure_eq!(inside("memory.max")?, "134217728", "memory.max");
+    ensure_eq!(inside("cpu.max")?, "50000 100000", "cpu.max");
     for (memory, quota) in [(256_i64 << 20, 100_000), (96 << 20, 20_000)] {
         let linux = api::LinuxContainerResources {
             memory_limit_in_bytes: memory,
@@ -141,14 +143,14 @@ fn limits_and_statistics(scene: &Scene) -> Outcome {
         let request =
             api::UpdateContainerResourcesRequest { container_id: id.clone(), linux: Some(linux), ..Default::default() };
         cri.call(async |mut client| client.update_container_resources(request).await)?;
-        ensure_eq!(inside("memory.max")?.trim(), memory.to_string(), "memory.max");
-        ensure_eq!(inside("cpu.max")?.trim(), format!("{quota} 100000"), "cpu.max");
+        ensure_eq!(inside("memory.max")?, memory.to_string(), "memory.max");
+        ensure_eq!(inside("cpu.max")?, format!("{quota} 100000"), "cpu.max");
     }
 
-    let stats = || {
+    let stats = || -> Outcome<api::ContainerStats> {
         let request = api::ContainerStatsRequest { container_id: id.clone() };
         let answer = cri.call(async |mut client| client.container_stats(request).await)?;
-        answer.stats.ok_or("no statistics".into())
+        Ok(answer.stats.ok_or("no statistics")?)
     };
     let cpu = |stats: &api::ContainerStats| {
         stats.cpu.as_ref().and_then(|cpu| cpu.usage_core_nano_seconds).map_or(0, |value| value.value)
@@ -156,7 +158,7 @@ fn limits_and_statistics(scene: &Scene) -> Outcome {
     let memory = |stats: &api::ContainerStats| {
         stats.memory.as_ref().and_then(|memory| memory.working_set_bytes).map_or(0, |value| value.value)
     };
-    let before: api::ContainerStats = stats()?;
+    let before = stats()?;
     // Memory that stays, and work until it has used so much, by its own account.
     cri.shell(&id, "dd if=/dev/zero of=/dev/shm/held bs=1M count=40 2>/dev/null")?;
     cri.shell(&id, "a=$(awk '/usage_usec/ {print $2}' /sys/fs/cgroup/cpu.stat); while [ $(awk '/^usage_usec/ {print $2}' /sys/fs/cgroup/cpu.stat) -lt $((a + 3000000)) ]; do for n in 1 2 3 4 5 6 7 8 9; do :; done; done")?;
@@ -164,7 +166,7 @@ fn limits_and_statistics(scene: &Scene) -> Outcome {
         .lines()
         .find_map(|line| line.strip_prefix("usage_usec ")?.parse().ok())
         .ok_or("no usage")?;
-    let held: u64 = inside("memory.current")?.trim().parse()?;
+    let held: u64 = inside("memory.current")?.parse()?;
     // containerd keeps what it was told for a moment, if at all.
     let after = stats()?;
     let told = cpu(&after) / 1000;
