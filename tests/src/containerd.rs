@@ -125,6 +125,13 @@ impl Containerd {
         Ok(())
     }
 
+    /// What the daemon has logged that is not as it should be.
+    pub fn complaints(&self) -> String {
+        let said = self.daemon.as_ref().map(Running::stderr).unwrap_or_default();
+        let wrong = |line: &&str| line.contains("level=warning") || line.contains("level=error");
+        said.lines().filter(wrong).collect::<Vec<_>>().join("\n")
+    }
+
     /// Kills the daemon, and waits for its end.
     pub fn kill_daemon(&mut self) -> Outcome {
         let Some(daemon) = self.daemon.take() else { return Ok(()) };

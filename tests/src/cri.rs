@@ -181,9 +181,8 @@ impl Cri {
         fs::remove_dir(&group).map_err(|error| {
             let entries = fs::read_dir(&group).into_iter().flatten().flatten();
             let left: Vec<_> = entries.filter(|entry| entry.path().is_dir()).map(|entry| entry.path()).collect();
-            let inside = |group: &PathBuf| fs::read_to_string(group.join("cgroup.procs")).unwrap_or_default();
-            let processes: Vec<_> = left.iter().map(inside).collect();
-            format!("control group of pod {name}: {error}: {left:?} with {processes:?}")
+            let complaints = self.containerd.complaints();
+            format!("control group of pod {name}: {error}: {left:?}; containerd says {complaints}")
         })?;
         Ok(())
     }
