@@ -304,5 +304,250 @@ fn remove(from: BorrowedFd<'_>, name: &CStr, depth: u32) -> Result<(), Errno> {
             unlinked => unlinked?,
         }
     }
+    // Who waits for its end is told before those who watch the directory that it was in, if nobody has it open.
+    drop(directory);
     rustix::fs::unlinkat(from, name, AtFlags::REMOVEDIR)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::fs;
+    use std::os::unix::fs::{MetadataExt, PermissionsExt, chown, symlink};
+    use std::path::{Path, PathBuf};
+    use std::sync::atomic::{AtomicBool, Ordering};
+
+    use rustix::fs::inotify::{self, CreateFlags, ReadFlags, WatchFlags};
+
+    /// A volume, where its copy is to be, and what copies may take.
+    struct Scene {
+        base: tempfile::TempDir,
+        room: Arc<Semaphore>,
+    }
+
+    impl Scene {
+        fn new() -> Self {
+            let base = tempfile::tempdir().unwrap();
+            fs::create_dir(base.path().join("volume")).unwrap();
+            fs::create_dir(base.path().join("copy")).unwrap();
+            Self { base, room: Arc::new(Semaphore::new(2 * MAX_PAGES)) }
+        }
+
+        fn volume(&self) -> PathBuf {
+            self.base.path().join("volume")
+        }
+
+        fn copy(&self) -> PathBuf {
+            self.base.path().join("copy")
+        }
+
+        fn begin(&self) -> Result<Copy, CopyError> {
+            let open = |path| OwnedFd::from(fs::File::open(path).unwrap());
+            Copy::new(open(self.volume()), open(self.copy()), self.room.clone())
+        }
+
+        /// A version with these files.
+        fn make(&self, version: &str, files: &[(&str, &[u8])]) -> PathBuf {
+            let directory = self.volume().join(version);
+            fs::create_dir(&directory).unwrap();
+            for (name, bytes) in files {
+                let path = directory.join(name);
+                fs::create_dir_all(path.parent().unwrap()).unwrap();
+                fs::write(path, bytes).unwrap();
+            }
+            directory
+        }
+
+        /// Makes it the present one, and removes that before.
+        fn write(&self, version: &str, files: &[(&str, &[u8])]) {
+            let directory = self.make(version, files);
+            write(&self.volume(), &directory);
+        }
+    }
+
+    fn write(volume: &Path, directory: &Path) {
+        let old = fs::read_link(volume.join("..data"));
+        symlink(directory.file_name().unwrap(), volume.join("..data_tmp")).unwrap();
+        fs::rename(volume.join("..data_tmp"), volume.join("..data")).unwrap();
+        let new = listed(directory);
+        for key in new.iter().filter(|key| !volume.join(key).is_symlink()) {
+            symlink(Path::new("..data").join(key), volume.join(key)).unwrap();
+        }
+        if let Ok(old) = old.map(|old| volume.join(old)) {
+            for key in listed(&old).iter().filter(|key| !new.contains(key)) {
+                fs::remove_file(volume.join(key)).unwrap();
+            }
+            fs::remove_dir_all(old).unwrap();
+        }
+    }
+
+    fn listed(directory: &Path) -> Vec<String> {
+        let names = fs::read_dir(directory).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap());
+        let mut names: Vec<_> = names.collect();
+        names.sort();
+        names
+    }
+
+    #[test]
+    fn a_copy_has_the_same_files_with_their_modes_owners_and_times() {
+        let scene = Scene::new();
+        let version = scene.make("..1", &[("key", b"text"), ("deep/er/key", b"below"), ("empty", b"")]);
+        fs::set_permissions(version.join("key"), fs::Permissions::from_mode(0o400)).unwrap();
+        fs::set_permissions(version.join("deep"), fs::Permissions::from_mode(0o2750)).unwrap();
+        fs::set_permissions(scene.volume(), fs::Permissions::from_mode(0o2775)).unwrap();
+        if rustix::process::geteuid().is_root() {
+            chown(version.join("deep/er/key"), Some(1234), Some(5678)).unwrap();
+            chown(scene.volume(), None, Some(5678)).unwrap();
+        }
+        write(&scene.volume(), &version);
+        let _copy = scene.begin().unwrap();
+        assert_eq!(listed(&scene.copy()), ["..1", "..data", "deep", "empty", "key"]);
+        assert_eq!(fs::read_to_string(scene.copy().join("key")).unwrap(), "text");
+        assert_eq!(fs::read_to_string(scene.copy().join("deep/er/key")).unwrap(), "below");
+        for path in ["", "key", "deep", "deep/er", "deep/er/key", "..1"] {
+            let [theirs, ours] = [scene.volume(), scene.copy()].map(|top| fs::metadata(top.join(path)).unwrap());
+            let told = |stat: &fs::Metadata| (stat.mode(), stat.uid(), stat.gid());
+            assert_eq!(told(&ours), told(&theirs), "{path:?}");
+            assert!(path.is_empty() || ours.modified().unwrap() == theirs.modified().unwrap(), "{path:?}");
+        }
+    }
+
+    #[test]
+    fn an_update_is_made_in_the_steps_that_kubelet_makes() {
+        let scene = Scene::new();
+        scene.write("..1", &[("kept", b"1"), ("gone", b"1")]);
+        let mut copy = scene.begin().unwrap();
+        let watch = inotify::init(CreateFlags::CLOEXEC | CreateFlags::NONBLOCK).unwrap();
+        let of_names = WatchFlags::CREATE | WatchFlags::MOVED_TO | WatchFlags::DELETE;
+        inotify::add_watch(&watch, scene.copy(), of_names).unwrap();
+        let old = inotify::add_watch(&watch, scene.copy().join("..data"), WatchFlags::DELETE_SELF).unwrap();
+        scene.write("..2", &[("kept", b"2"), ("new", b"2")]);
+        copy.update().unwrap();
+        copy.update().unwrap();
+        let mut buffer = [std::mem::MaybeUninit::uninit(); 4096];
+        let mut events = inotify::Reader::new(&watch, &mut buffer);
+        let mut told = Vec::new();
+        while let Ok(event) = events.next() {
+            if !event.events().contains(ReadFlags::IGNORED) {
+                let name = event.file_name().map(|name| name.to_str().unwrap().to_owned());
+                told.push((event.events() - ReadFlags::ISDIR, name, event.wd() == old));
+            }
+        }
+        let one = |flags, name: &str| (flags, Some(name.to_owned()), false);
+        let expected = [
+            one(ReadFlags::CREATE, "..2"),
+            one(ReadFlags::CREATE, "..data_tmp"),
+            one(ReadFlags::MOVED_TO, "..data"),
+            one(ReadFlags::CREATE, "new"),
+            one(ReadFlags::DELETE, "gone"),
+            (ReadFlags::DELETE_SELF, None, true),
+            one(ReadFlags::DELETE, "..1"),
+        ];
+        assert_eq!(told, expected);
+        assert_eq!(listed(&scene.copy()), ["..2", "..data", "kept", "new"]);
+        assert_eq!(fs::read_to_string(scene.copy().join("kept")).unwrap(), "2");
+    }
+
+    #[test]
+    fn a_copy_is_one_version_and_in_the_end_the_last_however_fast_they_come() {
+        let scene = Scene::new();
+        let version = |number: u32| {
+            let text = number.to_string().into_bytes();
+            let names: Vec<_> = (0..8).map(|key| format!("{}/key", key + number % 4)).collect();
+            let files: Vec<_> = names.iter().map(|name| (name.as_str(), &*text)).collect();
+            scene.write(&format!("..{number}"), &files);
+        };
+        version(0);
+        let mut copy = scene.begin().unwrap();
+        let done = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                (1..400).for_each(version);
+                done.store(true, Ordering::Relaxed);
+            });
+            while !done.load(Ordering::Relaxed) {
+                match copy.update() {
+                    Ok(()) | Err(CopyError::Changing) => {}
+                    Err(error) => panic!("{error}"),
+                }
+                let keys = listed(&scene.copy().join("..data"));
+                let texts = keys.iter().map(|key| fs::read(scene.copy().join(key).join("key")).unwrap());
+                assert_eq!((keys.len(), texts.collect::<BTreeSet<_>>().len()), (8, 1));
+            }
+        });
+        copy.update().unwrap();
+        assert_eq!(fs::read_to_string(scene.copy().join("4/key")).unwrap(), "399");
+        assert_eq!(listed(&scene.copy()).len(), 10);
+    }
+
+    #[test]
+    fn what_kubelet_would_not_write_has_no_copy() {
+        let refused = |change: fn(&Path)| {
+            let scene = Scene::new();
+            scene.write("..1", &[("key", b"text"), ("below/key", b"")]);
+            change(&scene.volume());
+            let error = scene.begin().map(drop).unwrap_err();
+            assert_eq!(scene.room.available_permits(), 2 * MAX_PAGES);
+            assert!(!scene.copy().join("..data").is_symlink());
+            error
+        };
+        let links: [fn(&Path); 8] = [
+            |volume| fs::write(volume.join("another"), "").unwrap(),
+            |volume| symlink("/etc/passwd", volume.join("another")).unwrap(),
+            |volume| symlink("/etc/passwd", volume.join("..1/link")).unwrap(),
+            |volume| symlink("../../..", volume.join("..1/below/link")).unwrap(),
+            |volume| fs::write(volume.join("..1/..data"), "").unwrap(),
+            |volume| write_link(volume, "/etc"),
+            |volume| write_link(volume, "../volume/..1"),
+            |volume| rustix::fs::mkfifoat(rustix::fs::CWD, volume.join("..1/fifo"), Mode::RUSR).unwrap(),
+        ];
+        for change in links {
+            assert!(matches!(refused(change), CopyError::Layout));
+        }
+        for target in ["..", "..data", "..data_tmp", "nothing"] {
+            let scene = Scene::new();
+            symlink(target, scene.volume().join("..data")).unwrap();
+            assert!(matches!(scene.begin(), Err(CopyError::Layout)), "{target}");
+        }
+        let error = refused(|volume| {
+            let file = fs::File::create(volume.join("..1/huge")).unwrap();
+            file.set_len(1 << 40).unwrap();
+        });
+        assert!(matches!(error, CopyError::TooLarge));
+        let error = refused(|volume| {
+            for number in 0..MAX_PAGES {
+                fs::write(volume.join(format!("..1/{number}")), "").unwrap();
+            }
+        });
+        assert!(matches!(error, CopyError::TooLarge));
+        let error = refused(|volume| {
+            let deep: PathBuf = (0..=MAX_DEPTH).map(|_| "d").collect();
+            fs::create_dir_all(volume.join("..1").join(deep)).unwrap();
+        });
+        assert!(matches!(error, CopyError::TooLarge));
+        assert!(matches!(refused(|volume| write_link(volume, "..missing")), CopyError::Entry { .. }));
+    }
+
+    fn write_link(volume: &Path, target: &str) {
+        fs::remove_file(volume.join("..data")).unwrap();
+        symlink(target, volume.join("..data")).unwrap();
+    }
+
+    #[test]
+    fn what_has_no_room_leaves_what_was_there_and_comes_when_there_is() {
+        let scene = Scene::new();
+        scene.write("..1", &[("key", b"old")]);
+        let mut copy = scene.begin().unwrap();
+        let others = scene.room.clone().try_acquire_many_owned(2 * MAX_PAGES as u32 - 4).unwrap();
+        scene.write("..2", &[("key", b"new")]);
+        assert!(matches!(copy.update(), Err(CopyError::NoRoom)));
+        assert_eq!(listed(&scene.copy()), ["..1", "..data", "key"]);
+        assert_eq!(fs::read_to_string(scene.copy().join("key")).unwrap(), "old");
+        drop(others);
+        copy.update().unwrap();
+        assert_eq!(listed(&scene.copy()), ["..2", "..data", "key"]);
+        assert_eq!(fs::read_to_string(scene.copy().join("key")).unwrap(), "new");
+        drop(copy);
+        assert_eq!(scene.room.available_permits(), 2 * MAX_PAGES);
+    }
 }

@@ -7,7 +7,7 @@
 use std::collections::BTreeSet;
 use std::mem::MaybeUninit;
 use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use podhull_protocol::{MAX_VOLUMES, Volume};
 use rustix::fs::inotify::{self, CreateFlags, ReadFlags, WatchFlags};
@@ -31,10 +31,19 @@ const EVENTS: usize = 4096;
 #[derive(Default)]
 pub struct Volumes {
     inotify: Option<OwnedFd>,
-    /// What the guest is told of each, and the number of its watch.
-    watched: Vec<(i32, Volume)>,
+    watched: Vec<Watched>,
     /// Why one cannot be watched.
     failure: Option<Errno>,
+}
+
+/// One of them.
+struct Watched {
+    /// Number of its watch, which another for the same directory has too.
+    watch: i32,
+    /// As written.
+    path: PathBuf,
+    /// What the guest is told.
+    told: Volume,
 }
 
 impl Volumes {
@@ -49,8 +58,8 @@ impl Volumes {
         match self.add(source) {
             Ok(watch) => {
                 let name = self.watched.len().to_string();
-                let volume = Volume { name: name.clone(), source: in_share.into(), ..Default::default() };
-                self.watched.push((watch, volume));
+                let told = Volume { name: name.clone(), source: in_share.into(), ..Default::default() };
+                self.watched.push(Watched { watch, path: path.into(), told });
                 Some(name)
             }
             Err(errno) => {
@@ -71,7 +80,7 @@ impl Volumes {
 
     /// What the guest is told.
     pub fn told(&self) -> Vec<Volume> {
-        self.watched.iter().map(|(_, volume)| volume.clone()).collect()
+        self.watched.iter().map(|watched| watched.told.clone()).collect()
     }
 
     /// Has the guest copy what is new, for as long as it is polled. What cannot be copied is, when it has changed again.
@@ -90,9 +99,9 @@ impl Volumes {
             let mut ready = inotify.readable().await.map_err(RunError::Signals)?;
             let changed = changed(inotify.get_ref());
             ready.clear_ready();
-            for (_, volume) in self.watched.iter().filter(|(watch, _)| changed.has(*watch)) {
-                if let Err(error) = agent.update_volume(id, &volume.name).await {
-                    log.debug(|| format!("{id}: {error}"));
+            for Watched { path, told, .. } in self.watched.iter().filter(|watched| changed.has(watched.watch)) {
+                if let Err(error) = agent.update_volume(id, &told.name).await {
+                    log.warning(&format!("container {id}: {} stays as it was: {error}", path.display()));
                 }
             }
         }
@@ -127,4 +136,92 @@ fn changed(inotify: &OwnedFd) -> Changed {
         }
     }
     if all { Changed::All } else { Changed::These(watches) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::fs;
+    use std::os::fd::AsFd;
+    use std::os::unix::fs::symlink;
+
+    use rustix::fs::{Mode, OFlags};
+
+    fn volume(base: &Path, kind: &str, name: &str) -> (PathBuf, OwnedFd) {
+        let path = base.join(kind).join(name);
+        fs::create_dir_all(path.join("..1")).unwrap();
+        symlink("..1", path.join("..data")).unwrap();
+        let directory = rustix::fs::open(&path, OFlags::PATH | OFlags::DIRECTORY, Mode::empty()).unwrap();
+        (path, directory)
+    }
+
+    fn write(volume: &Path) {
+        symlink("..2", volume.join("..data_tmp")).unwrap();
+        fs::rename(volume.join("..data_tmp"), volume.join("..data")).unwrap();
+    }
+
+    #[test]
+    fn volumes_are_directories_of_kubelets_with_a_link_to_what_they_have() {
+        let base = tempfile::tempdir().unwrap();
+        let mut volumes = Volumes::default();
+        for (number, kind) in KINDS.iter().enumerate() {
+            let (path, directory) = volume(base.path(), kind, "name");
+            assert_eq!(volumes.watch(&path, directory.as_fd(), "share"), Some(number.to_string()));
+        }
+        let (path, directory) = volume(base.path(), "kubernetes.io~empty-dir", "name");
+        assert_eq!(volumes.watch(&path, directory.as_fd(), "share"), None);
+        let (path, directory) = volume(base.path(), KINDS[0], "plain");
+        fs::remove_file(path.join("..data")).unwrap();
+        assert_eq!(volumes.watch(&path, directory.as_fd(), "share"), None);
+        fs::create_dir(path.join("..data")).unwrap();
+        assert_eq!(volumes.watch(&path, directory.as_fd(), "share"), None);
+        assert_eq!(volumes.told().len(), KINDS.len());
+        assert!(volumes.failure.is_none());
+    }
+
+    #[test]
+    fn the_rename_is_noticed_and_nothing_else() {
+        let base = tempfile::tempdir().unwrap();
+        let (one, first) = volume(base.path(), KINDS[0], "one");
+        let (two, second) = volume(base.path(), KINDS[1], "two");
+        let mut volumes = Volumes::default();
+        volumes.watch(&one, first.as_fd(), "1").unwrap();
+        volumes.watch(&two, second.as_fd(), "2").unwrap();
+        volumes.watch(&two, second.as_fd(), "3").unwrap();
+        let changed = || {
+            let changed = changed(volumes.inotify.as_ref().unwrap());
+            let sources = volumes.watched.iter().filter(|watched| changed.has(watched.watch));
+            sources.map(|watched| watched.told.source.as_str()).collect::<Vec<_>>()
+        };
+        assert!(changed().is_empty());
+        fs::create_dir(one.join("..2")).unwrap();
+        fs::write(one.join("..2/key"), "").unwrap();
+        fs::write(one.join("other"), "").unwrap();
+        fs::rename(one.join("other"), one.join("another")).unwrap();
+        assert!(changed().is_empty());
+        write(&two);
+        assert_eq!(changed(), ["2", "3"]);
+        assert!(changed().is_empty());
+        for _ in 0..100 {
+            write(&one);
+        }
+        write(&two);
+        assert_eq!(changed(), ["1", "2", "3"]);
+        assert!(changed().is_empty());
+    }
+
+    #[test]
+    fn more_events_than_are_kept_are_word_of_all() {
+        let base = tempfile::tempdir().unwrap();
+        let (path, directory) = volume(base.path(), KINDS[0], "name");
+        let mut volumes = Volumes::default();
+        volumes.watch(&path, directory.as_fd(), "share").unwrap();
+        let most: usize = fs::read_to_string("/proc/sys/fs/inotify/max_queued_events").unwrap().trim().parse().unwrap();
+        for name in 0..most + 10 {
+            // Of different names: the same twice is one event.
+            fs::write(path.join("file"), "").unwrap();
+            fs::rename(path.join("file"), path.join(format!("{}", name % 2))).unwrap();
+        }
+        assert!(matches!(changed(volumes.inotify.as_ref().unwrap()), Changed::All));
+    }
 }

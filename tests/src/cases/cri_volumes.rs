@@ -215,6 +215,25 @@ const TOLD: &str = "/etc/settings made ..2
 /etc/settings removed ..1
 ";
 
+/// Nobody on this host can watch more than they do, until this ends.
+struct Unwatched(String);
+
+impl Unwatched {
+    const PATH: &str = "/proc/sys/fs/inotify/max_user_instances";
+
+    fn begin() -> Outcome<Self> {
+        let before = fs::read_to_string(Self::PATH)?;
+        fs::write(Self::PATH, "0")?;
+        Ok(Self(before))
+    }
+}
+
+impl Drop for Unwatched {
+    fn drop(&mut self) {
+        let _ = fs::write(Self::PATH, &self.0);
+    }
+}
+
 /// How long what is new may take to be seen.
 const SOON: Duration = Duration::from_secs(1);
 
@@ -268,9 +287,19 @@ fn updated_meanwhile(scene: &Scene) -> Outcome {
             write_atomically(&config_map, &text, plain, &[("key", &text), (&format!("key-{text}"), &text)])?;
         }
         std::thread::sleep(SOON);
-        let expected = format!("{last}..data\n..{last}\nkey\nkey-{last}\n");
-        let seen = cri.shell(&id, "cd /etc/settings; cat key; ls -A | sort")?;
+        let expected = format!("{last}..{last}\n..data\nkey\nkey-{last}\n");
+        let seen = cri.shell(&id, "cd /etc/settings; cat key; LC_ALL=C ls -A")?;
         ensure_eq!(seen, expected, "what it has after {count} in a row");
+    }
+
+    // Where no more can be watched they are seen all the same.
+    let unwatched = Unwatched::begin()?;
+    let second = cri.launch(&pod, with_python("second", vec![volume(&config_map, "/etc/settings", true)]))?;
+    drop(unwatched);
+    write_atomically(&config_map, "200", plain, &[("key", "200")])?;
+    std::thread::sleep(SOON);
+    for container in [&id, &second] {
+        ensure_eq!(cri.shell(container, "cat /etc/settings/key")?, "200", "what each has");
     }
     cri.remove_pod(&pod)?;
     drop(secret);
