@@ -1,15 +1,14 @@
 //! Volumes as kubelet makes them, seen from inside.
 
 use std::collections::BTreeSet;
-use std::ffi::OsString;
+use std::ffi::{CString, OsString};
 use std::fs;
 use std::os::unix::fs::{PermissionsExt, chown, symlink};
 use std::path::{Path, PathBuf};
-use std::process::Command;
 use std::time::{Duration, Instant};
 
 use k8s_cri::v1::{ContainerConfig, ImageSpec, Mount};
-use rustix::mount::{UnmountFlags, unmount};
+use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
 
 use super::oci;
 use crate::cri::{Cri, container, volume};
@@ -39,8 +38,8 @@ struct Memory(PathBuf);
 
 impl Memory {
     fn mount(path: PathBuf, options: &str) -> Outcome<Self> {
-        let status = Command::new("mount").args(["-t", "tmpfs", "-o", options, "tmpfs"]).arg(&path).status()?;
-        ensure!(status.success(), "mount: {status}");
+        let options = CString::new(options)?;
+        mount("tmpfs", &path, "tmpfs", MountFlags::empty(), Some(options.as_c_str()))?;
         Ok(Self(path))
     }
 }
