@@ -25,6 +25,7 @@ mod service;
 mod sockets;
 mod spec;
 mod stdio;
+mod volumes;
 mod vsock;
 
 /// The C entry point, in place of Rust's: its runtime opens `/dev/null` for missing standard streams and aborts if there is

@@ -27,6 +27,7 @@ use crate::network::{Configure, Description, MAX_FORWARDS, NetworkError, PodNetw
 use crate::reaper::Reaper;
 use crate::sockets::Sockets;
 use crate::stdio::{self, StdioError, Streams};
+use crate::volumes::{VolumeError, Volumes};
 
 /// Longest name of a container.
 const MAX_ID: usize = 1024;
@@ -75,6 +76,8 @@ pub enum PodError {
     #[error(transparent)]
     Descriptor(#[from] DescriptorError),
     #[error(transparent)]
+    Volume(#[from] VolumeError),
+    #[error(transparent)]
     Container(#[from] ContainerError),
 }
 
@@ -102,6 +105,8 @@ impl PodError {
                 ErrorKind::Internal => ttrpc::Code::INTERNAL,
             },
             Self::Descriptor(error) if error.is_invalid() => ttrpc::Code::INVALID_ARGUMENT,
+            Self::Volume(error) if error.is_invalid() => ttrpc::Code::INVALID_ARGUMENT,
+            Self::Volume(VolumeError::Missing(_)) => ttrpc::Code::NOT_FOUND,
             Self::NoLease
             | Self::Descriptor(_)
             | Self::Memory { .. }
@@ -110,6 +115,7 @@ impl PodError {
             | Self::Machine(_)
             | Self::Network(_)
             | Self::Cgroup(_)
+            | Self::Volume(_)
             | Self::Stdio(_) => ttrpc::Code::INTERNAL,
         }
     }
@@ -130,6 +136,7 @@ pub struct Pod {
     memory: Memory,
     /// Where sockets of the host are.
     sockets: PathBuf,
+    volumes: Volumes,
     cgroups: Hierarchy,
     machine: Option<Machine>,
     reaper: Reaper,
@@ -153,6 +160,7 @@ impl Pod {
         Self {
             share,
             sockets: memory.with_file_name(podhull_protocol::SOCKETS),
+            volumes: Volumes::new(memory.with_file_name(podhull_protocol::VOLUMES)),
             memory: Memory::new(memory),
             cgroups,
             machine,
@@ -246,11 +254,12 @@ impl Pod {
         });
         let shared = shared.collect::<Result<Vec<_>, PodError>>()?;
         let rootfs = self.share.join(rootfs);
+        let volumes = self.volumes.make(&id, request.volumes, &self.share).await?;
         let spec = self.with_disks(&request.spec, &request.disks).await?;
         let asked = container::Request { id, spec: &spec, rootfs, streams, descriptors, shared: &shared, network };
         let (container, lease) = tokio::join!(Container::create(asked, self.surroundings()), lease);
         let container = Arc::new(container?);
-        container.keep(Some(sockets));
+        container.keep(Some((sockets, volumes)));
         let pid = container.pid().as_raw_nonzero().get();
         reservation.becomes = Some(container.clone());
         drop(reservation);
@@ -365,6 +374,10 @@ impl Pod {
         Ok(self.container(id)?.update(resources)?)
     }
 
+    pub async fn update_volume(&self, id: &str, name: &str) -> Result<(), PodError> {
+        Ok(self.container(id)?.update_volume(name).await?)
+    }
+
     pub fn stats(&self, id: &str) -> Result<ContainerStatsResponse, PodError> {
         Ok(self.container(id)?.stats()?)
     }
@@ -457,7 +470,8 @@ fn window_size(rows: u32, columns: u32) -> Result<(u16, u16), PodError> {
     }
 }
 
-fn is_valid_id(id: &str) -> bool {
+/// Whether it is a name, and not a path.
+pub fn is_valid_id(id: &str) -> bool {
     let letter = |byte: u8| byte.is_ascii_alphanumeric() || b"_+-.".contains(&byte);
     (1..=MAX_ID).contains(&id.len()) && id.bytes().all(letter) && id != "." && id != ".."
 }

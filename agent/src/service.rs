@@ -7,7 +7,7 @@ use podhull_protocol::{
     CreateContainerResponse, CreatePodRequest, CreatePodResponse, DeleteContainerRequest, DeleteProcessRequest, Empty,
     Event, EventsRequest, ExecProcessRequest, ExecProcessResponse, GrowRequest, GrowResponse, ListProcessesRequest,
     ListProcessesResponse, PauseContainerRequest, ResizeTerminalRequest, ResumeContainerRequest,
-    SignalContainerRequest, SignalProcessRequest, StartContainerRequest, UpdateContainerRequest,
+    SignalContainerRequest, SignalProcessRequest, StartContainerRequest, UpdateContainerRequest, UpdateVolumeRequest,
 };
 use ttrpc::r#async::{ServerStreamSender, TtrpcContext};
 
@@ -97,6 +97,11 @@ impl Agent for Service {
 
     async fn update_container(&self, _: &TtrpcContext, request: UpdateContainerRequest) -> ttrpc::Result<Empty> {
         self.pod.update(&request.id, &request.resources).map(empty).map_err(status)
+    }
+
+    async fn update_volume(&self, _: &TtrpcContext, request: UpdateVolumeRequest) -> ttrpc::Result<Empty> {
+        let pod = self.pod.clone();
+        self.run(async move { pod.update_volume(&request.container_id, &request.name).await }).await.map(empty)
     }
 
     async fn container_stats(

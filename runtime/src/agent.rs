@@ -9,7 +9,8 @@ use podhull_protocol::{
     AgentClient, ConfigureNetworkRequest, ContainerStatsRequest, ContainerStatsResponse, CreateContainerRequest,
     CreatePodRequest, DeleteContainerRequest, DeleteProcessRequest, Event, EventsRequest, ExecProcessRequest,
     GrowRequest, HostSocket, PauseContainerRequest, ResizeTerminalRequest, ResumeContainerRequest, SharedMemory,
-    SignalContainerRequest, SignalProcessRequest, StartContainerRequest, UpdateContainerRequest, event,
+    SignalContainerRequest, SignalProcessRequest, StartContainerRequest, UpdateContainerRequest, UpdateVolumeRequest,
+    event,
 };
 use ttrpc::r#async::ClientStreamReceiver;
 use ttrpc::r#async::transport::Socket;
@@ -158,6 +159,13 @@ impl Agent {
         let request = UpdateContainerRequest { id: id.into(), resources, ..Default::default() };
         let answer = self.client.update_container(with_duration(PROMPT), &request).await;
         answer.map(drop).map_err(|e| AgentError::of("UpdateContainer", e))
+    }
+
+    /// Makes the guest's copy of a volume what the host has now.
+    pub async fn update_volume(&self, id: &str, name: &str) -> Result<(), AgentError> {
+        let request = UpdateVolumeRequest { container_id: id.into(), name: name.into(), ..Default::default() };
+        let answer = self.client.update_volume(with_duration(PROMPT), &request).await;
+        answer.map(drop).map_err(|e| AgentError::of("UpdateVolume", e))
     }
 
     /// What a container has used and may use.

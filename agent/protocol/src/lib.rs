@@ -14,7 +14,7 @@ pub use generated::agent::*;
 pub use generated::agent_ttrpc::{Agent, AgentClient, create_agent};
 
 /// Version of the protocol. Both sides compare it in the first call and refuse to go on if it differs.
-pub const VERSION: u32 = 6;
+pub const VERSION: u32 = 7;
 
 /// Port of the guest on which the agent serves ttrpc.
 pub const AGENT_PORT: u32 = 1024;
@@ -43,6 +43,15 @@ pub const SOCKETS_DIR: &str = "/run/sockets";
 pub fn socket_name(token: u64) -> String {
     format!("{token:016x}")
 }
+
+/// Name, beside [`MEMORY_DIR`], of the directory with copies of volumes.
+pub const VOLUMES: &str = "volumes";
+
+/// Where copies of volumes are in the guest.
+pub const VOLUMES_DIR: &str = "/run/volumes";
+
+/// Most volumes of a container that are copied.
+pub const MAX_VOLUMES: usize = 180;
 
 /// Longest datagram to a socket of the host, in bytes: more than the kernel's default for buffers of sockets.
 pub const MAX_DATAGRAM: usize = 256 << 10;

@@ -2,7 +2,7 @@
 
 mod affinity;
 pub mod capabilities;
-mod copy_up;
+pub mod copy_up;
 mod devices;
 pub mod exec;
 mod gate;
@@ -46,6 +46,7 @@ use crate::reaper::{ExitStatus, Reaper};
 use crate::sockets::Sockets;
 use crate::spec::{Process, Resources, Spec};
 use crate::stdio::{Claim, ContainerEnds, Pumps, StdioError};
+use crate::volumes::{Copies, VolumeError};
 use affinity::AffinityError;
 use exec::Executed;
 pub use join::setns;
@@ -256,8 +257,8 @@ pub struct Container {
     start_deadline: Duration,
     executed: Executed,
     deleted: AtomicBool,
-    /// In place of sockets of the host, until it is deleted.
-    sockets: Mutex<Option<Sockets>>,
+    /// In place of what is the host's, until it is deleted.
+    kept: Mutex<Option<(Sockets, Copies)>>,
     /// Held by the one thread that lists the processes.
     listing: Arc<tokio::sync::Mutex<()>>,
 }
@@ -328,7 +329,7 @@ impl Container {
             start_deadline: READY_DEADLINE + hooks,
             executed: Executed::default(),
             deleted: AtomicBool::new(false),
-            sockets: Mutex::default(),
+            kept: Mutex::default(),
             listing: Arc::default(),
         })
     }
@@ -472,9 +473,18 @@ impl Container {
         }
     }
 
-    /// Keeps its sockets, instead of those it has.
-    pub fn keep(&self, sockets: Option<Sockets>) {
-        *self.sockets.lock().unwrap_or_else(PoisonError::into_inner) = sockets;
+    /// Keeps what it has, instead of what it had.
+    pub fn keep(&self, kept: Option<(Sockets, Copies)>) {
+        *self.kept.lock().unwrap_or_else(PoisonError::into_inner) = kept;
+    }
+
+    /// Makes the copy of a volume what the host has now.
+    pub async fn update_volume(&self, name: &str) -> Result<(), VolumeError> {
+        let update = match &*self.kept.lock().unwrap_or_else(PoisonError::into_inner) {
+            Some((_, volumes)) => volumes.update(name),
+            None => return Err(VolumeError::Missing(name.into())),
+        };
+        update.await
     }
 
     /// Kills what is left and removes the cgroup. The exits are reported before, unless nobody takes the output.

@@ -19,3 +19,4 @@ mod process;
 mod seccomp;
 mod streams;
 mod terminal;
+mod volumes;

@@ -68,6 +68,7 @@ pub fn run(run: &Run<'_>, given: Given) -> Result<u8, RunError> {
     let mut request = agent::container(run.id, spec, rootfs, stdio.announcement(), mounts.memory, told);
     request.shared = shared.collect();
     (request.disks, request.descriptors) = (disks.told, descriptors.told);
+    request.volumes = mounts.volumes.told();
     let view = View {
         root: mounts.root,
         places: mounts.places,
@@ -101,7 +102,7 @@ pub fn run(run: &Run<'_>, given: Given) -> Result<u8, RunError> {
             Ok(flow)
         };
         let reached = |step| made.reached(step, run.creator, &begin);
-        let live = session.live(make, async { Ok(()) }, &orders, begin.foreground, reached);
+        let live = session.live(make, mounts.volumes.serve(&session), &orders, begin.foreground, reached);
         tokio::select! {
             biased;
             lived = live => lived,

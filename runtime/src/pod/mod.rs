@@ -28,6 +28,7 @@ mod starve;
 mod tree;
 mod update;
 mod view;
+mod volumes;
 mod watch;
 
 pub use announce::Announce;

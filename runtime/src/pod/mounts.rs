@@ -6,7 +6,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Component, Path, PathBuf};
 
 use oci_spec::runtime::{LinuxIdMapping, Mount};
-use podhull_protocol::SharedMemory;
+use podhull_protocol::{SharedMemory, VOLUMES_DIR};
 use podhull_vmm::control::Resource;
 use rustix::fs::{FileType, Mode, OFlags, ResolveFlags, Stat};
 use rustix::io::Errno;
@@ -14,6 +14,7 @@ use rustix::io::Errno;
 use super::sockets::Socket;
 use super::tree::{Owners, Tree, user_namespace};
 use super::view::Place;
+use super::volumes::Volumes;
 use crate::bundle::Bundle;
 use crate::spec::{Config, HostFiles, has_option, host_files};
 
@@ -121,6 +122,8 @@ pub struct Prepared {
     pub memory: Vec<SharedMemory>,
     /// Sockets of the host, in whose places the guest has its own.
     pub sockets: Vec<Socket>,
+    /// Volumes of the host that the guest has copies of.
+    pub volumes: Volumes,
 }
 
 impl Prepared {
@@ -155,6 +158,7 @@ pub fn prepare(id: &str, bundle: &mut Bundle) -> Result<Prepared, MountError> {
     let mut files = Vec::new();
     let mut memory = Vec::new();
     let mut host_sockets = Vec::new();
+    let mut volumes = Volumes::default();
     for (index, mount, kind) in from_host {
         let read_only = last(mount, ["ro", "rw"]) == Some("ro");
         let in_share = format!("{id}/mounts/{index}");
@@ -201,9 +205,13 @@ pub fn prepare(id: &str, bundle: &mut Bundle) -> Result<Prepared, MountError> {
             host_sockets.push(socket);
             continue;
         }
-        resources.push((Resource::Mount { path: in_share }, clone()?));
+        resources.push((Resource::Mount { path: in_share.clone() }, clone()?));
         places[index].1 = Place::Files(clone()?);
-        sources.push((index, in_guest));
+        let copied = match read_only {
+            true => volumes.watch(&path, source.as_fd(), &in_share).map(|name| format!("{VOLUMES_DIR}/{id}/{name}")),
+            false => None,
+        };
+        sources.push((index, copied.unwrap_or(in_guest)));
     }
     let read_only = bundle.config.root_readonly();
     if read_only {
@@ -219,7 +227,7 @@ pub fn prepare(id: &str, bundle: &mut Bundle) -> Result<Prepared, MountError> {
     for (index, source) in sources {
         bundle.config.bind_in_guest(index, &source);
     }
-    Ok(Prepared { resources, root, places, memory, sockets: host_sockets })
+    Ok(Prepared { resources, root, places, memory, sockets: host_sockets, volumes })
 }
 
 /// Which of two options, each of which undoes the other, counts.

@@ -214,6 +214,7 @@ pub fn run(run: &Run<'_>) -> Result<u8, RunError> {
     let mut request = pod_request(run.id, &bundle, &stdio, mounts.memory, told)?;
     let container = request.container.mut_or_insert_default();
     (container.disks, container.descriptors) = (disks.told, descriptors.told);
+    container.volumes = mounts.volumes.told();
     let view = View {
         root: mounts.root,
         places: mounts.places,
@@ -251,7 +252,9 @@ pub fn run(run: &Run<'_>) -> Result<u8, RunError> {
         };
         let make = boot.make(&session, start, request, &orders);
         let reached = |step| made.reached(step, run.creator, &begin);
-        let live = session.live(make, boot.add_helpers(&session), &orders, begin.foreground, reached);
+        let volumes = mounts.volumes.serve(&session);
+        let meanwhile = async { tokio::try_join!(boot.add_helpers(&session), volumes).map(drop) };
+        let live = session.live(make, meanwhile, &orders, begin.foreground, reached);
         let outcome = tokio::select! {
             biased;
             lived = supervise(&session, &boot, &signals, &files, live) => lived?,

@@ -1,13 +1,14 @@
 //! Volumes as kubelet makes them, seen from inside.
 
+use std::collections::BTreeSet;
+use std::ffi::{CString, OsString};
 use std::fs;
-use std::os::unix::fs::symlink;
+use std::os::unix::fs::{PermissionsExt, chown, symlink};
 use std::path::{Path, PathBuf};
-use std::process::Command;
 use std::time::{Duration, Instant};
 
 use k8s_cri::v1::{ContainerConfig, ImageSpec, Mount};
-use rustix::mount::{UnmountFlags, unmount};
+use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
 
 use super::oci;
 use crate::cri::{Cri, container, volume};
@@ -37,8 +38,8 @@ struct Memory(PathBuf);
 
 impl Memory {
     fn mount(path: PathBuf, options: &str) -> Outcome<Self> {
-        let status = Command::new("mount").args(["-t", "tmpfs", "-o", options, "tmpfs"]).arg(&path).status()?;
-        ensure!(status.success(), "mount: {status}");
+        let options = CString::new(options)?;
+        mount("tmpfs", &path, "tmpfs", MountFlags::empty(), Some(options.as_c_str()))?;
         Ok(Self(path))
     }
 }
@@ -142,34 +143,54 @@ fn in_memory(scene: &Scene) -> Outcome {
     cri.end()
 }
 
+/// What a volume's files are, beside what is in them.
+#[derive(Clone, Copy)]
+struct Rights {
+    mode: u32,
+    group: u32,
+}
+
 /// As kubelet's atomic writer does: another directory, and one link that leads there.
-fn write_atomically(volume: &Path, version: &str, files: &[(&str, &str)]) -> Outcome {
+fn write_atomically(volume: &Path, version: &str, rights: Rights, files: &[(&str, &str)]) -> Outcome {
     let new = format!("..{version}");
-    fs::create_dir(volume.join(&new))?;
+    let directory = volume.join(&new);
+    fs::create_dir(&directory)?;
     for (name, text) in files {
-        fs::write(volume.join(&new).join(name), text)?;
+        let path = directory.join(name);
+        fs::create_dir_all(path.parent().ok_or("no name")?)?;
+        fs::write(&path, text)?;
+        fs::set_permissions(&path, fs::Permissions::from_mode(rights.mode))?;
+        chown(&path, None, Some(rights.group))?;
     }
     let old = fs::read_link(volume.join("..data")).ok();
     symlink(&new, volume.join("..data_tmp"))?;
     fs::rename(volume.join("..data_tmp"), volume.join("..data"))?;
-    for (name, _) in files {
-        if fs::symlink_metadata(volume.join(name)).is_err() {
-            symlink(Path::new("..data").join(name), volume.join(name))?;
+    let keys = |directory: &Path| -> Outcome<BTreeSet<OsString>> {
+        Ok(fs::read_dir(directory)?.map(|entry| Ok(entry?.file_name())).collect::<std::io::Result<_>>()?)
+    };
+    let new_keys = keys(&directory)?;
+    for key in &new_keys {
+        if fs::symlink_metadata(volume.join(key)).is_err() {
+            symlink(Path::new("..data").join(key), volume.join(key))?;
         }
     }
-    if let Some(old) = old {
-        fs::remove_dir_all(volume.join(old))?;
+    if let Some(old) = old.map(|old| volume.join(old)) {
+        for key in keys(&old)?.difference(&new_keys) {
+            fs::remove_file(volume.join(key))?;
+        }
+        fs::remove_dir_all(old)?;
     }
     Ok(())
 }
 
-/// Tells of what is moved into two directories (inotify(7)).
+/// Tells of what is made in two directories, moved there and removed there, and of the end of a third (inotify(7)).
 const WATCH: &str = "import ctypes, os, struct
 c = ctypes.CDLL(None, use_errno=True)
 fd = c.inotify_init()
+words = {0x80: 'moved', 0x100: 'made', 0x200: 'removed', 0x400: 'ended'}
 names = {}
-for name in ('/etc/settings', '/etc/secret'):
-    wd = c.inotify_add_watch(fd, name.encode(), 0x80)
+for name, mask in (('/etc/settings', 0x380), ('/etc/secret', 0x380), ('/etc/settings/..data', 0x400)):
+    wd = c.inotify_add_watch(fd, name.encode(), mask)
     assert wd > 0, os.strerror(ctypes.get_errno())
     names[wd] = name
 print('watching', flush=True)
@@ -177,41 +198,107 @@ while True:
     data = os.read(fd, 4096)
     while data:
         wd, mask, cookie, length = struct.unpack('iIII', data[:16])
-        print(names[wd], data[16:16 + length].rstrip(b'\\0').decode(), flush=True)
+        for bit, word in words.items():
+            if mask & bit:
+                print(names[wd], word, data[16:16 + length].rstrip(b'\\0').decode(), flush=True)
         data = data[16 + length:]
 ";
+
+/// What is told of an update in which a key is new, and one has vanished.
+const TOLD: &str = "/etc/settings made ..2
+/etc/settings made ..data_tmp
+/etc/settings moved ..data
+/etc/settings made third
+/etc/settings removed vanishing
+/etc/settings/..data ended 
+/etc/settings removed ..1
+";
+
+/// Nobody on this host can watch more than they do, until this ends.
+struct Unwatched(String);
+
+impl Unwatched {
+    const PATH: &str = "/proc/sys/fs/inotify/max_user_instances";
+
+    fn begin() -> Outcome<Self> {
+        let before = fs::read_to_string(Self::PATH)?;
+        fs::write(Self::PATH, "0")?;
+        Ok(Self(before))
+    }
+}
+
+impl Drop for Unwatched {
+    fn drop(&mut self) {
+        let _ = fs::write(Self::PATH, &self.0);
+    }
+}
+
+/// How long what is new may take to be seen.
+const SOON: Duration = Duration::from_secs(1);
 
 /// What is written anew is seen within a second, and who waits for that is told.
 fn updated_meanwhile(scene: &Scene) -> Outcome {
     let cri = Cri::start(scene)?;
     let config_map = directory(scene, "configmap", "settings")?;
-    let secret = Memory::mount(directory(scene, "secret", "password")?, "size=1m")?;
-    write_atomically(&config_map, "1", &[("key", "first"), ("other", "same")])?;
-    write_atomically(&secret.0, "1", &[("word", "one")])?;
+    let secret = Memory::mount(directory(scene, "secret", "password")?, "size=1m,mode=2775,gid=2000")?;
+    let (plain, guarded) = (Rights { mode: 0o644, group: 0 }, Rights { mode: 0o440, group: 2000 });
+    let settings = [("key", "first"), ("other", "same"), ("vanishing", "x"), ("deep/er/key", "below")];
+    write_atomically(&config_map, "1", plain, &settings)?;
+    write_atomically(&secret.0, "1", guarded, &[("word", "one")])?;
     let pod = cri.run(cri.pod_config("updated")?)?;
     cri.import(&image::of_debian(scene)?)?;
     let mounts = vec![volume(&config_map, "/etc/settings", true), volume(&secret.0, "/etc/secret", true)];
     let id = cri.launch(&pod, with_python("main", mounts))?;
-    ensure_eq!(cri.shell(&id, "cat /etc/settings/key /etc/settings/other /etc/secret/word")?, "firstsameone", "files");
+    ensure_eq!(
+        cri.shell(&id, "cd /etc; cat settings/key settings/other settings/deep/er/key secret/word")?,
+        "firstsamebelowone",
+        "files"
+    );
+    let rights = "cd /etc; stat -Lc '%a %u %g' settings settings/key settings/deep secret secret/word";
+    let expected = "755 0 0\n644 0 0\n755 0 0\n2775 0 2000\n440 0 2000\n";
+    ensure_eq!(cri.shell(&id, rights)?, expected, "modes and owners");
     ensure_eq!(cri.exec(&id, &["touch", "/etc/settings/new"], 0)?.status, 1, "status of who writes");
     cri.exec(&id, &["sh", "-c", &format!("cat >/watch <<'EOF'\n{WATCH}\nEOF\n")], 0)?;
     cri.shell(&id, "python3 /watch >/told 2>&1 & until grep -q watching /told; do sleep 0.1; done")?;
-    write_atomically(&config_map, "2", &[("key", "second"), ("other", "same"), ("third", "new")])?;
-    write_atomically(&secret.0, "2", &[("word", "two")])?;
-    let until = Instant::now() + Duration::from_secs(1);
-    let mut seen = String::new();
-    while seen != "secondtwo" {
-        seen = cri.shell(&id, "cat /etc/settings/key /etc/secret/word")?;
-        ensure!(seen == "secondtwo" || Instant::now() < until, "a second later it has {seen}");
-    }
-    ensure_eq!(cri.shell(&id, "cat /etc/settings/third")?, "new", "a file that was not there before");
+
+    let settings = [("key", "second"), ("other", "same"), ("third", "new"), ("deep/er/key", "deeper")];
+    write_atomically(&config_map, "2", plain, &settings)?;
+    write_atomically(&secret.0, "2", guarded, &[("word", "two")])?;
+    std::thread::sleep(SOON);
+    let seen =
+        cri.shell(&id, "cd /etc; cat settings/key settings/third settings/deep/er/key secret/word; ls settings")?;
+    ensure_eq!(seen, "secondnewdeepertwodeep\nkey\nother\nthird\n", "what it has a second later");
+    ensure_eq!(cri.shell(&id, rights)?, expected, "modes and owners afterwards");
     let until = Instant::now() + DEADLINE;
     loop {
         let told = cri.shell(&id, "cat /told")?;
-        if ["settings", "secret"].iter().all(|name| told.contains(&format!("/etc/{name} ..data\n"))) {
+        let of_settings: String =
+            told.lines().filter(|line| line.contains("settings")).map(|line| format!("{line}\n")).collect();
+        if of_settings == TOLD && told.contains("/etc/secret moved ..data\n") {
             break;
         }
         ensure!(Instant::now() < until, "the watcher is told: {told}");
+    }
+
+    for (last, count) in [(12, 10), (112, 100)] {
+        for version in last - count + 1..=last {
+            let text = version.to_string();
+            write_atomically(&config_map, &text, plain, &[("key", &text), (&format!("key-{text}"), &text)])?;
+        }
+        std::thread::sleep(SOON);
+        let expected = format!("{last}..{last}\n..data\nkey\nkey-{last}\n");
+        let seen = cri.shell(&id, "cd /etc/settings; cat key; LC_ALL=C ls -A")?;
+        ensure_eq!(seen, expected, "what it has after {count} in a row");
+    }
+
+    // Where no more can be watched they are seen all the same.
+    let unwatched = Unwatched::begin()?;
+    let second = cri.launch(&pod, with_python("second", vec![volume(&config_map, "/etc/settings", true)]))?;
+    drop(unwatched);
+    write_atomically(&config_map, "200", plain, &[("key", "200")])?;
+    std::thread::sleep(SOON);
+    for container in [&id, &second] {
+        ensure_eq!(cri.shell(container, "cat /etc/settings/key")?, "200", "what each has");
     }
     cri.remove_pod(&pod)?;
     drop(secret);
