@@ -43,6 +43,7 @@ use crate::descriptors::{DescriptorError, Wanted};
 use crate::events::Events;
 use crate::network::{Configure, NetworkError, PodNetwork};
 use crate::reaper::{ExitStatus, Reaper};
+use crate::shared::Users;
 use crate::sockets::Sockets;
 use crate::spec::{Process, Resources, Spec};
 use crate::stdio::{Claim, ContainerEnds, Pumps, StdioError};
@@ -256,8 +257,8 @@ pub struct Container {
     start_deadline: Duration,
     executed: Executed,
     deleted: AtomicBool,
-    /// In place of sockets of the host, until it is deleted.
-    sockets: Mutex<Option<Sockets>>,
+    /// In place of sockets of the host, and directories that others have too, until it is deleted.
+    kept: Mutex<Option<(Sockets, Users)>>,
     /// Held by the one thread that lists the processes.
     listing: Arc<tokio::sync::Mutex<()>>,
 }
@@ -328,7 +329,7 @@ impl Container {
             start_deadline: READY_DEADLINE + hooks,
             executed: Executed::default(),
             deleted: AtomicBool::new(false),
-            sockets: Mutex::default(),
+            kept: Mutex::default(),
             listing: Arc::default(),
         })
     }
@@ -472,9 +473,9 @@ impl Container {
         }
     }
 
-    /// Keeps its sockets, instead of those it has.
-    pub fn keep(&self, sockets: Option<Sockets>) {
-        *self.sockets.lock().unwrap_or_else(PoisonError::into_inner) = sockets;
+    /// Keeps what goes with it, instead of what it has.
+    pub fn keep(&self, kept: Option<(Sockets, Users)>) {
+        *self.kept.lock().unwrap_or_else(PoisonError::into_inner) = kept;
     }
 
     /// Kills what is left and removes the cgroup. The exits are reported before, unless nobody takes the output.
