@@ -22,6 +22,7 @@ mod readiness;
 mod reaper;
 mod serve;
 mod service;
+mod shared;
 mod sockets;
 mod spec;
 mod stdio;

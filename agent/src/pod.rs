@@ -25,6 +25,7 @@ use crate::machine::{Machine, MachineError};
 use crate::memory::Memory;
 use crate::network::{Configure, Description, MAX_FORWARDS, NetworkError, PodNetwork};
 use crate::reaper::Reaper;
+use crate::shared::Shared;
 use crate::sockets::Sockets;
 use crate::stdio::{self, StdioError, Streams};
 use crate::volumes::{VolumeError, Volumes};
@@ -57,6 +58,14 @@ pub enum PodError {
     Socket { path: PathBuf, source: std::io::Error },
     #[error("shared memory {name:?}: {source}")]
     Memory { name: String, source: Errno },
+    #[error("directory {0:?}: expected a relative path without \"..\"")]
+    Shared(String),
+    #[error("open {path}: {source}")]
+    OpenShared { path: PathBuf, source: Errno },
+    #[error("open the directories that containers share: took longer than 30 s")]
+    SlowShared,
+    #[error("open the directories that containers share: {0}")]
+    SharedTask(tokio::task::JoinError),
     #[error("the lease of the container or process was not connected in time")]
     NoLease,
     #[error("window size {rows}x{columns}: expected at most 65535")]
@@ -86,7 +95,7 @@ impl PodError {
     pub fn code(&self) -> ttrpc::Code {
         match self {
             Self::Version(_) | Self::PodExists | Self::NoPod | Self::NoMachine => ttrpc::Code::FAILED_PRECONDITION,
-            Self::Id(_) | Self::ExecId(_) | Self::RootfsPath(_) | Self::WindowSize { .. } => {
+            Self::Id(_) | Self::ExecId(_) | Self::RootfsPath(_) | Self::Shared(_) | Self::WindowSize { .. } => {
                 ttrpc::Code::INVALID_ARGUMENT
             }
             Self::Stdio(StdioError::TokenTwice(_)) => ttrpc::Code::INVALID_ARGUMENT,
@@ -110,6 +119,9 @@ impl PodError {
             Self::NoLease
             | Self::Descriptor(_)
             | Self::Memory { .. }
+            | Self::OpenShared { .. }
+            | Self::SlowShared
+            | Self::SharedTask(_)
             | Self::Socket { .. }
             | Self::CpuTask(_)
             | Self::Machine(_)
@@ -133,6 +145,7 @@ enum Entry {
 /// The one pod of a machine.
 pub struct Pod {
     share: PathBuf,
+    shared: Arc<Shared>,
     memory: Memory,
     /// Where sockets of the host are.
     sockets: PathBuf,
@@ -159,6 +172,7 @@ impl Pod {
     ) -> Self {
         Self {
             share,
+            shared: Arc::default(),
             sockets: memory.with_file_name(podhull_protocol::SOCKETS),
             volumes: Volumes::new(memory.with_file_name(podhull_protocol::VOLUMES)),
             memory: Memory::new(memory),
@@ -237,11 +251,9 @@ impl Pod {
         let rootfs = relative(&request.rootfs).ok_or_else(|| PodError::RootfsPath(request.rootfs.clone()))?;
         let stdio = request.stdio.into_option().unwrap_or_default();
         for memory in &request.memory {
-            if !is_valid_id(&memory.name) {
-                return Err(PodError::Id(memory.name.clone()));
-            }
-            self.memory.make(&memory.name, memory.bytes, memory.mode)?;
+            self.memory.make(memory)?;
         }
+        let directories = self.shared.mount(&self.share, request.directories).await?;
         let sockets = Sockets::make(&self.sockets, &request.sockets, &self.streams)?;
         let lease = self.lease(stdio.lease)?;
         let streams = self.streams_of(stdio)?;
@@ -259,7 +271,7 @@ impl Pod {
         let asked = container::Request { id, spec: &spec, rootfs, streams, descriptors, shared: &shared, network };
         let (container, lease) = tokio::join!(Container::create(asked, self.surroundings()), lease);
         let container = Arc::new(container?);
-        container.keep(Some((sockets, volumes)));
+        container.keep(Some((sockets, volumes, directories)));
         let pid = container.pid().as_raw_nonzero().get();
         reservation.becomes = Some(container.clone());
         drop(reservation);

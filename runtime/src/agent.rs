@@ -314,10 +314,11 @@ pub fn container(
     rootfs: String,
     stdio: podhull_protocol::Stdio,
     memory: Vec<SharedMemory>,
+    directories: Vec<String>,
     sockets: Vec<HostSocket>,
 ) -> CreateContainerRequest {
     let (id, stdio) = (id.into(), Some(stdio).into());
-    CreateContainerRequest { id, spec, rootfs, stdio, memory, sockets, ..Default::default() }
+    CreateContainerRequest { id, spec, rootfs, stdio, memory, directories, sockets, ..Default::default() }
 }
 
 #[cfg(test)]

@@ -105,6 +105,14 @@ pub enum Resource {
         /// Relative path below the share.
         path: String,
     },
+    /// The same, shared by several users: attached at a name in the root of the share that begins with `@`, unless it is there
+    /// already. At the start only.
+    SharedMount {
+        /// Name in the root of the share.
+        name: String,
+        /// Directory of the share of who uses it. It is detached with the last of them.
+        user: String,
+    },
     /// A raw image or block device that becomes a virtio-blk disk. Given at the start it appears when the agent is ready. A
     /// machine that has one with the same serial number keeps that and gets no other: two would not see what is written to
     /// the other; it is an error if that is read-only and this is not.

@@ -418,6 +418,7 @@ fn enter_jail(
     for (resource, fd) in resources {
         match resource {
             Resource::Mount { path } => jail.attach(&path, &fd).map_err(line)?,
+            Resource::SharedMount { name, user } => jail.attach_shared(&name, &user, &fd).map_err(line)?,
             Resource::Remove { name } => leftovers.push((fd, name)),
             other => return Err(format!("{other:?} was given twice")),
         }

@@ -43,6 +43,7 @@ use crate::descriptors::{DescriptorError, Wanted};
 use crate::events::Events;
 use crate::network::{Configure, NetworkError, PodNetwork};
 use crate::reaper::{ExitStatus, Reaper};
+use crate::shared::Users;
 use crate::sockets::Sockets;
 use crate::spec::{Process, Resources, Spec};
 use crate::stdio::{Claim, ContainerEnds, Pumps, StdioError};
@@ -257,8 +258,8 @@ pub struct Container {
     start_deadline: Duration,
     executed: Executed,
     deleted: AtomicBool,
-    /// In place of what is the host's, until it is deleted.
-    kept: Mutex<Option<(Sockets, Copies)>>,
+    /// In place of sockets of the host, volumes, and directories that others have too, until it is deleted.
+    kept: Mutex<Option<(Sockets, Copies, Users)>>,
     /// Held by the one thread that lists the processes.
     listing: Arc<tokio::sync::Mutex<()>>,
 }
@@ -474,14 +475,14 @@ impl Container {
     }
 
     /// Keeps what it has, instead of what it had.
-    pub fn keep(&self, kept: Option<(Sockets, Copies)>) {
+    pub fn keep(&self, kept: Option<(Sockets, Copies, Users)>) {
         *self.kept.lock().unwrap_or_else(PoisonError::into_inner) = kept;
     }
 
     /// Makes the copy of a volume what the host has now.
     pub async fn update_volume(&self, name: &str) -> Result<(), VolumeError> {
         let update = match &*self.kept.lock().unwrap_or_else(PoisonError::into_inner) {
-            Some((_, volumes)) => volumes.update(name),
+            Some((_, volumes, _)) => volumes.update(name),
             None => return Err(VolumeError::Missing(name.into())),
         };
         update.await

@@ -189,7 +189,11 @@ impl One<'_> {
         if recursive {
             flags |= OpenTreeFlags::AT_RECURSIVE;
         }
-        let tree = open_tree(CWD, source_path, flags).map_err(source)?;
+        let tree = match crate::memory::open(source_path) {
+            Some(opened) => opened.and_then(|opened| open_tree(&opened, "", flags | OpenTreeFlags::AT_EMPTY_PATH)),
+            None => open_tree(CWD, source_path, flags),
+        };
+        let tree = tree.map_err(source)?;
         let is_directory =
             FileType::from_raw_mode(rustix::fs::fstat(&tree).map_err(source)?.st_mode) == FileType::Directory;
         let is_proc = is_directory && rustix::fs::fstatfs(&tree).map_err(source)?.f_type == PROC_SUPER_MAGIC;

@@ -459,7 +459,7 @@ impl Made<'_> {
             let _ = known.destroy();
         }
         // What of its files cannot be taken out of the machine of its pod goes with that.
-        if let Some(Err(error)) = self.state.member_of.as_ref().map(|pod| pod.leave(id)) {
+        if let Some(Err(error)) = self.state.member_of.as_ref().map(|pod| pod.leave(self.create.root, id)) {
             log.debug(|| format!("{id}: {error}"));
         }
         resize::leave(self.create.root, &self.state, log);

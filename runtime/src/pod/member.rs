@@ -45,16 +45,18 @@ pub fn run(run: &Run<'_>, given: Given) -> Result<u8, RunError> {
     let mut mounts = mounts::prepare(run.id, &mut bundle)?;
     mounts.add_files(descriptors.files)?;
     let files = mounts.resources;
+    let turn = state::take_turn_of_mounts(run.root, &pod.pod)?;
     let attached = Jail::of_running(machine.as_fd(), |share| {
         // Of one with the same name whose creator was killed.
         share.detach(run.id)?;
         files.iter().try_for_each(|(resource, mount)| match resource {
             Resource::Mount { path } => share.attach(path, mount),
+            Resource::SharedMount { name, user } => share.attach_shared(name, user, mount),
             _ => Ok(()),
         })
     });
     attached.map_err(|error| RunError::Share(pod.pod.clone(), error))?;
-    drop((files, machine));
+    drop((files, machine, turn));
     let disks = disks::open(&bundle.config)?;
     bundle.config.clear_namespace_paths();
     let shared = begin.shared.iter().map(|shared| SharedNamespace {
@@ -65,7 +67,8 @@ pub fn run(run: &Run<'_>, given: Given) -> Result<u8, RunError> {
     let spec = bundle.config.document();
     let rootfs = mounts::root_in_share(run.id);
     let told = mounts.sockets.iter().map(Socket::told).collect();
-    let mut request = agent::container(run.id, spec, rootfs, stdio.announcement(), mounts.memory, told);
+    let mut request =
+        agent::container(run.id, spec, rootfs, stdio.announcement(), mounts.memory, mounts.directories, told);
     request.shared = shared.collect();
     (request.disks, request.descriptors) = (disks.told, descriptors.told);
     request.volumes = mounts.volumes.told();

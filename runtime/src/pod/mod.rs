@@ -1,6 +1,7 @@
 //! A pod on the host: what is opened for it, how large it is, and its life from start to end.
 
 mod announce;
+mod binds;
 mod boot;
 mod command;
 mod create;
@@ -13,6 +14,8 @@ mod hooks;
 mod join;
 mod link;
 mod member;
+mod memory;
+mod mountinfo;
 mod mounts;
 mod names;
 mod network;
@@ -31,6 +34,13 @@ mod view;
 mod volumes;
 mod watch;
 
+use std::ffi::OsString;
+use std::os::fd::{AsRawFd, BorrowedFd};
+use std::os::unix::ffi::OsStringExt;
+use std::path::PathBuf;
+
+use rustix::io::Errno;
+
 pub use announce::Announce;
 pub use command::{CommandError, delete, kill, pause, resume, start as start_created};
 pub use create::{Create, CreateError, Handed, create, run as run_in_foreground};
@@ -44,3 +54,9 @@ pub use size::{Demand, MAX_CPUS, MAX_MEMORY, Sizing, host_cpus, host_memory};
 pub use start::{Run, RunError, run};
 pub use update::update;
 pub use watch::{Seen, stats, watch};
+
+/// The path of what is open, from the root of this process.
+fn path_of(file: BorrowedFd<'_>) -> Result<PathBuf, Errno> {
+    let path = rustix::fs::readlink(format!("/proc/self/fd/{}", file.as_raw_fd()), Vec::new())?;
+    Ok(OsString::from_vec(path.into_bytes()).into())
+}

@@ -8,9 +8,12 @@ use std::path::{Component, Path, PathBuf};
 use oci_spec::runtime::{LinuxIdMapping, Mount};
 use podhull_protocol::{SharedMemory, VOLUMES_DIR};
 use podhull_vmm::control::Resource;
-use rustix::fs::{FileType, Mode, OFlags, ResolveFlags, Stat};
+use rustix::fs::{FileType, Mode, OFlags, ResolveFlags};
 use rustix::io::Errno;
 
+use super::binds::{Binds, Source};
+use super::memory as in_guest;
+use super::mountinfo::Mounts;
 use super::sockets::Socket;
 use super::tree::{Owners, Tree, user_namespace};
 use super::view::Place;
@@ -52,6 +55,9 @@ pub enum MountError {
         /// Why.
         errno: Errno,
     },
+    /// It is not known what is mounted where.
+    #[error("/proc/self/mountinfo: {0}")]
+    Mountinfo(#[source] std::io::Error),
     /// There is no user namespace with these mappings.
     #[error("mounts[{0}].uidMappings, gidMappings: {1}")]
     Mappings(usize, #[source] std::io::Error),
@@ -120,6 +126,8 @@ pub struct Prepared {
     pub places: Vec<(PathBuf, Place)>,
     /// Memory of the guest in place of a tmpfs of the host.
     pub memory: Vec<SharedMemory>,
+    /// Names, in the root of the share, of directories that other containers of the pod may have too.
+    pub directories: Vec<String>,
     /// Sockets of the host, in whose places the guest has its own.
     pub sockets: Vec<Socket>,
     /// Volumes of the host that the guest has copies of.
@@ -157,19 +165,20 @@ pub fn prepare(id: &str, bundle: &mut Bundle) -> Result<Prepared, MountError> {
     let mut known = Mappings::default();
     let mut files = Vec::new();
     let mut memory = Vec::new();
+    let mut binds = Binds::default();
+    let mut there = None;
     let mut host_sockets = Vec::new();
     let mut volumes = Volumes::default();
     for (index, mount, kind) in from_host {
         let read_only = last(mount, ["ro", "rw"]) == Some("ro");
-        let in_share = format!("{id}/mounts/{index}");
-        let in_guest = format!("{}/{in_share}", podhull_protocol::SHARE_DIR);
         if let HostFiles::Overlay(options) = kind {
             let tree = Tree { recursive: false, read_only, all_read_only: false, owners: None };
             let fail = |errno| MountError::Overlay { index, options: options.clone(), errno };
             let [ours, theirs] = tree.overlay(&options).map_err(fail)?;
-            resources.push((Resource::Mount { path: in_share }, theirs));
+            let path = format!("{id}/mounts/{index}");
+            sources.push((index, format!("{}/{path}", podhull_protocol::SHARE_DIR)));
+            resources.push((Resource::Mount { path }, theirs));
             places[index].1 = Place::Files(ours);
-            sources.push((index, in_guest));
             continue;
         }
         let path = mount.source().clone().unwrap_or_default();
@@ -180,16 +189,32 @@ pub fn prepare(id: &str, bundle: &mut Bundle) -> Result<Prepared, MountError> {
         if FileType::from_raw_mode(stat.st_mode) != FileType::Directory {
             files.push(index);
         }
-        if let Some(shared) = shared_memory(mount.destination(), &source, &stat).map_err(fail)? {
-            sources.push((index, format!("{}/{}", podhull_protocol::MEMORY_DIR, shared.name)));
+        let mounts = match &mut there {
+            Some(mounts) => mounts,
+            none => none.insert(Mounts::read().map_err(MountError::Mountinfo)?),
+        };
+        let owners = asked_owners(&bundle.config, mount);
+        let in_memory = match owners {
+            None => in_guest::volume(&source, &stat, mounts).map_err(fail)?,
+            // What is theirs in the guest's memory would be others'.
+            Some(_) => None,
+        };
+        let in_memory = match in_memory {
+            None if mount.destination() == Path::new("/dev/shm") => in_guest::posix(&source, &stat).map_err(fail)?,
+            in_memory => in_memory,
+        };
+        if let Some((shared, path)) = in_memory {
+            sources.push((index, format!("{}/{path}", podhull_protocol::MEMORY_DIR)));
             memory.push(shared);
             continue;
         }
+        let in_words = owners.as_ref().map(|owners| format!("{owners:?}"));
+        let owners = owners.map(|owners| known.owners(owners)).transpose();
         let tree = Tree {
             recursive: has_option(mount, "rbind"),
             read_only,
             all_read_only: last(mount, ["rro", "rrw"]) == Some("rro"),
-            owners: known.owners(&bundle.config, mount).map_err(|error| MountError::Mappings(index, error))?,
+            owners: owners.map_err(|error| MountError::Mappings(index, error))?,
         };
         let clone = || {
             tree.clone(source.as_fd()).map_err(|errno| match &tree.owners {
@@ -205,14 +230,20 @@ pub fn prepare(id: &str, bundle: &mut Bundle) -> Result<Prepared, MountError> {
             host_sockets.push(socket);
             continue;
         }
-        resources.push((Resource::Mount { path: in_share.clone() }, clone()?));
+        let in_share = format!("{id}/mounts/{index}");
+        if read_only && let Some(name) = volumes.watch(&path, source.as_fd(), &in_share) {
+            resources.push((Resource::Mount { path: in_share }, clone()?));
+            places[index].1 = Place::Files(clone()?);
+            sources.push((index, format!("{VOLUMES_DIR}/{id}/{name}")));
+            continue;
+        }
+        let source = Source { file: &source, stat: &stat, tree: &tree, owners: in_words };
+        let name = binds.add(&source, clone()?, mounts).map_err(fail)?;
         places[index].1 = Place::Files(clone()?);
-        let copied = match read_only {
-            true => volumes.watch(&path, source.as_fd(), &in_share).map(|name| format!("{VOLUMES_DIR}/{id}/{name}")),
-            false => None,
-        };
-        sources.push((index, copied.unwrap_or(in_guest)));
+        sources.push((index, format!("{}/{name}", podhull_protocol::SHARE_DIR)));
     }
+    let directories = binds.directories();
+    resources.extend(binds.into_resources(id));
     let read_only = bundle.config.root_readonly();
     if read_only {
         make_mount_points(bundle, &files)?;
@@ -227,7 +258,7 @@ pub fn prepare(id: &str, bundle: &mut Bundle) -> Result<Prepared, MountError> {
     for (index, source) in sources {
         bundle.config.bind_in_guest(index, &source);
     }
-    Ok(Prepared { resources, root, places, memory, sockets: host_sockets, volumes })
+    Ok(Prepared { resources, root, places, memory, directories, sockets: host_sockets, volumes })
 }
 
 /// Which of two options, each of which undoes the other, counts.
@@ -242,56 +273,42 @@ struct Mappings {
 }
 
 impl Mappings {
-    /// What a mount asks for: mappings of its own, or those of the container's users.
-    fn owners(&mut self, config: &Config, mount: &Mount) -> std::io::Result<Option<Owners<'_>>> {
-        let all = has_option(mount, "ridmap");
-        let linux = config.spec().linux().as_ref();
-        let asked = match (mount.uid_mappings(), mount.gid_mappings()) {
-            (Some(users), Some(groups)) if !users.is_empty() => [users.clone(), groups.clone()],
-            _ if all || has_option(mount, "idmap") => [
-                linux.and_then(|linux| linux.uid_mappings().clone()).unwrap_or_default(),
-                linux.and_then(|linux| linux.gid_mappings().clone()).unwrap_or_default(),
-            ],
-            _ => return Ok(None),
-        };
-        let index = match self.made.iter().position(|(mappings, _)| *mappings == asked) {
+    fn owners(&mut self, asked: AskedOwners) -> std::io::Result<Owners<'_>> {
+        let AskedOwners { mappings, all } = asked;
+        let index = match self.made.iter().position(|(made, _)| *made == mappings) {
             Some(index) => index,
             None => {
-                let namespace = user_namespace(&asked[0], &asked[1])?;
-                self.made.push((asked, namespace));
+                let namespace = user_namespace(&mappings[0], &mappings[1])?;
+                self.made.push((mappings, namespace));
                 self.made.len() - 1
             }
         };
-        Ok(Some(Owners { namespace: self.made[index].1.as_fd(), all }))
+        Ok(Owners { namespace: self.made[index].1.as_fd(), all })
     }
 }
 
-/// POSIX shared memory that Podman and others make on the host, an empty tmpfs for each pod, and bind to the same place in all
-/// of its containers. In the guest it is memory of the guest's: nobody reads it from the host, and two binds of virtio-fs have
-/// no pages in common. The host's own is not meant by that.
-fn shared_memory(destination: &Path, source: &OwnedFd, stat: &Stat) -> Result<Option<SharedMemory>, Errno> {
-    /// `linux/magic.h`.
-    const TMPFS_MAGIC: i64 = 0x0102_1994;
-    if destination != Path::new("/dev/shm") {
-        return Ok(None);
-    }
-    let system = rustix::fs::fstatfs(source)?;
-    if system.f_type != TMPFS_MAGIC || rustix::fs::stat("/dev/shm").is_ok_and(|own| own.st_dev == stat.st_dev) {
-        return Ok(None);
-    }
-    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
-    let directory = rustix::fs::openat(source, ".", flags, Mode::empty())?;
-    let mut entries = rustix::fs::Dir::read_from(&directory)?;
-    if entries.any(|entry| entry.is_ok_and(|entry| !matches!(entry.file_name().to_bytes(), b"." | b".."))) {
-        return Ok(None);
-    }
-    let (major, minor) = (rustix::fs::major(stat.st_dev), rustix::fs::minor(stat.st_dev));
-    Ok(Some(SharedMemory {
-        name: format!("{major}-{minor}-{}", stat.st_ino),
-        bytes: system.f_blocks.saturating_mul(system.f_bsize.unsigned_abs()),
-        mode: stat.st_mode,
-        ..Default::default()
-    }))
+/// Whose files are whose in a mount.
+#[derive(Debug)]
+struct AskedOwners {
+    /// Of users and of groups.
+    mappings: [Vec<LinuxIdMapping>; 2],
+    /// In the mounts below too.
+    all: bool,
+}
+
+/// What a mount asks for: mappings of its own, or those of the container's users.
+fn asked_owners(config: &Config, mount: &Mount) -> Option<AskedOwners> {
+    let all = has_option(mount, "ridmap");
+    let linux = config.spec().linux().as_ref();
+    let mappings = match (mount.uid_mappings(), mount.gid_mappings()) {
+        (Some(users), Some(groups)) if !users.is_empty() => [users.clone(), groups.clone()],
+        _ if all || has_option(mount, "idmap") => [
+            linux.and_then(|linux| linux.uid_mappings().clone()).unwrap_or_default(),
+            linux.and_then(|linux| linux.gid_mappings().clone()).unwrap_or_default(),
+        ],
+        _ => return None,
+    };
+    Some(AskedOwners { mappings, all })
 }
 
 /// What is seen from the host where a mount is that is not one of the host's files.

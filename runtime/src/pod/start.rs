@@ -211,7 +211,7 @@ pub fn run(run: &Run<'_>) -> Result<u8, RunError> {
     let own = namespaces(&bundle.config).others;
     bundle.config.clear_namespace_paths();
     let told = mounts.sockets.iter().map(Socket::told).collect();
-    let mut request = pod_request(run.id, &bundle, &stdio, mounts.memory, told)?;
+    let mut request = pod_request(run.id, &bundle, &stdio, mounts.memory, mounts.directories, told)?;
     let container = request.container.mut_or_insert_default();
     (container.disks, container.descriptors) = (disks.told, descriptors.told);
     container.volumes = mounts.volumes.told();
@@ -475,6 +475,7 @@ fn pod_request(
     bundle: &Bundle,
     stdio: &Stdio,
     memory: Vec<SharedMemory>,
+    directories: Vec<String>,
     sockets: Vec<HostSocket>,
 ) -> Result<CreatePodRequest, RunError> {
     let mut entropy = vec![0; ENTROPY];
@@ -486,6 +487,7 @@ fn pod_request(
         mounts::root_in_share(id),
         stdio.announcement(),
         memory,
+        directories,
         sockets,
     );
     Ok(CreatePodRequest {

@@ -29,6 +29,9 @@ const TURN: Duration = Duration::from_secs(30);
 /// File in a container's directory that is locked by the command that changes the container.
 pub const TURN_FILE: &str = "lock";
 
+/// File in a pod's directory that is locked by who changes the mounts of its machine.
+const MOUNTS_FILE: &str = "mounts";
+
 /// How long a process may take that was killed for nobody who waits for it.
 const SOON: Duration = Duration::from_secs(1);
 
@@ -57,7 +60,7 @@ impl Known {
         check_id(id)?;
         let path = root.join(id);
         let directory = open(&path).ok_or_else(|| StateError::Missing(id.into()))?;
-        let turn = take_turn(&directory, &path)?;
+        let turn = take_turn(&directory, &path, TURN_FILE)?;
         // Only now: who had it before has changed it.
         let state = read(&directory, &path)?;
         Ok(Self { root: root.into(), state, directory, turn: Some(turn) })
@@ -113,7 +116,7 @@ impl Known {
             end(machine.0)?;
         }
         if let Some(member) = &self.state.member_of {
-            member.leave(&self.state.id)?;
+            member.leave(&self.root, &self.state.id)?;
         }
         self.state.remove_cgroups(PATIENCE)?;
         remove_from(&self.root, &self.state.id, self.directory)
@@ -134,7 +137,12 @@ impl Membership {
     }
 
     /// Takes the files of a container out of its pod's machine.
-    pub fn leave(&self, id: &str) -> Result<(), StateError> {
+    pub fn leave(&self, root: &Path, id: &str) -> Result<(), StateError> {
+        let _turn = match take_turn_of_mounts(root, &self.pod) {
+            // Its directory goes first.
+            Err(StateError::Missing(_)) => return Ok(()),
+            turn => turn?,
+        };
         match self.mounts()? {
             Some(mounts) => Jail::of_running(mounts.as_fd(), |share| share.detach(id))
                 .map_err(|error| StateError::Mounts(self.pod.clone(), error.to_string())),
@@ -145,7 +153,12 @@ impl Membership {
 
 /// Waits until no other command changes the machine of a pod; until this is dropped no other does.
 pub fn take_turn_of_pod(root: &Path, pod: &str) -> Result<OwnedFd, StateError> {
-    take_turn(&open_pod(root, pod)?, &root.join(PODS).join(pod))
+    take_turn(&open_pod(root, pod)?, &root.join(PODS).join(pod), TURN_FILE)
+}
+
+/// The same for its mounts. To change the size of the machine is to wait for the guest, and this is not.
+pub fn take_turn_of_mounts(root: &Path, pod: &str) -> Result<OwnedFd, StateError> {
+    take_turn(&open_pod(root, pod)?, &root.join(PODS).join(pod), MOUNTS_FILE)
 }
 
 /// The directory of a pod, with its sockets.
@@ -175,7 +188,7 @@ pub fn remove(root: &Path, id: &str) -> Result<(), StateError> {
 /// somebody makes under the same id meanwhile is left alone; false if there was nothing left to remove.
 fn remove_from(root: &Path, id: &str, directory: OwnedFd) -> Result<bool, StateError> {
     let path = root.join(id);
-    let _turn = match take_turn(&directory, &path) {
+    let _turn = match take_turn(&directory, &path, TURN_FILE) {
         Ok(turn) => turn,
         Err(StateError::Missing(_)) => return Ok(false),
         Err(error) => return Err(error),
@@ -274,21 +287,25 @@ fn is_locked(directory: &OwnedFd) -> bool {
 }
 
 /// Waits until no other command changes the container of a directory, or sweeps or deletes it.
-fn take_turn(directory: &OwnedFd, path: &Path) -> Result<OwnedFd, StateError> {
+fn take_turn(directory: &OwnedFd, path: &Path, file: &str) -> Result<OwnedFd, StateError> {
     let id = || path.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
     let wrong = |errno| match errno {
         // The directory was removed.
         Errno::NOENT => StateError::Missing(id()),
         Errno::TIMEDOUT => StateError::Busy(id()),
-        errno => StateError::Write(path.join(TURN_FILE), Errno::into(errno)),
+        errno => StateError::Write(path.join(file), Errno::into(errno)),
     };
-    lock_in_time(open_turn(directory).map_err(wrong)?, TURN).map_err(wrong)
+    lock_in_time(open_lock(directory, file).map_err(wrong)?, TURN).map_err(wrong)
 }
 
 /// The file by which commands take turns; made if it is not there.
 pub fn open_turn(directory: impl AsFd) -> Result<OwnedFd, Errno> {
+    open_lock(directory, TURN_FILE)
+}
+
+fn open_lock(directory: impl AsFd, file: &str) -> Result<OwnedFd, Errno> {
     let flags = OFlags::RDWR | OFlags::CREATE | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-    rustix::fs::openat(directory, TURN_FILE, flags, Mode::from_raw_mode(0o600))
+    rustix::fs::openat(directory, file, flags, Mode::from_raw_mode(0o600))
 }
 
 /// The same for one who sweeps what nobody holds, and does not wait.

@@ -6,6 +6,7 @@
 //! <root>/<id>/lock             locked by the command that changes what the container does
 //! <root>/pods/<id>/vsock.sock  the way into the guest
 //! <root>/pods/<id>/lock        locked by the command that changes the size of the machine
+//! <root>/pods/<id>/mounts      locked by who changes the mounts of the machine
 //! <root>/@<random>/            a container's directory in the making
 //! ```
 //!
@@ -32,7 +33,7 @@ use serde::Serialize;
 use crate::cgroup::CgroupError;
 use crate::pod::NOTIFY_SOCKET;
 pub use document::{Machine, Membership, Process, State, Status, start_time};
-pub use known::{Known, list, lock_in_time, open_pod, remove, take_turn_of_pod};
+pub use known::{Known, list, lock_in_time, open_pod, remove, take_turn_of_mounts, take_turn_of_pod};
 
 /// Directory of the pods; not a container's id.
 const PODS: &str = "pods";
