@@ -8,10 +8,10 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use k8s_cri::v1::{ContainerConfig, ImageSpec, Mount};
-use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
+use rustix::mount::{MountFlags, UnmountFlags, mount, mount_bind, unmount};
 
 use super::oci;
-use crate::cri::{Cri, container, volume};
+use crate::cri::{Cri, Pod, container, volume};
 use crate::run::DEADLINE;
 use crate::suite::{Case, Scene};
 use crate::{Outcome, ensure, ensure_eq, image};
@@ -38,8 +38,15 @@ struct Memory(PathBuf);
 
 impl Memory {
     fn mount(path: PathBuf, options: &str) -> Outcome<Self> {
-        let options = CString::new(options)?;
-        mount("tmpfs", &path, "tmpfs", MountFlags::empty(), Some(options.as_c_str()))?;
+        // Not by mount(8), which leaves files of its own in /run.
+        mount("tmpfs", &path, "tmpfs", MountFlags::empty(), Some(CString::new(options)?.as_c_str()))?;
+        Ok(Self(path))
+    }
+
+    /// A part of one, elsewhere.
+    fn bind(part: &Path, path: PathBuf) -> Outcome<Self> {
+        fs::create_dir_all(&path)?;
+        mount_bind(part, &path)?;
         Ok(Self(path))
     }
 }
@@ -138,9 +145,28 @@ fn in_memory(scene: &Scene) -> Outcome {
     let two = member("two-again")?;
     ensure_eq!(cri.shell(&two, "cat /cache/file")?, "kept\n", "file of one that is gone");
     ensure_eq!(cri.shell(&one, "cat /cache/file")?, "kept\n", "file of another");
+    part_of_memory(scene, &cri, &pod, &cache)?;
     cri.remove_pod(&pod)?;
     drop(cache);
     cri.end()
+}
+
+/// A part of it, which kubelet makes and binds elsewhere, is in the same memory.
+fn part_of_memory(scene: &Scene, cri: &Cri, pod: &Pod, cache: &Memory) -> Outcome {
+    let part = cache.0.join("part/of it");
+    fs::create_dir_all(&part)?;
+    chown(&part, Some(1001), Some(1002))?;
+    fs::set_permissions(&part, fs::Permissions::from_mode(0o751))?;
+    let bound = Memory::bind(&part, scene.directory.join("pods/uid/volume-subpaths/cache/parts/0"))?;
+    let mut config = container("parts", PATIENT);
+    config.mounts = vec![volume(&bound.0, "/part", false), volume(&cache.0, "/whole", true)];
+    let id = cri.launch(pod, config)?;
+    ensure_eq!(cri.shell(&id, "stat -c '%a %u %g' /part")?, "751 1001 1002\n", "mode and owner of the part");
+    ensure_eq!(cri.shell(&id, "echo in the part >/part/file; cat '/whole/part/of it/file'")?, "in the part\n", "file");
+    ensure_eq!(cri.shell(&id, "cat /whole/file")?, "kept\n", "file of another in the whole");
+    ensure_eq!(cri.exec(&id, &["touch", "/whole/file"], 0)?.status, 1, "status of who may not write");
+    ensure_eq!(fs::read_dir(&part)?.count(), 0, "files on the host");
+    Ok(())
 }
 
 /// What a volume's files are, beside what is in them.

@@ -1,6 +1,7 @@
 //! Containers that are in one another's namespaces, and so in one pod.
 
 use std::fs;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use rustix::process::{Pid, Signal, WaitOptions, kill_process, waitpid};
@@ -20,6 +21,7 @@ pub const CASES: &[Case] = &[
     oci("pods::a_member_in_the_foreground", a_member_in_the_foreground),
     oci("pods::files_of_a_member", files_of_a_member),
     podhull("pods::containers_come_and_go_in_one_machine", containers_come_and_go_in_one_machine),
+    podhull("pods::a_bind_is_mounted_once_and_goes_with_its_last_user", a_bind_is_mounted_once),
     podhull("pods::a_pod_ends_with_its_first_container", a_pod_ends_with_its_first_container),
     podhull("pods::a_killed_shadow_takes_its_container_along", a_killed_shadow_takes_its_container_along),
     podhull("pods::what_cannot_be_joined_is_named", what_cannot_be_joined_is_named),
@@ -154,10 +156,31 @@ fn files_of_a_member(scene: &Scene) -> Outcome {
 
 /// Mounts in the machine of the pod of a container.
 fn mounts_of_the_machine(pod: &Container) -> Outcome<usize> {
+    Ok(mountinfo_of_the_machine(pod)?.lines().count())
+}
+
+/// Whether the binds in it can be written, one after the other.
+fn writable_binds_of_the_machine(pod: &Container) -> Outcome<Vec<bool>> {
+    let mounts = mountinfo_of_the_machine(pod)?;
+    let fields = mounts.lines().map(|line| line.split(' ').collect::<Vec<_>>());
+    let binds = fields.filter(|fields| fields.get(4).is_some_and(|point| point.starts_with("/@")));
+    Ok(binds.map(|fields| fields.get(5).is_some_and(|options| options.starts_with("rw"))).collect())
+}
+
+fn mountinfo_of_the_machine(pod: &Container) -> Outcome<String> {
+    Ok(fs::read_to_string(machine_of(pod)?.join("mountinfo"))?)
+}
+
+/// Files that the process of the machine has open: each that the guest knows is one.
+fn files_of_the_machine(pod: &Container) -> Outcome<usize> {
+    Ok(fs::read_dir(machine_of(pod)?.join("fd"))?.count())
+}
+
+/// The process of the machine of a container's pod.
+fn machine_of(pod: &Container) -> Outcome<PathBuf> {
     let state = format!("/run/podhull/{}/state.json", pod.id);
     let state: Value = serde_json::from_slice(&fs::read(state)?)?;
-    let machine = &state["machine"]["pid"];
-    Ok(fs::read_to_string(format!("/proc/{machine}/mountinfo"))?.lines().count())
+    Ok(Path::new("/proc").join(state["machine"]["pid"].to_string()))
 }
 
 fn containers_come_and_go_in_one_machine(scene: &Scene) -> Outcome {
@@ -174,7 +197,8 @@ fn containers_come_and_go_in_one_machine(scene: &Scene) -> Outcome {
             member.expect_output("ready")?;
         }
         ensure_eq!(machines(), 1, "machines");
-        ensure!(mounts_of_the_machine(&pod)? >= mounts + 4, "mounts while there are members");
+        // A root for each, and the volume for both.
+        ensure_eq!(mounts_of_the_machine(&pod)?, mounts + 3, "mounts while there are members");
         for member in &members {
             end(member)?;
         }
@@ -190,6 +214,58 @@ fn containers_come_and_go_in_one_machine(scene: &Scene) -> Outcome {
     ensure_eq!(mounts_of_the_machine(&pod)?, mounts, "mounts at last");
     let alive = scene.call(&["exec", &pod.id, "echo", "alive"])?.output()?;
     ensure_eq!(alive, "alive\n", "the first");
+    end(&pod)?;
+    before.check()
+}
+
+fn a_bind_is_mounted_once(scene: &Scene) -> Outcome {
+    let before = Leaks::watch();
+    let volume = scene.make_directory("volume")?;
+    let pod = first(scene, "echo ready; exec sleep 1000")?;
+    let without = mounts_of_the_machine(&pod)?;
+    let member = |options: &[&str], script: &str| -> Outcome<Container<'_>> {
+        let bundle = scene.debian()?.bind(&volume, "/mnt", options).bind(&volume, "/srv", &["rbind", "ro"]);
+        let made = Container::make(scene, &in_those_of(bundle.sh(script), &pod, POD), &["run", "-d"])?;
+        made.expect_output("ready")?;
+        Ok(made)
+    };
+    let stays = "echo ready; exec sleep 1000";
+    let inside = |member: &Container, script: &str| scene.call(&["exec", &member.id, "sh", "-c", script]);
+    // Root and volume. As long as all only read, the host does not let anybody write.
+    let reader = member(&["bind", "ro"], stays)?;
+    ensure_eq!(mounts_of_the_machine(&pod)?, without + 2, "mounts with one");
+    ensure_eq!(writable_binds_of_the_machine(&pod)?, [false], "whether the one that reads could write");
+    for turn in 0..20 {
+        // Every second one is killed, and deleted by another.
+        let writer = member(&["rbind"], &format!("echo {turn} >/mnt/file; {stays}"))?;
+        ensure_eq!(mounts_of_the_machine(&pod)?, without + 3, "mounts with both");
+        ensure_eq!(writable_binds_of_the_machine(&pod)?, [true], "whether the one that writes can");
+        ensure_eq!(inside(&reader, "cat /mnt/file /srv/file")?.output()?, format!("{turn}\n{turn}\n"), "what is read");
+        ensure!(inside(&reader, "touch /mnt/file")?.status != 0, "the one that may only read writes");
+        ensure!(inside(&writer, "touch /srv/file")?.status != 0, "the other writes where it may not");
+        match turn % 2 {
+            0 => end(&writer)?,
+            _ => {
+                kill_process(writer.pid, Signal::KILL)?;
+                writer.wait()?;
+                writer.delete()?;
+            }
+        }
+        ensure_eq!(mounts_of_the_machine(&pod)?, without + 2, "mounts with one again");
+    }
+    end(&reader)?;
+    ensure_eq!(mounts_of_the_machine(&pod)?, without, "mounts at last");
+    let files = files_of_the_machine(&pod)?;
+    for _ in 0..20 {
+        end(&member(&["rbind"], stays)?)?;
+        ensure_eq!(mounts_of_the_machine(&pod)?, without, "mounts without any");
+    }
+    // What the guest's kernel still knows is of the last one at most: it has let go of the volume.
+    let began = Instant::now();
+    while files_of_the_machine(&pod)? > files {
+        ensure!(began.elapsed() < DEADLINE, "the machine has {} files open, of {files}", files_of_the_machine(&pod)?);
+        std::thread::sleep(Duration::from_millis(50));
+    }
     end(&pod)?;
     before.check()
 }
