@@ -171,14 +171,17 @@ fn the_machine_is_confined(scene: &Scene) -> Outcome {
     let interfaces = fs::read_to_string(format!("{process}/net/dev"))?;
     ensure_eq!(interfaces.lines().count(), 3, "a header of two lines, and loopback, are all of {interfaces:?}");
 
-    // Its root holds the share of its one container; what else is mounted in it is the container's.
-    let entries: Vec<_> = fs::read_dir(format!("{process}/root"))?.flatten().map(|entry| entry.file_name()).collect();
-    let [id] = &entries[..] else { return Err(format!("root of the machine: {entries:?}").into()) };
-    let id = format!("/{}/", id.to_string_lossy());
+    // Its root holds the share of its one container, and what that binds; nothing else is mounted in it.
+    let entries = fs::read_dir(format!("{process}/root"))?.flatten();
+    let mut entries: Vec<_> = entries.map(|entry| entry.file_name().to_string_lossy().into_owned()).collect();
+    entries.sort();
+    let [bound, id] = &entries[..] else { return Err(format!("root of the machine: {entries:?}").into()) };
+    ensure!(bound.starts_with('@'), "root of the machine: {entries:?}");
+    let (bound, id) = (format!("/{bound}"), format!("/{id}/"));
     let mounts = fs::read_to_string(format!("{process}/mountinfo"))?;
     for mount in mounts.lines() {
         let point = mount.split(' ').nth(4).unwrap_or_default();
-        ensure!(point == "/" || point.starts_with(&id), "mount of the machine: {mount}");
+        ensure!(point == "/" || point == bound || point.starts_with(&id), "mount of the machine: {mount}");
     }
     let limits = fs::read_to_string(format!("{process}/limits"))?;
     let core = limits.lines().find(|line| line.starts_with("Max core file size")).unwrap_or_default();
