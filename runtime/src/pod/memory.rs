@@ -118,3 +118,65 @@ fn has_only_directories(directory: &OwnedFd, most: usize) -> Result<bool, Errno>
     }
     Ok(true)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use rustix::mount::{MountFlags, MountPropagationFlags, mount, mount_bind, mount_change};
+    use rustix::thread::{UnshareFlags, unshare_unsafe};
+    use std::fs;
+    use std::os::unix::fs::{PermissionsExt, chown};
+
+    /// What a path stands for, and where in it the path is.
+    fn of(path: &Path) -> InMemory {
+        let source = rustix::fs::open(path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty()).unwrap();
+        let stat = rustix::fs::fstat(&source).unwrap();
+        volume(&source, &stat, &Mounts::read().unwrap()).unwrap()
+    }
+
+    fn look(base: &Path) {
+        // SAFETY: a mount namespace for this thread alone; no descriptor table is unshared.
+        unsafe { unshare_unsafe(UnshareFlags::FS | UnshareFlags::NEWNS) }.unwrap();
+        mount_change("/", MountPropagationFlags::PRIVATE | MountPropagationFlags::REC).unwrap();
+        let make = |name: &str| {
+            let path = base.join(name);
+            fs::create_dir_all(&path).unwrap();
+            path
+        };
+        let flags = MountFlags::NOEXEC | MountFlags::NODEV;
+        let [cache, secret] = ["kubernetes.io~empty-dir/cache", "kubernetes.io~secret/word"].map(|name| {
+            let path = make(name);
+            mount("tmpfs", &path, "tmpfs", flags, Some(c"size=1m,mode=2770,gid=7")).unwrap();
+            path
+        });
+        assert!(of(&secret).is_none() && of(&make("kubernetes.io~empty-dir/on-disk")).is_none());
+        let (memory, path) = of(&cache).unwrap();
+        assert_eq!((&memory.name, memory.bytes, memory.mode & 0o7777), (&path, 1 << 20, 0o2770));
+        assert_eq!((memory.uid, memory.gid, memory.flags), (0, 7, libc::MS_NOEXEC | libc::MS_NODEV));
+
+        let part = make("kubernetes.io~empty-dir/cache/a/b c");
+        fs::set_permissions(&part, fs::Permissions::from_mode(0o751)).unwrap();
+        chown(&part, Some(8), Some(9)).unwrap();
+        let bound = make("volume-subpaths/cache/main/0");
+        mount_bind(&part, &bound).unwrap();
+        for place in [&part, &bound] {
+            let (in_part, path) = of(place).unwrap();
+            assert_eq!(path, format!("{}/a/b c", memory.name));
+            let [_, part] = &in_part.directories[..] else { panic!("{in_part:?}") };
+            assert_eq!((&*part.name, part.mode, part.uid, part.gid), ("b c", 0o751, 8, 9));
+            assert_eq!((in_part.name, in_part.bytes), (memory.name.clone(), memory.bytes));
+        }
+        assert!(of(&cache).is_some_and(|(memory, _)| memory.directories.is_empty()));
+        // What somebody has put there on the host is to be seen.
+        fs::write(part.join("file"), "").unwrap();
+        assert!(of(&cache).is_none() && of(&bound).is_none() && of(&bound.join("file")).is_none());
+    }
+
+    #[test]
+    fn volumes_in_memory_and_their_parts_are_found() {
+        if rustix::process::geteuid().is_root() {
+            let base = tempfile::tempdir().unwrap();
+            std::thread::scope(|scope| scope.spawn(|| look(base.path())).join().unwrap());
+        }
+    }
+}

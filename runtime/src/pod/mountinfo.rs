@@ -25,9 +25,11 @@ pub struct Mount {
 }
 
 impl Mounts {
-    /// Those that are there now.
+    /// Those that this thread sees now.
     pub fn read() -> io::Result<Self> {
-        Ok(Self(fs::read("/proc/self/mountinfo")?.split(|byte| *byte == b'\n').filter_map(Mount::parse).collect()))
+        Ok(Self(
+            fs::read("/proc/thread-self/mountinfo")?.split(|byte| *byte == b'\n').filter_map(Mount::parse).collect(),
+        ))
     }
 
     /// The one with a number.

@@ -56,7 +56,7 @@ pub enum MountError {
         errno: Errno,
     },
     /// It is not known what is mounted where.
-    #[error("/proc/self/mountinfo: {0}")]
+    #[error("/proc/thread-self/mountinfo: {0}")]
     Mountinfo(#[source] std::io::Error),
     /// There is no user namespace with these mappings.
     #[error("mounts[{0}].uidMappings, gidMappings: {1}")]

@@ -329,8 +329,11 @@ pub fn lock_in_time(file: OwnedFd, deadline: Duration) -> Result<OwnedFd, Errno>
         let _ = sender.send(locked.map(|()| file));
     };
     let thread = std::thread::Builder::new().name("lock".into()).spawn(wait);
-    thread.map_err(|error| Errno::from_io_error(&error).unwrap_or(Errno::AGAIN))?;
-    receiver.recv_timeout(deadline).unwrap_or(Err(Errno::TIMEDOUT))
+    let thread = thread.map_err(|error| Errno::from_io_error(&error).unwrap_or(Errno::AGAIN))?;
+    let locked = receiver.recv_timeout(deadline).map_err(|_| Errno::TIMEDOUT)?;
+    // At its end: a shadow must have one thread alone for what comes next.
+    let _ = thread.join();
+    locked
 }
 
 fn find(process: Process) -> Option<OwnedFd> {
