@@ -171,6 +171,11 @@ fn mountinfo_of_the_machine(pod: &Container) -> Outcome<String> {
     Ok(fs::read_to_string(machine_of(pod)?.join("mountinfo"))?)
 }
 
+/// Files that the process of the machine has open: each that the guest knows is one.
+fn files_of_the_machine(pod: &Container) -> Outcome<usize> {
+    Ok(fs::read_dir(machine_of(pod)?.join("fd"))?.count())
+}
+
 /// The process of the machine of a container's pod.
 fn machine_of(pod: &Container) -> Outcome<PathBuf> {
     let state = format!("/run/podhull/{}/state.json", pod.id);
@@ -250,9 +255,16 @@ fn a_bind_is_mounted_once(scene: &Scene) -> Outcome {
     }
     end(&reader)?;
     ensure_eq!(mounts_of_the_machine(&pod)?, without, "mounts at last");
+    let files = files_of_the_machine(&pod)?;
     for _ in 0..20 {
         end(&member(&["rbind"], stays)?)?;
         ensure_eq!(mounts_of_the_machine(&pod)?, without, "mounts without any");
+    }
+    // What the guest's kernel still knows is of the last one at most: it has let go of the volume.
+    let began = Instant::now();
+    while files_of_the_machine(&pod)? > files {
+        ensure!(began.elapsed() < DEADLINE, "the machine has {} files open, of {files}", files_of_the_machine(&pod)?);
+        std::thread::sleep(Duration::from_millis(50));
     }
     end(&pod)?;
     before.check()

@@ -9,7 +9,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use virtiofsd::filesystem::Entry;
-use virtiofsd::fuse::{Attr, ROOT_ID};
+use virtiofsd::fuse::{ATTR_SUBMOUNT, Attr, ROOT_ID};
 
 /// How long the guest may go by one: enough for the call that asked and those that follow it, whose requests were mostly for the
 /// directories on their way. What the host puts in its place by rename is seen this much later at most.
@@ -31,6 +31,8 @@ impl Directories {
     /// had before.
     pub fn timed(&self, parent: u64, entry: Entry) -> Entry {
         match parent != ROOT_ID && is_directory(&entry.attr) && self.keep(entry.inode) {
+            // A mount is held by whoever knows its name: that is to be dropped with its last use.
+            true if entry.attr.flags & ATTR_SUBMOUNT != 0 => Entry { attr_timeout: VALID, ..entry },
             true => Entry { entry_timeout: VALID, attr_timeout: VALID, ..entry },
             false => entry,
         }
