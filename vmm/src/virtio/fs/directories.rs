@@ -94,5 +94,9 @@ mod tests {
         assert_eq!(valid(8, libc::S_IFDIR), Duration::ZERO);
         directories.clear();
         assert_eq!(valid(8, libc::S_IFDIR), VALID);
+        let mut mount = entry(9, libc::S_IFDIR);
+        mount.attr.flags = ATTR_SUBMOUNT;
+        let timed = directories.timed(2, mount);
+        assert_eq!((timed.entry_timeout, timed.attr_timeout), (Duration::ZERO, VALID));
     }
 }
