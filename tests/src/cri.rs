@@ -70,11 +70,10 @@ impl Cri {
         let prefix = "plugins.\"io.containerd.grpc.v1.cri\"";
         let more = format!(
             "[{prefix}]\nsandbox_image = {PAUSE:?}\nstream_server_address = \"127.0.0.1\"\nstream_server_port = \"0\"\n\
-             [{prefix}.containerd.runtimes.kata]\nruntime_type = \"io.containerd.kata.v2\"\n\
-             privileged_without_host_devices = true\n\
              [{prefix}.containerd.runtimes.runc]\nruntime_type = \"io.containerd.runc.v2\"\n\
-             [{prefix}.cni]\nbin_dir = \"/usr/lib/cni\"\nconf_dir = {:?}\n",
+             [{prefix}.cni]\nbin_dir = \"/usr/lib/cni\"\nconf_dir = {:?}\n{}",
             network.display().to_string(),
+            documented()?,
         );
         fs::create_dir_all(PODS)?;
         let containerd = Containerd::with_config(scene, shim, &[], &more, Some(&netns))?;
@@ -316,6 +315,13 @@ pub fn security(config: &mut api::ContainerConfig) -> &mut api::LinuxContainerSe
 /// The limits of a container's configuration.
 pub fn resources(config: &mut api::ContainerConfig) -> &mut api::LinuxContainerResources {
     config.linux.get_or_insert_default().resources.get_or_insert_default()
+}
+
+/// The runtime class, as the page for users says it is told to containerd.
+fn documented() -> Outcome<&'static str> {
+    let page = include_str!("../../docs/kubernetes.md");
+    let block = page.split_once("```toml\n").and_then(|(_, rest)| rest.split_once("```"));
+    Ok(block.ok_or("no configuration on the page")?.0)
 }
 
 /// What the plugins make for each pod: an interface on a bridge, addresses of both kinds, and ports of the host.

@@ -3,10 +3,10 @@
 use std::fs;
 
 use k8s_cri::v1::security_profile::ProfileType;
-use k8s_cri::v1::{Capability, ContainerConfig, Int64Value, NamespaceMode, SecurityProfile};
+use k8s_cri::v1::{Capability, ContainerConfig, Int64Value, NamespaceMode, NamespaceOption, SecurityProfile};
 use serde_json::json;
 
-use super::oci;
+use super::{oci, podhull};
 use crate::cri::{Cri, container, security};
 use crate::suite::{Case, Scene};
 use crate::{Outcome, ensure, ensure_eq};
@@ -17,6 +17,7 @@ pub const CASES: &[Case] = &[
     oci("cri_security::system_calls", system_calls),
     oci("cri_security::processes_of_each_other", processes_of_each_other),
     oci("cri_security::parameters_of_the_kernel", parameters_of_the_kernel),
+    podhull("cri_security::what_is_the_node_s", what_is_the_node_s),
 ];
 
 /// Waits until it is told to end.
@@ -189,5 +190,33 @@ fn parameters_of_the_kernel(scene: &Scene) -> Outcome {
         ensure_eq!(found.trim(), value, "{name}");
     }
     cri.remove_pod(&pod)?;
+    cri.end()
+}
+
+/// Its network is refused; its processes and IPC are those of the machine.
+fn what_is_the_node_s(scene: &Scene) -> Outcome {
+    let cri = Cri::start(scene)?;
+    let with = |name: &str, change: fn(&mut NamespaceOption)| -> Outcome<_> {
+        let mut config = cri.pod_config(name)?;
+        let linux = config.linux.get_or_insert_default().security_context.get_or_insert_default();
+        change(linux.namespace_options.get_or_insert_default());
+        cri.run(config)
+    };
+    let error = with("network", |namespaces| namespaces.set_network(NamespaceMode::Node)).err();
+    let error = error.map(|error| error.to_string()).unwrap_or_default();
+    ensure!(error.contains("network"), "a pod on the node's network: {error:?}");
+
+    let of_node: fn(&mut NamespaceOption) = |namespaces| {
+        namespaces.set_pid(NamespaceMode::Node);
+        namespaces.set_ipc(NamespaceMode::Node);
+    };
+    let pod = with("rest", of_node)?;
+    let mut config = container("main", PATIENT);
+    of_node(security(&mut config).namespace_options.get_or_insert_default());
+    let id = cri.launch(&pod, config)?;
+    let seen = cri.shell(&id, "ps -o args")?;
+    ensure!(seen.contains("agent") && !seen.contains("containerd"), "processes of the machine: {seen}");
+    cri.remove_pod(&pod)?;
+    fs::remove_dir("/sys/fs/cgroup/kubepods/pod-network")?;
     cri.end()
 }
