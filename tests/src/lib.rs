@@ -16,6 +16,7 @@ pub mod conformance;
 pub mod container;
 pub mod containerd;
 pub mod cri;
+pub mod cri_streams;
 pub mod docker;
 pub mod image;
 pub mod leaks;

@@ -2,11 +2,12 @@
 
 use std::ffi::OsString;
 use std::fs::{self, File};
+use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::thread;
 
 use rustix::mount::{UnmountFlags, mount_bind, unmount};
-use rustix::thread::{UnshareFlags, unshare_unsafe};
+use rustix::thread::{LinkNameSpaceType, UnshareFlags, move_into_link_name_space, unshare_unsafe};
 
 use crate::Outcome;
 use crate::run::{Ended, Running};
@@ -44,6 +45,16 @@ impl Netns {
     /// `ip` in it, with these words.
     pub fn ip(&self, words: &str) -> Outcome<String> {
         self.run(&["ip"].into_iter().chain(words.split(' ')).collect::<Vec<_>>())?.output()
+    }
+
+    /// Does something in it, on a thread of its own.
+    pub fn within<T: Send + 'static>(&self, work: impl FnOnce() -> T + Send + 'static) -> Outcome<T> {
+        let netns = File::open(&self.path)?;
+        let done = thread::spawn(move || {
+            move_into_link_name_space(netns.as_fd(), Some(LinkNameSpaceType::Network))?;
+            Ok::<_, rustix::io::Errno>(work())
+        });
+        Ok(done.join().map_err(|_| "the thread panicked")??)
     }
 
     /// A program in it, to its end.

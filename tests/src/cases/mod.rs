@@ -12,6 +12,7 @@ mod containerd;
 mod crashes;
 mod cri;
 mod cri_security;
+mod cri_streams;
 mod cri_volumes;
 mod descriptors;
 mod disks;
@@ -87,6 +88,7 @@ pub const ALL: &[&[Case]] = &[
     shim::CASES,
     cri::CASES,
     cri_security::CASES,
+    cri_streams::CASES,
     cri_volumes::CASES,
     podman::CASES,
     podman_networks::CASES,
