@@ -13,7 +13,7 @@ use super::size::memory_limit;
 use super::sockets::{Socket, Sockets};
 use super::start::{Run, RunError};
 use super::view::{View, namespaces};
-use super::{descriptors, disks, mounts};
+use super::{descriptors, disks, mounts, rest};
 use crate::agent::{self, Agent, AgentError};
 use crate::machine::Control;
 use crate::signals::{self, Signals};
@@ -105,7 +105,11 @@ pub fn run(run: &Run<'_>, given: Given) -> Result<u8, RunError> {
             Ok(flow)
         };
         let reached = |step| made.reached(step, run.creator, &begin);
-        let live = session.live(make, mounts.volumes.serve(&session), &orders, begin.foreground, reached);
+        let meanwhile = async {
+            rest::give_back();
+            mounts.volumes.serve(&session).await
+        };
+        let live = session.live(make, meanwhile, &orders, begin.foreground, reached);
         tokio::select! {
             biased;
             lived = live => lived,

@@ -22,6 +22,7 @@ mod network;
 mod notify;
 mod resize;
 mod resources;
+mod rest;
 mod session;
 mod shadow;
 mod size;

@@ -26,6 +26,7 @@ use super::member;
 use super::mounts::{self, MountError};
 use super::notify::Notify;
 use super::resources::{self, ResourceError};
+use super::rest;
 use super::session::{Outcome, Session, Step};
 use super::size::{Demand, Size, SizeError, memory_limit};
 use super::sockets::{Socket, Sockets};
@@ -253,7 +254,12 @@ pub fn run(run: &Run<'_>) -> Result<u8, RunError> {
         let make = boot.make(&session, start, request, &orders);
         let reached = |step| made.reached(step, run.creator, &begin);
         let volumes = mounts.volumes.serve(&session);
-        let meanwhile = async { tokio::try_join!(boot.add_helpers(&session), volumes).map(drop) };
+        let helpers = async {
+            boot.add_helpers(&session).await?;
+            rest::give_back();
+            Ok(())
+        };
+        let meanwhile = async { tokio::try_join!(helpers, volumes).map(drop) };
         let live = session.live(make, meanwhile, &orders, begin.foreground, reached);
         let outcome = tokio::select! {
             biased;

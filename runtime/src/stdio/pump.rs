@@ -7,6 +7,7 @@ use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::time::Duration;
 
+use rustix::buffer::spare_capacity;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 
@@ -41,10 +42,10 @@ impl Progress {
 /// Moves from the guest until it closes the stream, or until nobody reads any more: then the stream is closed, so that the
 /// container's next write fails as it would on a broken pipe.
 pub fn output(stream: &UnixStream, to: BorrowedFd<'_>, progress: &Progress) {
-    let mut buffer = vec![0; CHUNK];
-    while let Ok(length @ 1..) = read(stream.as_fd(), &mut buffer) {
+    let mut buffer = Vec::with_capacity(CHUNK);
+    while let Ok(1..) = read(stream.as_fd(), &mut buffer) {
         progress.writing.fetch_add(1, Ordering::Relaxed);
-        let written = write_all(to, &buffer[..length]);
+        let written = write_all(to, &buffer);
         progress.moved.fetch_add(1, Ordering::Relaxed);
         progress.writing.fetch_sub(1, Ordering::Relaxed);
         if written.is_err() {
@@ -59,13 +60,13 @@ pub fn output(stream: &UnixStream, to: BorrowedFd<'_>, progress: &Progress) {
 /// descriptor is closed too, so that whoever writes to it is told, and the answer is `false`. The end of file closes `end` of the
 /// stream: its output goes on, but a terminal is hung up.
 pub fn input(from: OwnedFd, stream: &UnixStream, end: Shutdown) -> bool {
-    let mut buffer = vec![0; CHUNK];
+    let mut buffer = Vec::with_capacity(CHUNK);
     loop {
         match read(from.as_fd(), &mut buffer) {
             // The other side of a terminal that is gone is reported as an I/O error.
             Ok(0) | Err(_) => break,
-            Ok(length) => {
-                if write_all(stream.as_fd(), &buffer[..length]).is_err() {
+            Ok(_) => {
+                if write_all(stream.as_fd(), &buffer).is_err() {
                     return false;
                 }
             }
@@ -78,7 +79,7 @@ pub fn input(from: OwnedFd, stream: &UnixStream, end: Shutdown) -> bool {
 
 /// Moves from a socket of the caller's to the guest until the end of file, or until the guest has closed the stream.
 pub fn from_socket(from: &OwnedFd, stream: &UnixStream) {
-    let mut buffer = vec![0; CHUNK];
+    let mut buffer = Vec::with_capacity(CHUNK);
     loop {
         let mut fds = [PollFd::new(from, PollFlags::IN), PollFd::new(stream, PollFlags::empty())];
         match poll(&mut fds, None) {
@@ -89,12 +90,13 @@ pub fn from_socket(from: &OwnedFd, stream: &UnixStream) {
         if !fds[1].revents().is_empty() {
             return;
         }
-        match rustix::io::read(from, &mut buffer) {
+        buffer.clear();
+        match rustix::io::read(from, spare_capacity(&mut buffer)) {
             // Others may have the socket too, and have been faster.
             Err(Errno::INTR | Errno::AGAIN) => {}
             Ok(0) | Err(_) => break,
-            Ok(length) => {
-                if write_all(stream.as_fd(), &buffer[..length]).is_err() {
+            Ok(_) => {
+                if write_all(stream.as_fd(), &buffer).is_err() {
                     return;
                 }
             }
@@ -107,9 +109,9 @@ pub fn from_socket(from: &OwnedFd, stream: &UnixStream) {
 /// Moves from the guest to a socket of the caller's, until the guest closes the stream, or ends its way here: then so does the socket.
 /// One that was closed in the guest stays open for others that have it.
 pub fn to_socket(stream: &UnixStream, to: BorrowedFd<'_>, progress: &Progress) {
-    let mut buffer = vec![0; CHUNK];
-    while let Ok(length @ 1..) = read(stream.as_fd(), &mut buffer) {
-        let written = write_all(to, &buffer[..length]);
+    let mut buffer = Vec::with_capacity(CHUNK);
+    while let Ok(1..) = read(stream.as_fd(), &mut buffer) {
+        let written = write_all(to, &buffer);
         progress.moved.fetch_add(1, Ordering::Relaxed);
         if written.is_err() {
             // The other side may have closed it already.
@@ -132,9 +134,9 @@ pub fn hung_up(stream: BorrowedFd<'_>) -> bool {
 
 /// Moves from one to the other until there is nothing more, or nobody to take it.
 pub fn copy(from: BorrowedFd<'_>, to: BorrowedFd<'_>) {
-    let mut buffer = vec![0; CHUNK];
-    while let Ok(length @ 1..) = read(from, &mut buffer) {
-        if write_all(to, &buffer[..length]).is_err() {
+    let mut buffer = Vec::with_capacity(CHUNK);
+    while let Ok(1..) = read(from, &mut buffer) {
+        if write_all(to, &buffer).is_err() {
             break;
         }
     }
@@ -166,9 +168,11 @@ fn wait(fd: BorrowedFd<'_>, flags: PollFlags) -> Result<(), Errno> {
     }
 }
 
-fn read(fd: BorrowedFd<'_>, buffer: &mut [u8]) -> Result<usize, Errno> {
+/// Puts what comes in place of what the buffer had, up to its capacity: memory that is not needed is never touched.
+fn read(fd: BorrowedFd<'_>, buffer: &mut Vec<u8>) -> Result<usize, Errno> {
     loop {
-        match rustix::io::read(fd, &mut *buffer) {
+        buffer.clear();
+        match rustix::io::read(fd, spare_capacity(buffer)) {
             Err(Errno::INTR) => {}
             Err(Errno::AGAIN) => wait(fd, PollFlags::IN)?,
             result => return result,
