@@ -160,6 +160,55 @@ impl Cri {
         Ok(Pod { id, config })
     }
 
+    /// Runs some at the same time.
+    pub fn run_all(&self, configs: Vec<api::PodSandboxConfig>) -> Outcome<Vec<Pod>> {
+        let running = configs.into_iter().map(|config| {
+            let mut client = RuntimeServiceClient::new(self.channel.clone());
+            let request =
+                api::RunPodSandboxRequest { config: Some(config.clone()), runtime_handler: self.handler.to_owned() };
+            async move {
+                let id = client.run_pod_sandbox(request).await?.into_inner().pod_sandbox_id;
+                Ok(Pod { id, config })
+            }
+        });
+        self.together(running)
+    }
+
+    /// Makes and starts the same container in each of some pods at the same time.
+    pub fn launch_all(&self, pods: &[Pod], config: &api::ContainerConfig) -> Outcome<Vec<String>> {
+        let launching = pods.iter().map(|pod| {
+            let mut client = RuntimeServiceClient::new(self.channel.clone());
+            let create = api::CreateContainerRequest {
+                pod_sandbox_id: pod.id.clone(),
+                config: Some(config.clone()),
+                sandbox_config: Some(pod.config.clone()),
+            };
+            async move {
+                let id = client.create_container(create).await?.into_inner().container_id;
+                client.start_container(api::StartContainerRequest { container_id: id.clone() }).await?;
+                Ok(id)
+            }
+        });
+        self.together(launching)
+    }
+
+    /// Calls made at the same time, to the last answer.
+    fn together<T: Send + 'static>(
+        &self,
+        calls: impl Iterator<Item = impl Future<Output = Result<T, Status>> + Send + 'static>,
+    ) -> Outcome<Vec<T>> {
+        let calls: Vec<_> = calls.map(|call| self.tokio.spawn(call)).collect();
+        let all = async {
+            let mut answers = Vec::new();
+            for call in calls {
+                answers.push(call.await?.map_err(|status| format!("{:?}: {}", status.code(), status.message()))?);
+            }
+            Outcome::Ok(answers)
+        };
+        let until = async { tokio::time::timeout(2 * CALL, all).await };
+        self.tokio.block_on(until).unwrap_or_else(|_| Err(format!("no answers within {:?}", 2 * CALL).into()))
+    }
+
     /// Its state, addresses among it.
     pub fn pod_status(&self, pod: &Pod) -> Outcome<api::PodSandboxStatus> {
         let request = api::PodSandboxStatusRequest { pod_sandbox_id: pod.id.clone(), verbose: false };

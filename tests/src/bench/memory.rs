@@ -30,11 +30,11 @@ const REST_DEADLINE: Duration = Duration::from_secs(60);
 
 /// Memory of a process in KiB.
 #[derive(Debug, Default, Clone, Copy)]
-struct Memory {
+pub(super) struct Memory {
     /// Its share of all but guest memory.
-    own: f64,
+    pub own: f64,
     /// Its share of guest memory: RAM, and the kernel and the image mapped into it.
-    guest: f64,
+    pub guest: f64,
     /// Guest memory that is no file's: it is shared with nobody, and cannot be dropped.
     guest_private: f64,
 }
@@ -83,11 +83,11 @@ impl Memory {
     }
 }
 
-/// Memory of podhull itself, its shadow included, and of its machine's process.
-fn weigh(pid: i32) -> Outcome<(Memory, Memory)> {
-    let (mut run, mut vmm) = (Memory::of(pid)?, Memory::default());
-    for process in processes::descendants(pid) {
-        let memory = Memory::of(process.pid)?;
+/// Memory of these processes together, and of the machine's among them.
+fn weigh(pids: Vec<i32>) -> Outcome<(Memory, Memory)> {
+    let (mut run, mut vmm) = (Memory::default(), Memory::default());
+    for pid in pids {
+        let memory = Memory::of(pid)?;
         if memory.guest > 0.0 { vmm += memory } else { run += memory }
     }
     ensure!(vmm.guest != 0.0, "no process of podhull's has guest memory");
@@ -107,7 +107,10 @@ pub fn measure(bench: &Bench) -> Outcome<Vec<Panel>> {
             let mut pod = pod::Pod::start(bench, &bundle, "bench-idle")?;
             pod.running.expect_line("up")?;
             pod.wait_for(" bytes of memory")?;
-            let (run, vmm) = at_rest(pod.running.pid()).map_err(|error| format!("the pod of {name}: {error}"))?;
+            // podhull itself, its shadow and its machine's process.
+            let pid = pod.running.pid();
+            let family = || processes::descendants(pid).iter().map(|process| process.pid).chain([pid]).collect();
+            let (run, vmm) = at_rest(family).map_err(|error| format!("the pod of {name}: {error}"))?;
             pod.end()?;
             if round.is_some() {
                 let kib = [vmm.own, run.own, vmm.own + run.own, vmm.guest, vmm.guest_private];
@@ -131,12 +134,13 @@ pub fn measure(bench: &Bench) -> Outcome<Vec<Panel>> {
     Ok(panels.collect())
 }
 
-/// Waits until the guest has given back what it does not need; free page reporting takes it some seconds.
-fn at_rest(pid: i32) -> Outcome<(Memory, Memory)> {
+/// What processes and the machine among them weigh, when the guest has given back what it does not need; free page reporting takes it
+/// some seconds.
+pub(super) fn at_rest(pids: impl Fn() -> Vec<i32>) -> Outcome<(Memory, Memory)> {
     let until = Instant::now() + REST_DEADLINE;
     let mut looks: Vec<f64> = Vec::new();
     loop {
-        let weight = weigh(pid)?;
+        let weight = weigh(pids())?;
         looks.push(weight.1.guest_private);
         if let Some(last) = looks.len().checked_sub(LOOKS).map(|first| &looks[first..]) {
             let (low, high) =

@@ -1,7 +1,7 @@
 //! What podhull costs, measured beside what it is compared with, in one run on one host.
 //!
-//! [`start`] times runs and boots, [`commands`] what callers do with a container, [`callers`] Podman, [`exits`] counts exits of the
-//! virtual CPU, [`memory`] weighs an idle pod, [`files`] and [`tree`] move large and many files through the shared file system,
+//! [`start`] times runs and boots, [`commands`] what callers do with a container, [`callers`] Podman, [`shim`] containerd's
+//! client, [`kubernetes`] pods; [`exits`] counts exits of the virtual CPU, [`memory`] weighs an idle pod, [`files`] and [`tree`] move large and many files through the shared file system,
 //! [`network`] bytes through the tap, [`sizes`] looks at what is installed. Each returns panels of figures ([`report`]),
 //! which become a table, JSON and a chart ([`chart`]). Contenders take turns within each round, so that what else the host
 //! does meets all of them alike; a figure is the median of its rounds.
@@ -11,11 +11,13 @@ pub mod chart;
 pub mod commands;
 pub mod exits;
 pub mod files;
+pub mod kubernetes;
 pub mod memory;
 pub mod microvm;
 pub mod network;
 pub mod pod;
 pub mod report;
+pub mod shim;
 pub mod sizes;
 pub mod start;
 pub mod tree;
@@ -38,17 +40,19 @@ const ROUNDS: usize = 15;
 
 const HELP: &str = "podhull-bench [--out DIR] [FILTER...]: measures podhull beside runc, crun and QEMU's microvm; as root.
 Prints a table; writes bench.json and bench.svg into DIR (the working directory). With FILTERs, only measurements whose name
-contains one of them: start, commands, callers, exits, memory, files, tree,
+contains one of them: start, commands, callers, shim, kubernetes, exits, memory, files, tree,
 network, sizes. A missed target is said, and is no failure.
 PODHULL_RUNTIME: the podhull to measure (podhull). PODHULL_BENCH_ROUNDS: rounds (15); fewer are for trying.";
 
 /// A measurement: its name for the command line, and what it returns.
 type Measurement = (&'static str, fn(&Bench) -> Outcome<Vec<Panel>>);
 
-const MEASUREMENTS: [Measurement; 9] = [
+const MEASUREMENTS: [Measurement; 11] = [
     ("start", start::measure),
     ("commands", commands::measure),
     ("callers", callers::measure),
+    ("shim", shim::measure),
+    ("kubernetes", kubernetes::measure),
     ("exits", exits::measure),
     ("memory", memory::measure),
     ("files", files::measure),
