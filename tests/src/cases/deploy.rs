@@ -1,0 +1,138 @@
+//! podhull on a node of Kubernetes: put there, told to containerd, and taken away.
+
+use std::fs;
+use std::path::Path;
+
+use super::podhull;
+use crate::containerd::{Containerd, Shim, check};
+use crate::image;
+use crate::leaks::Leaks;
+use crate::run::{Ended, Running};
+use crate::suite::{Case, Scene};
+use crate::{Outcome, ensure, ensure_eq};
+
+pub const CASES: &[Case] = &[
+    podhull("deploy::containerd_is_told", containerd_is_told),
+    podhull("deploy::pods_keep_a_version", pods_keep_a_version),
+    podhull("deploy::the_image_installs", the_image_installs),
+];
+
+/// Where nodes have it.
+const DIRECTORY: &str = "/opt/podhull";
+const SHIM: &str = "/opt/podhull/current/bin/containerd-shim-podhull-v2";
+
+/// The files of an administrator: containerd reads both, and has the table of its plugin from the second alone or from both, by
+/// its version.
+const CONFIG: &str = "version = 2\nimports = [\"conf.d/*.toml\"]\n";
+const IMPORTED: &str = "version = 2\n[plugins.\"io.containerd.grpc.v1.cri\"]\nmax_container_log_line_size = 12345\n\
+    [plugins.\"io.containerd.grpc.v1.cri\".containerd.runtimes.other]\nruntime_type = \"io.containerd.runc.v2\"";
+
+fn run(words: &[&str]) -> Outcome<Ended> {
+    Running::start(&words.iter().map(Into::into).collect::<Vec<_>>(), &[])?.wait()
+}
+
+/// `podhull node`, changing files alone.
+fn node(scene: &Scene, words: &[&str]) -> Outcome<Ended> {
+    scene.call(&[&["node"], words, &["--offline"]].concat())
+}
+
+/// containerd itself, whichever is installed, understands what was written, and goes by the administrator's settings too.
+fn containerd_is_told(scene: &Scene) -> Outcome {
+    let tree = scene.make_directory("node")?;
+    for directory in ["etc/containerd/conf.d", "proc"] {
+        fs::create_dir_all(tree.join(directory))?;
+    }
+    let (config, imported) = (tree.join("etc/containerd/config.toml"), tree.join("etc/containerd/conf.d/cri.toml"));
+    // Absolute, since containerd does not look for relative patterns beside the file.
+    let first = CONFIG.replace("conf.d", &tree.join("etc/containerd/conf.d").to_string_lossy());
+    fs::write(&config, &first)?;
+    fs::write(&imported, IMPORTED)?;
+    let config_words = config.to_string_lossy().into_owned();
+    let seen = || run(&["containerd", "--config", &config_words, "config", "dump"])?.output();
+    let without = seen()?;
+    ensure!(!without.contains("runtimes.kata]") && without.contains("12345"), "before: {without}");
+
+    let words = ["install", "--config", &config_words, "--handler", "kata", "--handler", "podhull"];
+    let said = node(scene, &words)?.output()?;
+    ensure!(said.contains("cri.toml is changed"), "installing: {said}");
+    let with = seen()?;
+    for expected in
+        ["containerd.runtimes.kata]", "containerd.runtimes.podhull]", "containerd.runtimes.other]", "12345", SHIM]
+    {
+        ensure!(with.contains(expected), "no {expected} in {with}");
+    }
+    ensure_eq!(node(scene, &words)?.output()?.lines().count(), 1, "what is changed the second time");
+    node(scene, &["uninstall", "--config", &config_words])?.output()?;
+    ensure_eq!((fs::read_to_string(&config)?, &*fs::read_to_string(&imported)?), (first, IMPORTED), "files afterwards");
+    let after = seen()?;
+    ensure!(!after.contains("runtimes.kata]") && after.contains("12345"), "afterwards: {after}");
+    ensure!(!Path::new(DIRECTORY).exists(), "{DIRECTORY} is still there");
+    Ok(())
+}
+
+/// A pod is one of the version that it began with, and as long as it runs that is not taken away.
+fn pods_keep_a_version(scene: &Scene) -> Outcome {
+    let before = Leaks::watch();
+    let config = scene.directory.join("config.toml").to_string_lossy().into_owned();
+    node(scene, &["install", "--config", &config])?.output()?;
+    let containerd = Containerd::start(scene, Shim::Podhull)?;
+    let words = ["run", "-d", "--runtime", SHIM, image::WHOLE_NAME, "kept", "sleep", "1000"];
+    containerd.call(&words)?.output()?;
+    let kernel = ["task", "exec", "--exec-id", "kernel", "kept", "uname", "-r"];
+    ensure!(containerd.call(&kernel)?.output()?.contains("podhull"), "kernel of the container");
+
+    let refused = node(scene, &["uninstall", "--config", &config])?.expect_status(1)?;
+    ensure!(refused.stderr.contains("processes of podhull run on this node"), "refusal {:?}", refused.stderr);
+    ensure!(Path::new(SHIM).exists() && Path::new(&config).exists(), "something is gone");
+    containerd.call(&["task", "kill", "-s", "SIGKILL", "kept"])?.output()?;
+    super::containerd::stopped(&containerd, "kept")?;
+    containerd.call(&["task", "delete", "kept"])?;
+    containerd.call(&["container", "delete", "kept"])?.output()?;
+    containerd.end()?;
+
+    node(scene, &["uninstall", "--config", &config])?.output()?;
+    ensure!(!Path::new(DIRECTORY).exists() && !Path::new(&config).exists(), "something is left");
+    check(&before)
+}
+
+/// The image of the installer, as a container that has a node's files in a directory.
+fn the_image_installs(scene: &Scene) -> Outcome {
+    let before = Leaks::watch();
+    let (context, tree) = (scene.make_directory("context")?, scene.make_directory("node")?);
+    for (directory, files) in [("usr/bin", &["podhull"][..]), ("usr/lib/podhull", &["vmlinux", "guest.img"])] {
+        fs::create_dir_all(context.join(directory))?;
+        for file in files {
+            fs::copy(Path::new("/").join(directory).join(file), context.join(directory).join(file))?;
+        }
+    }
+    fs::write(context.join("Containerfile"), include_str!("../../../deploy/Containerfile"))?;
+    fs::create_dir(tree.join("proc"))?;
+    let storage = scene.make_directory("buildah")?;
+    let path = |name: &str| storage.join(name).to_string_lossy().into_owned();
+    let (root, runroot) = (path("root"), path("run"));
+    let own = [&["buildah", "--root", &root, "--runroot", &runroot][..], image::DRIVER].concat();
+    let call = |words: &[&str]| run(&[&own[..], words].concat())?.output();
+    call(&["build", "-q", "-t", "podhull-node", &context.to_string_lossy()])?;
+    call(&["from", "--pull-never", "--name", "work", "localhost/podhull-node"])?;
+    let volume = format!("{}:/host", tree.display());
+    let installer = |words: &[&str]| {
+        let container = ["run", "--isolation", "oci", "--runtime", "runc", "--network", "none", "-v", &volume, "work"];
+        call(&[&container[..], &["/usr/bin/podhull", "node"], words, &["--at", "/host", "--offline"]].concat())
+    };
+    installer(&["install", "--handler", "kata"])?;
+    let installed = tree.join("opt/podhull/current");
+    for file in ["bin/podhull", "lib/podhull/vmlinux", "lib/podhull/guest.img"] {
+        let (there, here) = (fs::read(installed.join(file))?, fs::read(Path::new("/usr").join(file))?);
+        ensure!(there == here, "{file} is another");
+    }
+    ensure!(installed.join("bin/containerd-shim-kata-v2").exists(), "no shim");
+    let config = fs::read_to_string(tree.join("etc/containerd/config.toml"))?;
+    ensure!(config.contains("runtimes.kata]") && !config.contains("runtimes.podhull]"), "configuration {config}");
+    installer(&["uninstall"])?;
+    ensure!(
+        !tree.join("opt/podhull").exists() && !tree.join("etc/containerd/config.toml").exists(),
+        "something is left"
+    );
+    call(&["rm", "work"])?;
+    before.check()
+}
