@@ -15,6 +15,8 @@ pub const CASES: &[Case] = &[
     podhull("deploy::containerd_is_told", containerd_is_told),
     podhull("deploy::pods_keep_a_version", pods_keep_a_version),
     podhull("deploy::the_image_installs", the_image_installs),
+    // With the others that need systemd.
+    podhull("systemd::containerd_of_a_node_is_restarted", containerd_of_a_node_is_restarted),
 ];
 
 /// Where nodes have it.
@@ -135,4 +137,67 @@ fn the_image_installs(scene: &Scene) -> Outcome {
     );
     call(&["rm", "work"])?;
     before.check()
+}
+
+/// An installer that has the node's files in a directory reaches the node's own service, and restarts it only where its
+/// configuration has changed; what runs goes on.
+fn containerd_of_a_node_is_restarted(scene: &Scene) -> Outcome {
+    let before = Leaks::watch();
+    let path = |name: &str| scene.directory.join(name).display().to_string();
+    let (config, socket, host) = (path("config.toml"), path("socket"), path("host"));
+    let disabled =
+        ["btrfs", "zfs", "devmapper", "blockfile"].map(|name| format!("io.containerd.snapshotter.v1.{name}"));
+    let disabled =
+        [&disabled[..], &["io.containerd.grpc.v1.cri", "io.containerd.nri.v1.nri"].map(str::to_owned)].concat();
+    let original = format!(
+        "version = 2\nroot = {:?}\nstate = {:?}\ndisabled_plugins = {disabled:?}\n[grpc]\naddress = {socket:?}\n",
+        path("root"),
+        path("state"),
+    );
+    fs::write(&config, &original)?;
+    fs::create_dir(&host)?;
+    // As Debian's, without what it comes after.
+    let unit = Path::new("/run/systemd/system/containerd.service");
+    let service = format!(
+        "[Unit]\nDefaultDependencies=no\n[Service]\nType=notify\nExecStart=/usr/bin/containerd --config {config}\n\
+         KillMode=process\nDelegate=yes\n"
+    );
+    fs::write(unit, service)?;
+    run(&["systemctl", "daemon-reload"])?.output()?;
+    run(&["systemctl", "start", "containerd"])?.output()?;
+    let daemon = || super::systemd::property("containerd.service", "MainPID");
+    let ctr = |words: &[&str]| run(&[&["ctr", "--address", &socket], words].concat());
+    let program = scene.runtime.program().display().to_string();
+    let installer = |words: &str| {
+        let script = format!("mount --rbind / {host} && exec {program} node {words} --at {host} --config {config}");
+        run(&["unshare", "--mount", "sh", "-c", &script])
+    };
+
+    let first = daemon()?;
+    let said = installer("install --handler kata")?.output()?;
+    ensure!(said.contains("containerd is restarted"), "installing: {said}");
+    let second = daemon()?;
+    ensure!(second != first, "it is still {first}");
+    let archive = image::busybox(scene)?;
+    ctr(&["image", "import", &archive.to_string_lossy()])?.output()?;
+    ctr(&["run", "-d", "--runtime", SHIM, image::WHOLE_NAME, "kept", "sleep", "1000"])?.output()?;
+    let said = installer("install --handler kata")?.output()?;
+    ensure!(!said.contains("restarted") && daemon()? == second, "the second time: {said}");
+    let refused = installer("uninstall")?.expect_status(1)?;
+    ensure!(refused.stderr.contains("processes of podhull"), "refusal {:?}", refused.stderr);
+
+    let said = installer("install --handler kata --handler other")?.output()?;
+    ensure!(said.contains("containerd is restarted") && daemon()? != second, "another name: {said}");
+    let kernel = ["task", "exec", "--exec-id", "kernel", "kept", "uname", "-r"];
+    ensure!(ctr(&kernel)?.output()?.contains("podhull"), "kernel of the container");
+    ctr(&["task", "delete", "--force", "kept"])?;
+    ctr(&["container", "delete", "kept"])?.output()?;
+    let said = installer("uninstall")?.output()?;
+    ensure!(said.contains("containerd is restarted"), "uninstalling: {said}");
+    ensure_eq!(fs::read_to_string(&config)?, original, "configuration afterwards");
+    ensure!(!Path::new(DIRECTORY).exists(), "{DIRECTORY} is still there");
+    run(&["systemctl", "stop", "containerd"])?.output()?;
+    fs::remove_file(unit)?;
+    run(&["systemctl", "daemon-reload"])?.output()?;
+    check(&before)
 }
