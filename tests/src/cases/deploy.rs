@@ -3,8 +3,11 @@
 use std::fs;
 use std::path::Path;
 
-use super::podhull;
+use k8s_cri::v1 as api;
+
+use super::{oci, podhull};
 use crate::containerd::{Containerd, Shim, check};
+use crate::cri::{Cri, container, resources};
 use crate::image;
 use crate::leaks::Leaks;
 use crate::run::{Ended, Running};
@@ -15,6 +18,7 @@ pub const CASES: &[Case] = &[
     podhull("deploy::containerd_is_told", containerd_is_told),
     podhull("deploy::pods_keep_a_version", pods_keep_a_version),
     podhull("deploy::the_image_installs", the_image_installs),
+    oci("deploy::the_overhead_is_enough", the_overhead_is_enough),
     // With the others that need systemd.
     podhull("systemd::containerd_of_a_node_is_restarted", containerd_of_a_node_is_restarted),
 ];
@@ -200,4 +204,56 @@ fn containerd_of_a_node_is_restarted(scene: &Scene) -> Outcome {
     fs::remove_file(unit)?;
     run(&["systemctl", "daemon-reload"])?.output()?;
     check(&before)
+}
+
+/// Pods in the group that kubelet makes for them, limited to what their containers may have and the overhead of the runtime class,
+/// whose containers use all of theirs: nothing is killed for it.
+fn the_overhead_is_enough(scene: &Scene) -> Outcome {
+    let values = include_str!("../../../deploy/chart/values.yaml");
+    let overhead = values.lines().find_map(|line| line.trim().strip_prefix("memory: ")?.strip_suffix("Mi"));
+    let overhead: i64 = overhead.ok_or("no overhead among the chart's values")?.parse()?;
+    let cri = Cri::start(scene)?;
+    for (name, limits) in [("small", &[64_i64][..]), ("three", &[192, 128, 128])] {
+        let all = limits.iter().sum::<i64>();
+        let mut config = cri.pod_config(name)?;
+        let group = Path::new("/sys/fs/cgroup/kubepods").join(format!("pod-{name}"));
+        for above in ["/sys/fs/cgroup", "/sys/fs/cgroup/kubepods"] {
+            fs::write(Path::new(above).join("cgroup.subtree_control"), "+memory")?;
+        }
+        fs::write(group.join("memory.max"), ((all + overhead) << 20).to_string())?;
+        let bytes = |mebibytes: i64| api::LinuxContainerResources {
+            memory_limit_in_bytes: mebibytes << 20,
+            ..Default::default()
+        };
+        let linux = config.linux.get_or_insert_default();
+        (linux.resources, linux.overhead) = (Some(bytes(all)), Some(bytes(overhead)));
+        let pod = cri.run(config)?;
+        let mut ids = Vec::new();
+        for (index, limit) in limits.iter().enumerate() {
+            let mut config = container(&format!("c{index}"), &["sleep", "1000"]);
+            resources(&mut config).memory_limit_in_bytes = limit << 20;
+            ids.push(cri.launch(&pod, config)?);
+        }
+        for (id, limit) in ids.iter().zip(limits) {
+            // Files, which the guest keeps in what is left, and the host in the same group; and memory that stays.
+            cri.shell(id, "dd if=/dev/zero of=/file bs=1M count=200 2>/dev/null; cat /file >/dev/null")?;
+            let held = limit - 8;
+            let hold = format!("({{ head -c {held}M /dev/zero; sleep 1000; }} | tail -c {held}M) >/dev/null 2>&1 &");
+            cri.shell(id, &hold)?;
+            let anonymous = "awk '$1 == \"anon\" { print int($2 / 1048576) }' /sys/fs/cgroup/memory.stat";
+            cri.shell(id, &format!("until [ $({anonymous}) -ge {held} ]; do sleep 0.2; done"))?;
+        }
+        let read = |file: &str| fs::read_to_string(group.join(file));
+        let events = read("memory.events")?;
+        ensure!(events.contains("oom_kill 0\n"), "{name}: {events}");
+        let stat = read("memory.stat")?;
+        let value =
+            |name: &str| stat.lines().find_map(|line| line.strip_prefix(name)?.trim().parse::<i64>().ok()).unwrap_or(0);
+        let stays: i64 = ["anon ", "kernel ", "shmem "].into_iter().map(value).sum();
+        ensure!(stays < (all + overhead) << 20, "{name}: {stays} bytes stay of {all} MiB and {overhead} MiB");
+        ensure!(stays > (all - 16 * limits.len() as i64) << 20, "{name}: only {stays} bytes are held");
+        eprintln!("{name}: limits of {all} MiB, {} MiB beside that stay", (stays >> 20) - all);
+        cri.remove_pod(&pod)?;
+    }
+    cri.end()
 }
