@@ -4,6 +4,8 @@
 //! function of Helm's that they use; the Kustomize base is what comes out with the chart's own values. After a change:
 //! `PODHULL_WRITE_DOCS=1 cargo test -p podhull-tests --test deploy`.
 
+#![expect(clippy::unwrap_used, reason = "all of it is a test")]
+
 use std::collections::HashMap;
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -176,6 +178,11 @@ fn uninstalling_takes_the_label_first() {
             ("uninstall", "node uninstall --at /host".to_owned()),
         ]
     );
+    let strategy = |mode: &str| {
+        let documents = self::documents(&render(&values(&[("mode", json!(mode))])));
+        of_kind(&documents, "DaemonSet")[0]["spec"]["updateStrategy"]["rollingUpdate"]["maxUnavailable"].clone()
+    };
+    assert_eq!((strategy("install"), strategy("uninstall")), (json!(1), json!("100%")));
 }
 
 #[test]
@@ -245,4 +252,21 @@ fn the_kustomize_base_is_the_chart_as_kubectl_renders_it() {
         assert_eq!(steps(&rendered), steps(&documents(&generated)));
         assert_eq!(of_kind(&rendered, "ClusterRoleBinding")[0]["subjects"][0]["namespace"], "podhull");
     }
+}
+
+/// What the documentation names is there.
+#[test]
+fn the_pages_name_files_that_are_there() {
+    let mut named = 0;
+    for page in ["kubernetes.md", "cri-o.md", "containerd.md", "from-kata.md"] {
+        let page = read(&format!("../docs/{page}"));
+        for word in page.split(|c: char| c.is_whitespace() || "`),;".contains(c)) {
+            let path = word.strip_prefix("deploy/").or_else(|| word.strip_prefix("/usr/share/podhull/"));
+            if let Some(path) = path.filter(|path| !path.is_empty()) {
+                assert!(deploy(path.trim_end_matches('.')).exists(), "deploy/{path}");
+                named += 1;
+            }
+        }
+    }
+    assert!(named >= 7, "only {named} names");
 }

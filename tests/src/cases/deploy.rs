@@ -173,7 +173,9 @@ fn containerd_of_a_node_is_restarted(scene: &Scene) -> Outcome {
     let ctr = |words: &[&str]| run(&[&["ctr", "--address", &socket], words].concat());
     let program = scene.runtime.program().display().to_string();
     let installer = |words: &str| {
-        let script = format!("mount --rbind / {host} && exec {program} node {words} --at {host} --config {config}");
+        // Busybox's leaves nothing in /run.
+        let script =
+            format!("busybox mount -o rbind / {host} && exec {program} node {words} --at {host} --config {config}");
         run(&["unshare", "--mount", "sh", "-c", &script])
     };
 
