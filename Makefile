@@ -63,6 +63,7 @@ define install_into
 	@ln -sf podhull $(1)/bin/containerd-shim-kata-v2
 	@install -D -m 644 $(dist)/vmlinux $(1)/lib/podhull/vmlinux
 	@install -D -m 644 $(dist)/guest.img $(1)/lib/podhull/guest.img
+	@rm -rf $(1)/share/podhull && mkdir -p $(1)/share/podhull && cp -r --no-preserve=ownership deploy/. $(1)/share/podhull
 endef
 
 install: all
@@ -114,7 +115,7 @@ lint:
 	cargo fmt --all --check
 	cargo clippy --workspace --all-targets -- -D warnings
 	shellcheck -S warning .ci/run guest-kernel/build guest-kernel/check-config $(filter-out %/packages %/fstab %/image %/job,$(wildcard tests/host/* tests/host/job/*)) \
-		$(addprefix tests/conformance/,build-suites compile run)
+		$(addprefix tests/conformance/,build-suites compile run) tests/deploy/kubectl
 
 clean:
 	rm -rf target

@@ -2,7 +2,8 @@
 //!
 //! `cli` has one file per subcommand and decides exit codes; `bundle` and `spec` read and check what the caller wants;
 //! `pod` makes it so, with `machine` (the VMM process), `network`, `agent` (the guest's PID 1), `stdio`, `signals` and `handover` as its hands;
-//! `config` is what the administrator of the host has decided; `state` owns what lies under `/run/podhull`, `cgroup` the control groups on the host. `shim` is the same for containerd.
+//! `config` is what the administrator of the host has decided; `state` owns what lies under `/run/podhull`, `cgroup` the control groups on the host. `shim` is the same for containerd,
+//! and `node` puts all of it on nodes of Kubernetes.
 
 mod agent;
 mod bundle;
@@ -14,6 +15,7 @@ mod handover;
 mod log;
 mod machine;
 mod network;
+mod node;
 mod oom;
 mod pod;
 mod shim;

@@ -11,6 +11,7 @@ mod features;
 mod flags;
 mod kill;
 mod list;
+mod node;
 mod pause;
 mod ps;
 mod restore;
@@ -124,6 +125,7 @@ enum Command {
     Spec(spec::Arguments),
     Check(check::Arguments),
     Config(config::Arguments),
+    Node(node::Arguments),
     Features(features::Arguments),
     #[command(hide = true)]
     Vmm(vmm::Arguments),
@@ -200,6 +202,8 @@ enum Failure {
     #[error(transparent)]
     Config(#[from] crate::config::ConfigError),
     #[error(transparent)]
+    Node(#[from] crate::node::NodeError),
+    #[error(transparent)]
     Output(#[from] std::io::Error),
 }
 
@@ -256,6 +260,7 @@ pub fn main() -> ExitCode {
         Some(Command::Spec(spec)) => spec.execute().map(|()| 0).map_err(Failure::from),
         Some(Command::Check(check)) => check.execute().map_err(Failure::from),
         Some(Command::Config(config)) => config.execute(),
+        Some(Command::Node(node)) => node.execute(),
         Some(Command::Features(features)) => features.execute().map_err(Failure::from),
         Some(Command::Exec(exec)) => exec.execute(&context).map_err(Failure::from),
         Some(Command::Vmm(vmm)) => return vmm.execute(),

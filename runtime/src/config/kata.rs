@@ -230,4 +230,25 @@ mod tests {
         assert_eq!(key_of_file("kernel"), None);
         assert_eq!(key_of_file("default_memory"), Some(Key::Memory));
     }
+
+    /// Those that have are said there once.
+    #[test]
+    fn the_page_for_its_users_lists_keys_without_an_annotation() {
+        let page = include_str!("../../../docs/from-kata.md");
+        let mut keys = Vec::new();
+        for row in page.lines().filter(|line| line.starts_with("| `[")) {
+            let cell = row.split('|').nth(1).unwrap();
+            let (table, names) = cell.split_once("] ").unwrap();
+            let table = table.trim_start_matches(" `[").trim_end_matches(".*");
+            for name in names.split(", ").map(|name| name.trim_matches(['`', ' '])) {
+                assert_eq!(fate(&format!("config.{table}.{name}")), None, "{table}.{name}");
+                assert!(is_table_of_file(&format!("{table}.{name}")), "{row}");
+                keys.push(format!("{table}.{name}"));
+            }
+        }
+        let count = keys.len();
+        keys.sort();
+        keys.dedup();
+        assert_eq!((keys.len(), count > 40), (count, true), "{keys:?}");
+    }
 }

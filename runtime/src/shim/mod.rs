@@ -31,6 +31,9 @@ use arguments::{Action, Arguments};
 /// What the names of shims begin with.
 const NAME: &str = "containerd-shim-";
 
+/// The names that it is installed under.
+pub const NAMES: [&str; 2] = ["containerd-shim-podhull-v2", "containerd-shim-kata-v2"];
+
 /// Why the shim failed before it could answer anybody.
 #[derive(Debug, thiserror::Error)]
 enum ShimError {

@@ -14,6 +14,7 @@ mod cri;
 mod cri_security;
 mod cri_streams;
 mod cri_volumes;
+mod deploy;
 mod descriptors;
 mod disks;
 mod docker;
@@ -85,6 +86,7 @@ pub const ALL: &[&[Case]] = &[
     forwards::CASES,
     programs::CASES,
     containerd::CASES,
+    deploy::CASES,
     shim::CASES,
     cri::CASES,
     cri_security::CASES,

@@ -1,0 +1,194 @@
+//! A node of Kubernetes: podhull's files on it, and containerd told of them. What the installer in `deploy/` does, by hand or in a
+//! container that has the node's files in a directory.
+//!
+//! Each step can be repeated, and a node on which one has failed is as it was or does with the next attempt what is missing.
+
+mod containerd;
+mod service;
+mod tree;
+mod versions;
+
+use std::io;
+use std::path::{Path, PathBuf};
+
+use containerd::Change;
+pub use tree::Tree;
+pub use versions::Files;
+use versions::Versions;
+
+/// A note that containerd has not read its configuration yet.
+const TO_RESTART: &str = "restart-containerd";
+
+/// Why a node is not as it should be.
+#[derive(Debug, thiserror::Error)]
+pub enum NodeError {
+    /// A file of the node, or of ours.
+    #[error("{what} {path}: {error}")]
+    File {
+        /// What was to be done.
+        what: &'static str,
+        /// With it.
+        path: PathBuf,
+        /// Why it could not.
+        error: io::Error,
+    },
+    /// There is no node.
+    #[error("{0} does not exist: --at names the directory that has the node's files")]
+    NoRoot(PathBuf),
+    /// It would be replaced by a file.
+    #[error("{0} is a symbolic link: name the file itself with --config")]
+    Link(PathBuf),
+    /// Nor anything else.
+    #[error("{0} is not a regular file")]
+    NoFile(PathBuf),
+    /// No configuration is that long.
+    #[error("{0} is longer than 1 MiB")]
+    TooLong(PathBuf),
+    /// Nor of that many files.
+    #[error("{0} imports too many files")]
+    TooMany(PathBuf),
+    /// What it imports decides where our tables go.
+    #[error("{path}: import {pattern:?}: only patterns of names with \"*\" are understood")]
+    Pattern {
+        /// The file.
+        path: PathBuf,
+        /// What it imports.
+        pattern: PathBuf,
+    },
+    /// Without a version it is of the first.
+    #[error("{path}: configuration of version {version}; versions 2 to 4 are understood (containerd config migrate)")]
+    Version {
+        /// The file.
+        path: PathBuf,
+        /// What it says, or 1.
+        version: u64,
+    },
+    /// Somebody else has the name.
+    #[error("{path} has a runtime {handler:?} that is not podhull's: remove it, or choose other names with --handler")]
+    Taken {
+        /// The name.
+        handler: String,
+        /// The file that containerd begins with.
+        path: PathBuf,
+    },
+    /// No place for our tables.
+    #[error("{path}: cannot be added to: {problem}")]
+    Unchangeable {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong.
+        problem: String,
+    },
+    /// Pods would lose their runtime.
+    #[error(
+        "{count} processes of podhull run on this node, the first is {first}: end the pods that have its runtime class"
+    )]
+    InUse {
+        /// How many.
+        count: usize,
+        /// One of them.
+        first: u32,
+    },
+    /// A program of the node.
+    #[error("{0}: {1}")]
+    Start(String, io::Error),
+    /// Likewise.
+    #[error("{0} failed on the node: {1}")]
+    Failed(String, String),
+    /// Nobody to be told.
+    #[error("none of these services is active: {0}; restart containerd, then go on with --offline")]
+    NoService(String),
+}
+
+impl NodeError {
+    fn file(what: &'static str, path: PathBuf, error: io::Error) -> Self {
+        Self::File { what, path, error }
+    }
+}
+
+/// A node, and how it is dealt with.
+pub struct Node {
+    /// Its files.
+    pub tree: Tree,
+    /// containerd's configuration, where it is not found by itself.
+    pub config: Option<PathBuf>,
+    /// Change files alone: nothing is carried out on the node.
+    pub offline: bool,
+}
+
+impl Node {
+    /// Puts these files on the node, and makes containerd know the handlers; `say` is told what was done.
+    pub fn install(&self, files: &Files, handlers: &[String], say: &mut dyn FnMut(&str)) -> Result<(), NodeError> {
+        // First: what cannot be done is not begun.
+        containerd::add(&self.tree, self.config(), handlers)?;
+        let versions = Versions::make(&self.tree)?;
+        versions.add(files)?;
+        say(&format!("podhull {} is installed", files.name()));
+        if !self.offline {
+            service::check(&self.tree)?;
+        }
+        let change = containerd::add(&self.tree, self.config(), handlers)?;
+        self.apply(&versions, change.into_iter().collect(), say)?;
+        for name in versions.prune(&self.tree)? {
+            say(&format!("podhull {name} is removed: no process has it"));
+        }
+        Ok(())
+    }
+
+    /// Takes all of it away, unless pods have it.
+    pub fn uninstall(&self, say: &mut dyn FnMut(&str)) -> Result<(), NodeError> {
+        let Some(versions) = Versions::find(&self.tree)? else {
+            say("podhull is not installed");
+            return Ok(());
+        };
+        self.refuse_if_used(&versions)?;
+        let changes = containerd::remove(&self.tree, self.config())?;
+        self.apply(&versions, changes, say)?;
+        // A pod may have begun before containerd knew.
+        self.refuse_if_used(&versions)?;
+        versions.remove()?;
+        say("podhull is removed");
+        Ok(())
+    }
+
+    fn config(&self) -> Option<&Path> {
+        self.config.as_deref()
+    }
+
+    fn refuse_if_used(&self, versions: &Versions) -> Result<(), NodeError> {
+        let used = versions.in_use(&self.tree)?;
+        match used.first() {
+            Some((first, _)) => Err(NodeError::InUse { count: used.len(), first: *first }),
+            None => Ok(()),
+        }
+    }
+
+    /// Changes containerd's files, and has it read them, also if only that is left from an earlier attempt.
+    fn apply(&self, versions: &Versions, changes: Vec<Change>, say: &mut dyn FnMut(&str)) -> Result<(), NodeError> {
+        let note = versions.note(TO_RESTART);
+        if !changes.is_empty() && !self.offline {
+            tree::replace(&note, 0o644, |_| Ok(())).map_err(|error| NodeError::file("write", note.clone(), error))?;
+        }
+        for change in changes {
+            match change {
+                Change::Write(path, text) => {
+                    self.tree.write(&path, &text)?;
+                    say(&format!("{} is changed", path.display()));
+                }
+                Change::Remove(path) => {
+                    self.tree.remove(&path)?;
+                    say(&format!("{} is removed", path.display()));
+                }
+            }
+        }
+        if !self.offline && note.exists() {
+            let service = service::restart(&self.tree)?;
+            say(&format!("{service} is restarted"));
+            std::fs::remove_file(&note).map_err(|error| NodeError::file("remove", note, error))?;
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,261 @@
+//! podhull on a node of Kubernetes: put there, told to containerd, and taken away.
+
+use std::fs;
+use std::path::Path;
+
+use k8s_cri::v1 as api;
+
+use super::{oci, podhull};
+use crate::containerd::{Containerd, Shim, check};
+use crate::cri::{Cri, container, resources};
+use crate::image;
+use crate::leaks::Leaks;
+use crate::run::{Ended, Running};
+use crate::suite::{Case, Scene};
+use crate::{Outcome, ensure, ensure_eq};
+
+pub const CASES: &[Case] = &[
+    podhull("deploy::containerd_is_told", containerd_is_told),
+    podhull("deploy::pods_keep_a_version", pods_keep_a_version),
+    podhull("deploy::the_image_installs", the_image_installs),
+    oci("deploy::the_overhead_is_enough", the_overhead_is_enough),
+    // With the others that need systemd.
+    podhull("systemd::containerd_of_a_node_is_restarted", containerd_of_a_node_is_restarted),
+];
+
+/// Where nodes have it.
+const DIRECTORY: &str = "/opt/podhull";
+const SHIM: &str = "/opt/podhull/current/bin/containerd-shim-podhull-v2";
+
+/// The files of an administrator: containerd reads both, and has the table of its plugin from the second alone or from both, by
+/// its version.
+const CONFIG: &str = "version = 2\nimports = [\"conf.d/*.toml\"]\n";
+const IMPORTED: &str = "version = 2\n[plugins.\"io.containerd.grpc.v1.cri\"]\nmax_container_log_line_size = 12345\n\
+    [plugins.\"io.containerd.grpc.v1.cri\".containerd.runtimes.other]\nruntime_type = \"io.containerd.runc.v2\"";
+
+fn run(words: &[&str]) -> Outcome<Ended> {
+    Running::start(&words.iter().map(Into::into).collect::<Vec<_>>(), &[])?.wait()
+}
+
+/// `podhull node`, changing files alone.
+fn node(scene: &Scene, words: &[&str]) -> Outcome<Ended> {
+    scene.call(&[&["node"], words, &["--offline"]].concat())
+}
+
+/// containerd itself, whichever is installed, understands what was written, and goes by the administrator's settings too.
+fn containerd_is_told(scene: &Scene) -> Outcome {
+    let tree = scene.make_directory("node")?;
+    for directory in ["etc/containerd/conf.d", "proc"] {
+        fs::create_dir_all(tree.join(directory))?;
+    }
+    let (config, imported) = (tree.join("etc/containerd/config.toml"), tree.join("etc/containerd/conf.d/cri.toml"));
+    // Absolute, since containerd does not look for relative patterns beside the file.
+    let first = CONFIG.replace("conf.d", &tree.join("etc/containerd/conf.d").to_string_lossy());
+    fs::write(&config, &first)?;
+    fs::write(&imported, IMPORTED)?;
+    let config_words = config.to_string_lossy().into_owned();
+    let seen = || run(&["containerd", "--config", &config_words, "config", "dump"])?.output();
+    let without = seen()?;
+    ensure!(!without.contains("runtimes.kata]") && without.contains("12345"), "before: {without}");
+
+    let words = ["install", "--config", &config_words, "--handler", "kata", "--handler", "podhull"];
+    let said = node(scene, &words)?.output()?;
+    ensure!(said.contains("cri.toml is changed"), "installing: {said}");
+    let with = seen()?;
+    for expected in
+        ["containerd.runtimes.kata]", "containerd.runtimes.podhull]", "containerd.runtimes.other]", "12345", SHIM]
+    {
+        ensure!(with.contains(expected), "no {expected} in {with}");
+    }
+    ensure_eq!(node(scene, &words)?.output()?.lines().count(), 1, "what is changed the second time");
+    node(scene, &["uninstall", "--config", &config_words])?.output()?;
+    ensure_eq!((fs::read_to_string(&config)?, &*fs::read_to_string(&imported)?), (first, IMPORTED), "files afterwards");
+    let after = seen()?;
+    ensure!(!after.contains("runtimes.kata]") && after.contains("12345"), "afterwards: {after}");
+    ensure!(!Path::new(DIRECTORY).exists(), "{DIRECTORY} is still there");
+    Ok(())
+}
+
+/// A pod is one of the version that it began with, and as long as it runs that is not taken away.
+fn pods_keep_a_version(scene: &Scene) -> Outcome {
+    let before = Leaks::watch();
+    let config = scene.directory.join("config.toml").to_string_lossy().into_owned();
+    node(scene, &["install", "--config", &config])?.output()?;
+    let containerd = Containerd::start(scene, Shim::Podhull)?;
+    let words = ["run", "-d", "--runtime", SHIM, image::WHOLE_NAME, "kept", "sleep", "1000"];
+    containerd.call(&words)?.output()?;
+    let kernel = ["task", "exec", "--exec-id", "kernel", "kept", "uname", "-r"];
+    ensure!(containerd.call(&kernel)?.output()?.contains("podhull"), "kernel of the container");
+
+    let refused = node(scene, &["uninstall", "--config", &config])?.expect_status(1)?;
+    ensure!(refused.stderr.contains("processes of podhull run on this node"), "refusal {:?}", refused.stderr);
+    ensure!(Path::new(SHIM).exists() && Path::new(&config).exists(), "something is gone");
+    containerd.call(&["task", "kill", "-s", "SIGKILL", "kept"])?.output()?;
+    super::containerd::stopped(&containerd, "kept")?;
+    containerd.call(&["task", "delete", "kept"])?;
+    containerd.call(&["container", "delete", "kept"])?.output()?;
+    containerd.end()?;
+
+    node(scene, &["uninstall", "--config", &config])?.output()?;
+    ensure!(!Path::new(DIRECTORY).exists() && !Path::new(&config).exists(), "something is left");
+    check(&before)
+}
+
+/// The image of the installer, as a container that has a node's files in a directory.
+fn the_image_installs(scene: &Scene) -> Outcome {
+    let before = Leaks::watch();
+    let (context, tree) = (scene.make_directory("context")?, scene.make_directory("node")?);
+    for (directory, files) in [("usr/bin", &["podhull"][..]), ("usr/lib/podhull", &["vmlinux", "guest.img"])] {
+        fs::create_dir_all(context.join(directory))?;
+        for file in files {
+            fs::copy(Path::new("/").join(directory).join(file), context.join(directory).join(file))?;
+        }
+    }
+    fs::write(context.join("Containerfile"), include_str!("../../../deploy/Containerfile"))?;
+    fs::create_dir(tree.join("proc"))?;
+    let storage = scene.make_directory("buildah")?;
+    let path = |name: &str| storage.join(name).to_string_lossy().into_owned();
+    let (root, runroot) = (path("root"), path("run"));
+    let own = [&["buildah", "--root", &root, "--runroot", &runroot][..], image::DRIVER].concat();
+    let call = |words: &[&str]| run(&[&own[..], words].concat())?.output();
+    call(&["build", "-q", "-t", "podhull-node", &context.to_string_lossy()])?;
+    call(&["from", "--pull-never", "--name", "work", "localhost/podhull-node"])?;
+    let volume = format!("{}:/host", tree.display());
+    let installer = |words: &[&str]| {
+        let container = ["run", "--isolation", "oci", "--runtime", "runc", "--network", "none", "-v", &volume, "work"];
+        call(&[&container[..], &["/usr/bin/podhull", "node"], words, &["--at", "/host", "--offline"]].concat())
+    };
+    installer(&["install", "--handler", "kata"])?;
+    let installed = tree.join("opt/podhull/current");
+    for file in ["bin/podhull", "lib/podhull/vmlinux", "lib/podhull/guest.img"] {
+        let (there, here) = (fs::read(installed.join(file))?, fs::read(Path::new("/usr").join(file))?);
+        ensure!(there == here, "{file} is another");
+    }
+    ensure!(installed.join("bin/containerd-shim-kata-v2").exists(), "no shim");
+    let config = fs::read_to_string(tree.join("etc/containerd/config.toml"))?;
+    ensure!(config.contains("runtimes.kata]") && !config.contains("runtimes.podhull]"), "configuration {config}");
+    installer(&["uninstall"])?;
+    ensure!(
+        !tree.join("opt/podhull").exists() && !tree.join("etc/containerd/config.toml").exists(),
+        "something is left"
+    );
+    call(&["rm", "work"])?;
+    before.check()
+}
+
+/// An installer that has the node's files in a directory reaches the node's own service, and restarts it only where its
+/// configuration has changed; what runs goes on.
+fn containerd_of_a_node_is_restarted(scene: &Scene) -> Outcome {
+    let before = Leaks::watch();
+    let path = |name: &str| scene.directory.join(name).display().to_string();
+    let (config, socket, host) = (path("config.toml"), path("socket"), path("host"));
+    let disabled =
+        ["btrfs", "zfs", "devmapper", "blockfile"].map(|name| format!("io.containerd.snapshotter.v1.{name}"));
+    let disabled =
+        [&disabled[..], &["io.containerd.grpc.v1.cri", "io.containerd.nri.v1.nri"].map(str::to_owned)].concat();
+    let original = format!(
+        "version = 2\nroot = {:?}\nstate = {:?}\ndisabled_plugins = {disabled:?}\n[grpc]\naddress = {socket:?}\n",
+        path("root"),
+        path("state"),
+    );
+    fs::write(&config, &original)?;
+    fs::create_dir(&host)?;
+    // As Debian's, without what it comes after.
+    let unit = Path::new("/run/systemd/system/containerd.service");
+    let service = format!(
+        "[Unit]\nDefaultDependencies=no\n[Service]\nType=notify\nExecStart=/usr/bin/containerd --config {config}\n\
+         KillMode=process\nDelegate=yes\n"
+    );
+    fs::write(unit, service)?;
+    run(&["systemctl", "daemon-reload"])?.output()?;
+    run(&["systemctl", "start", "containerd"])?.output()?;
+    let daemon = || super::systemd::property("containerd.service", "MainPID");
+    let ctr = |words: &[&str]| run(&[&["ctr", "--address", &socket], words].concat());
+    let program = scene.runtime.program().display().to_string();
+    let installer = |words: &str| {
+        // Busybox's leaves nothing in /run.
+        let script =
+            format!("busybox mount -o rbind / {host} && exec {program} node {words} --at {host} --config {config}");
+        run(&["unshare", "--mount", "sh", "-c", &script])
+    };
+
+    let first = daemon()?;
+    let said = installer("install --handler kata")?.output()?;
+    ensure!(said.contains("containerd is restarted"), "installing: {said}");
+    let second = daemon()?;
+    ensure!(second != first, "it is still {first}");
+    let archive = image::busybox(scene)?;
+    ctr(&["image", "import", &archive.to_string_lossy()])?.output()?;
+    ctr(&["run", "-d", "--runtime", SHIM, image::WHOLE_NAME, "kept", "sleep", "1000"])?.output()?;
+    let said = installer("install --handler kata")?.output()?;
+    ensure!(!said.contains("restarted") && daemon()? == second, "the second time: {said}");
+    let refused = installer("uninstall")?.expect_status(1)?;
+    ensure!(refused.stderr.contains("processes of podhull"), "refusal {:?}", refused.stderr);
+
+    let said = installer("install --handler kata --handler other")?.output()?;
+    ensure!(said.contains("containerd is restarted") && daemon()? != second, "another name: {said}");
+    let kernel = ["task", "exec", "--exec-id", "kernel", "kept", "uname", "-r"];
+    ensure!(ctr(&kernel)?.output()?.contains("podhull"), "kernel of the container");
+    ctr(&["task", "delete", "--force", "kept"])?;
+    ctr(&["container", "delete", "kept"])?.output()?;
+    let said = installer("uninstall")?.output()?;
+    ensure!(said.contains("containerd is restarted"), "uninstalling: {said}");
+    ensure_eq!(fs::read_to_string(&config)?, original, "configuration afterwards");
+    ensure!(!Path::new(DIRECTORY).exists(), "{DIRECTORY} is still there");
+    run(&["systemctl", "stop", "containerd"])?.output()?;
+    fs::remove_file(unit)?;
+    run(&["systemctl", "daemon-reload"])?.output()?;
+    check(&before)
+}
+
+/// Pods in the group that kubelet makes for them, limited to what their containers may have and the overhead of the runtime class,
+/// whose containers use all of theirs: nothing is killed for it.
+fn the_overhead_is_enough(scene: &Scene) -> Outcome {
+    let values = include_str!("../../../deploy/chart/values.yaml");
+    let overhead = values.lines().find_map(|line| line.trim().strip_prefix("memory: ")?.strip_suffix("Mi"));
+    let overhead: i64 = overhead.ok_or("no overhead among the chart's values")?.parse()?;
+    let cri = Cri::start(scene)?;
+    for (name, limits) in [("small", &[64_i64][..]), ("three", &[192, 128, 128])] {
+        let all = limits.iter().sum::<i64>();
+        let mut config = cri.pod_config(name)?;
+        let group = Path::new("/sys/fs/cgroup/kubepods").join(format!("pod-{name}"));
+        for above in ["/sys/fs/cgroup", "/sys/fs/cgroup/kubepods"] {
+            fs::write(Path::new(above).join("cgroup.subtree_control"), "+memory")?;
+        }
+        fs::write(group.join("memory.max"), ((all + overhead) << 20).to_string())?;
+        let bytes = |mebibytes: i64| api::LinuxContainerResources {
+            memory_limit_in_bytes: mebibytes << 20,
+            ..Default::default()
+        };
+        let linux = config.linux.get_or_insert_default();
+        (linux.resources, linux.overhead) = (Some(bytes(all)), Some(bytes(overhead)));
+        let pod = cri.run(config)?;
+        let mut ids = Vec::new();
+        for (index, limit) in limits.iter().enumerate() {
+            let mut config = container(&format!("c{index}"), &["sleep", "1000"]);
+            resources(&mut config).memory_limit_in_bytes = limit << 20;
+            ids.push(cri.launch(&pod, config)?);
+        }
+        for (id, limit) in ids.iter().zip(limits) {
+            // Files, which the guest keeps in what is left, and the host in the same group; and memory that stays.
+            cri.shell(id, "dd if=/dev/zero of=/file bs=1M count=200 2>/dev/null; cat /file >/dev/null")?;
+            let held = limit - 8;
+            let hold = format!("({{ head -c {held}M /dev/zero; sleep 1000; }} | tail -c {held}M) >/dev/null 2>&1 &");
+            cri.shell(id, &hold)?;
+            let anonymous = "awk '$1 == \"anon\" { print int($2 / 1048576) }' /sys/fs/cgroup/memory.stat";
+            cri.shell(id, &format!("until [ $({anonymous}) -ge {held} ]; do sleep 0.2; done"))?;
+        }
+        let read = |file: &str| fs::read_to_string(group.join(file));
+        let events = read("memory.events")?;
+        ensure!(events.contains("oom_kill 0\n"), "{name}: {events}");
+        let stat = read("memory.stat")?;
+        let value =
+            |name: &str| stat.lines().find_map(|line| line.strip_prefix(name)?.trim().parse::<i64>().ok()).unwrap_or(0);
+        let stays: i64 = ["anon ", "kernel ", "shmem "].into_iter().map(value).sum();
+        ensure!(stays < (all + overhead) << 20, "{name}: {stays} bytes stay of {all} MiB and {overhead} MiB");
+        ensure!(stays > (all - 16 * limits.len() as i64) << 20, "{name}: only {stays} bytes are held");
+        eprintln!("{name}: limits of {all} MiB, {} MiB beside that stay", (stays >> 20) - all);
+        cri.remove_pod(&pod)?;
+    }
+    cri.end()
+}
