@@ -30,6 +30,7 @@ mod start;
 mod starve;
 mod tree;
 mod update;
+mod users;
 mod view;
 mod volumes;
 mod watch;
@@ -53,6 +54,7 @@ pub use shadow::{FLAG as SHADOW_FLAG, Launch, NAME as SHADOW_NAME};
 pub use size::{Demand, MAX_CPUS, MAX_MEMORY, Sizing, host_cpus, host_memory};
 pub use start::{Run, RunError, run};
 pub use update::update;
+pub use users::Users;
 pub use watch::{Seen, stats, watch};
 
 /// The path of what is open, from the root of this process.
