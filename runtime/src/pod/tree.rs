@@ -3,11 +3,14 @@
 use std::fs;
 use std::io::{self, Write};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::path::Path;
 
 use oci_spec::runtime::LinuxIdMapping;
 use rustix::fs::{CWD, Mode, OFlags};
 use rustix::io::Errno;
-use rustix::mount::{MountFlags, MountPropagationFlags, OpenTreeFlags, mount, mount_change, open_tree};
+use rustix::mount::{
+    MountFlags, MountPropagationFlags, MoveMountFlags, OpenTreeFlags, mount, mount_change, move_mount, open_tree,
+};
 use rustix::process::{Pid, WaitOptions, waitpid};
 use rustix::thread::{UnshareFlags, unshare_unsafe};
 
@@ -75,6 +78,44 @@ impl Tree<'_> {
         };
         std::thread::scope(|scope| scope.spawn(make).join()).unwrap_or(Err(Errno::IO))
     }
+}
+
+/// A detached clone of a new overlay whose lower layers have other owners, the highest first; `options` are the others of the
+/// file system. It is not visible where the layers are.
+pub fn mapped_overlay(
+    layers: &[&Path],
+    owners: Owners<'_>,
+    flags: MountFlags,
+    options: &str,
+) -> Result<OwnedFd, Errno> {
+    let make = || {
+        // SAFETY: the mount namespace, root and working directory of this thread alone; no descriptor table is unshared.
+        unsafe { unshare_unsafe(UnshareFlags::FS | UnshareFlags::NEWNS) }?;
+        mount_change("/", MountPropagationFlags::PRIVATE | MountPropagationFlags::REC)?;
+        let sources = layers
+            .iter()
+            .map(|layer| rustix::fs::open(*layer, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty()));
+        let sources = sources.collect::<Result<Vec<_>, _>>()?;
+        // A place for each: an overlay takes its layers by paths, and with their mounts' owners.
+        mount("tmpfs", STAGE, "tmpfs", MountFlags::empty(), None)?;
+        let mut options = format!("{options}{}lowerdir=", if options.is_empty() { "" } else { "," });
+        for (index, source) in sources.iter().enumerate() {
+            let tree = Tree { recursive: false, read_only: true, all_read_only: false, owners: Some(owners) };
+            let (layer, path) = (tree.clone(source.as_fd())?, format!("{STAGE}/{index}"));
+            rustix::fs::mkdir(&path, Mode::RWXU)?;
+            move_mount(&layer, "", CWD, &path, MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH)?;
+            options += if index > 0 { ":" } else { "" };
+            options += &path;
+        }
+        let options = std::ffi::CString::new(options).map_err(|_| Errno::INVAL)?;
+        let path = format!("{STAGE}/overlay");
+        rustix::fs::mkdir(&path, Mode::RWXU)?;
+        mount("overlay", &path, "overlay", flags, Some(options.as_c_str()))?;
+        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let overlay = rustix::fs::open(&path, flags, Mode::empty())?;
+        Tree { recursive: false, read_only: false, all_read_only: false, owners: None }.clone(overlay.as_fd())
+    };
+    std::thread::scope(|scope| scope.spawn(make).join()).unwrap_or(Err(Errno::IO))
 }
 
 fn attributes(set: u64) -> libc::mount_attr {
@@ -154,7 +195,6 @@ pub fn with_user_namespace<T>(there: Option<&OwnedFd>, act: impl FnOnce(&str) ->
 mod tests {
     use super::*;
     use std::os::unix::fs::MetadataExt;
-    use std::path::Path;
 
     const PLAIN: Tree<'static> = Tree { recursive: true, read_only: false, all_read_only: false, owners: None };
 
