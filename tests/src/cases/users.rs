@@ -143,9 +143,7 @@ fn that_cannot_be_had_are_named(scene: &Scene) -> Outcome {
     let mut maker = maker.spawn()?;
     let path = format!("/proc/{}/ns/user", maker.id());
     let began = std::time::Instant::now();
-    while fs::read_to_string(format!("/proc/{}/gid_map", maker.id()))?.trim().split_whitespace().nth(1)
-        != Some("300000")
-    {
+    while fs::read_to_string(format!("/proc/{}/gid_map", maker.id()))?.split_whitespace().nth(1) != Some("300000") {
         ensure!(began.elapsed() < crate::run::DEADLINE, "unshare maps nobody");
         std::thread::sleep(std::time::Duration::from_millis(20));
     }
