@@ -125,6 +125,17 @@ impl Cri {
         }
     }
 
+    /// The first two numbers of containerd's version.
+    pub fn version(&self) -> Outcome<(u32, u32)> {
+        let request = api::VersionRequest { version: "v1".into() };
+        let text = self.call(async |mut client| client.version(request).await)?.runtime_version;
+        let mut numbers = text.trim_start_matches('v').split('.').map(|number| number.parse().ok());
+        match (numbers.next().flatten(), numbers.next().flatten()) {
+            (Some(major), Some(minor)) => Ok((major, minor)),
+            _ => Err(format!("containerd's version: {text:?}").into()),
+        }
+    }
+
     /// What a pod of this name is asked for with, as kubelet does.
     pub fn pod_config(&self, name: &str) -> Outcome<api::PodSandboxConfig> {
         let logs = self.directory.join("logs").join(name);

@@ -33,7 +33,7 @@ pub fn busybox_as(scene: &Scene, name: &str) -> Outcome<PathBuf> {
     fs::set_permissions(root.join("tmp"), fs::Permissions::from_mode(0o1777))?;
     // Users as in any image.
     fs::write(root.join("etc/passwd"), "root:x:0:0:root:/:/bin/sh\nother:x:1000:1000:other:/:/bin/sh\n")?;
-    fs::write(root.join("etc/group"), "root:x:0:\nother:x:1000:\n")?;
+    fs::write(root.join("etc/group"), "root:x:0:\nother:x:1000:\nextra:x:50000:other\n")?;
     archive(&directory, name, "/bin", &["sh"])
 }
 

@@ -45,6 +45,8 @@ pub enum LaunchError {
     Namespace(Errno),
     #[error("enter the namespaces of another container: {0}")]
     Enter(Errno),
+    #[error("make the container's init with the users of another container: {0}")]
+    Helper(io::Error),
 }
 
 /// Where the process is to be.
@@ -125,6 +127,9 @@ pub fn launch(
         waits_for_mappings: matches!(place, Place::New { namespaces, .. } if namespaces.user),
     };
     let (pid, pidfd) = match place {
+        Place::New { namespaces, shared, .. } if namespaces.has_users_of_another() => {
+            clone_among_users(shared, namespaces.clone_flags & !namespaces.shared_flags, cgroup, &handover)?
+        }
         Place::New { namespaces, shared, .. } => {
             clone_within(shared, namespaces.clone_flags & !namespaces.shared_flags, cgroup, &handover)?
         }
@@ -136,6 +141,7 @@ pub fn launch(
     let exit = reaper.exit_of(pid);
     if let Place::New { spec, namespaces, .. } = place
         && namespaces.user
+        && !namespaces.has_users_of_another()
     {
         namespaces::write_mappings(pid, spec)?;
     }
@@ -180,25 +186,54 @@ pub fn open_namespace(process: &str, kind: &str) -> Result<OwnedFd, LaunchError>
     rustix::fs::openat(CWD, path, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty()).map_err(LaunchError::Namespace)
 }
 
-fn clone(flags: u64, cgroup: &OwnedFd, handover: &Handover) -> io::Result<(Pid, OwnedFd)> {
-    /// `struct clone_args` of `linux/sched.h`.
-    #[repr(C)]
-    #[derive(Default)]
-    struct CloneArgs {
-        flags: u64,
-        pidfd: u64,
-        child_tid: u64,
-        parent_tid: u64,
-        exit_signal: u64,
-        stack: u64,
-        stack_size: u64,
-        tls: u64,
-        set_tid: u64,
-        set_tid_size: u64,
-        cgroup: u64,
+/// `struct clone_args` of `linux/sched.h`.
+#[repr(C)]
+#[derive(Default)]
+struct CloneArgs {
+    flags: u64,
+    pidfd: u64,
+    child_tid: u64,
+    parent_tid: u64,
+    exit_signal: u64,
+    stack: u64,
+    stack_size: u64,
+    tls: u64,
+    set_tid: u64,
+    set_tid_size: u64,
+    cgroup: u64,
+}
+
+impl CloneArgs {
+    /// `clone3(2)`: the number of the child, 0 in it, or -1.
+    ///
+    /// # Safety
+    ///
+    /// What the child does until `execve` or its end is system calls alone: it does not matter then what other threads held when
+    /// this process was copied. What the fields point at is there.
+    unsafe fn clone(&self) -> libc::c_long {
+        // SAFETY: the arguments are of the given size. Without CLONE_VM the child has a copy of this process and this stack.
+        unsafe { libc::syscall(libc::SYS_clone3, std::ptr::from_ref(self), size_of::<Self>()) }
     }
-    const CLONE_PIDFD: u64 = 0x1000;
-    const CLONE_INTO_CGROUP: u64 = 0x2_0000_0000;
+}
+
+/// The arguments that make the agent an init of this many further descriptors.
+struct Arguments([CString; 3]);
+
+impl Arguments {
+    fn of(handover: &Handover) -> Self {
+        let word = |word: &str| CString::new(word).unwrap_or_default();
+        Self([word("podhull-agent"), word(super::INIT_ARGUMENT), word(&handover.further.len().to_string())])
+    }
+
+    fn pointers(&self) -> [*const libc::c_char; 4] {
+        [self.0[0].as_ptr(), self.0[1].as_ptr(), self.0[2].as_ptr(), std::ptr::null()]
+    }
+}
+
+const CLONE_PIDFD: u64 = 0x1000;
+const CLONE_INTO_CGROUP: u64 = 0x2_0000_0000;
+
+fn clone(flags: u64, cgroup: &OwnedFd, handover: &Handover) -> io::Result<(Pid, OwnedFd)> {
     let mut pidfd: RawFd = -1;
     let args = CloneArgs {
         flags: flags | CLONE_PIDFD | CLONE_INTO_CGROUP,
@@ -207,12 +242,10 @@ fn clone(flags: u64, cgroup: &OwnedFd, handover: &Handover) -> io::Result<(Pid, 
         cgroup: cgroup.as_raw_fd() as u64,
         ..CloneArgs::default()
     };
-    let word = |word: &str| CString::new(word).unwrap_or_default();
-    let arguments = [word("podhull-agent"), word(super::INIT_ARGUMENT), word(&handover.further.len().to_string())];
-    let argv = [arguments[0].as_ptr(), arguments[1].as_ptr(), arguments[2].as_ptr(), std::ptr::null()];
-    // SAFETY: the arguments are of the given size. Without CLONE_VM the child has a copy of this process and this stack; it
-    // makes only system calls until execve or its end, so it does not matter what other threads held when it was copied.
-    let pid = unsafe { libc::syscall(libc::SYS_clone3, &raw const args, size_of_val(&args)) };
+    let arguments = Arguments::of(handover);
+    let argv = arguments.pointers();
+    // SAFETY: the child goes on in `become_init` alone; the pidfd outlives the call.
+    let pid = unsafe { args.clone() };
     if pid == 0 {
         // SAFETY: this is the child; the descriptors are open, and the arguments outlive the call.
         unsafe { become_init(handover, argv.as_ptr()) }
@@ -223,6 +256,78 @@ fn clone(flags: u64, cgroup: &OwnedFd, handover: &Handover) -> io::Result<(Pid, 
     let pid = Pid::from_raw(pid as i32).ok_or_else(|| io::Error::from(io::ErrorKind::InvalidData))?;
     // SAFETY: with CLONE_PIDFD the kernel put a new descriptor there.
     Ok((pid, unsafe { OwnedFd::from_raw_fd(pidfd) }))
+}
+
+/// A clone in the user namespace of another container, which the namespaces that are made with it belong to. A process with threads
+/// cannot enter one, and who is in one does not come back: so a helper does, whose clone is the agent's child as any other.
+fn clone_among_users(
+    shared: &[(&OwnedFd, u64)],
+    flags: u64,
+    cgroup: &OwnedFd,
+    handover: &Handover,
+) -> Result<(Pid, OwnedFd), LaunchError> {
+    const ENTER: i32 = 1;
+    const CLONE: i32 = 2;
+    let users = u64::from(libc::CLONE_NEWUSER.unsigned_abs());
+    // The users last: from then on the helper may enter what belongs to them, and nothing else.
+    let (last, first): (Vec<_>, Vec<_>) = shared.iter().copied().partition(|(_, flags)| *flags == users);
+    let entered: Vec<(RawFd, libc::c_int)> =
+        first.into_iter().chain(last).map(|(init, flags)| (init.as_raw_fd(), flags as libc::c_int)).collect();
+    let (said, says) =
+        rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC).map_err(|errno| LaunchError::Helper(errno.into()))?;
+    let helper = CloneArgs {
+        flags: CLONE_INTO_CGROUP,
+        exit_signal: libc::SIGCHLD as u64,
+        cgroup: cgroup.as_raw_fd() as u64,
+        ..CloneArgs::default()
+    };
+    // It is where the helper is.
+    let init = CloneArgs { flags: flags | libc::CLONE_PARENT as u64, ..CloneArgs::default() };
+    let arguments = Arguments::of(handover);
+    let argv = arguments.pointers();
+    // SAFETY: the child makes system calls alone, as below.
+    let child = unsafe { helper.clone() };
+    if child == 0 {
+        // SAFETY: this is the child: plain system calls, whose pointers are to its stack and to what was made before; the
+        // descriptors are open, and the arguments outlive the call.
+        unsafe {
+            let mut answer = [0, 0];
+            for &(init, flags) in &entered {
+                if libc::setns(init, flags) < 0 {
+                    answer = [-ENTER, *libc::__errno_location()];
+                    break;
+                }
+            }
+            if answer[0] == 0 {
+                match init.clone() {
+                    0 => become_init(handover, argv.as_ptr()),
+                    pid if pid < 0 => answer = [-CLONE, *libc::__errno_location()],
+                    pid => answer[0] = pid as i32,
+                }
+            }
+            libc::write(says.as_raw_fd(), answer.as_ptr().cast(), size_of_val(&answer));
+            libc::_exit(0)
+        }
+    }
+    if child < 0 {
+        return Err(LaunchError::Clone(io::Error::last_os_error()));
+    }
+    drop(says);
+    let mut answer = [0; 8];
+    // It has nothing to wait for: this is its word, or its end.
+    let length = rustix::io::retry_on_intr(|| rustix::io::read(&said, &mut answer))
+        .map_err(|errno| LaunchError::Helper(errno.into()))?;
+    let [what, why] = [0, 4].map(|at| i32::from_ne_bytes([answer[at], answer[at + 1], answer[at + 2], answer[at + 3]]));
+    match (length == answer.len(), what) {
+        (true, what) if what == -ENTER => Err(LaunchError::Enter(Errno::from_raw_os_error(why))),
+        (true, what) if what == -CLONE => Err(LaunchError::Clone(io::Error::from_raw_os_error(why))),
+        (true, pid) if pid > 0 => {
+            let pid = Pid::from_raw(pid).ok_or_else(|| LaunchError::Helper(io::ErrorKind::InvalidData.into()))?;
+            // A child of ours, which is not reaped before this step is over.
+            Ok((pid, pidfd_open(pid, PidfdFlags::empty()).map_err(LaunchError::Namespace)?))
+        }
+        _ => Err(LaunchError::Helper(io::ErrorKind::UnexpectedEof.into())),
+    }
 }
 
 /// The child between clone and execve: system calls alone.

@@ -20,7 +20,7 @@ pub enum NamespaceError {
     Missing { field: &'static str, kind: &'static str },
     #[error("linux.namespaces: user needs uidMappings and gidMappings")]
     NoMappings,
-    #[error("shared namespace: expected network, ipc, uts or pid, not {0:?}")]
+    #[error("shared namespace: expected network, ipc, uts, pid or user, not {0:?}")]
     NotShared(String),
     #[error("shared namespace: {0} is not in linux.namespaces, or there twice")]
     SharedMissing(String),
@@ -111,6 +111,11 @@ impl Namespaces {
         Ok(())
     }
 
+    /// Whether its users are another container's.
+    pub fn has_users_of_another(&self) -> bool {
+        self.shared_flags & u64::from(libc::CLONE_NEWUSER.unsigned_abs()) != 0
+    }
+
     /// Whether its network is its own.
     pub fn has_own_network(&self) -> bool {
         self.clone_flags & !self.shared_flags & u64::from(libc::CLONE_NEWNET.unsigned_abs()) != 0
@@ -124,6 +129,7 @@ pub fn shared_flag(kind: &str) -> Result<u64, NamespaceError> {
         "ipc" => libc::CLONE_NEWIPC,
         "uts" => libc::CLONE_NEWUTS,
         "pid" => libc::CLONE_NEWPID,
+        "user" => libc::CLONE_NEWUSER,
         _ => return Err(NamespaceError::NotShared(kind.into())),
     };
     Ok(u64::from(flag.unsigned_abs()))
@@ -184,6 +190,7 @@ mod tests {
         assert!(!namespaces.has_own_network());
         assert!(matches!(namespaces.share("network"), Err(NamespaceError::SharedMissing(_))));
         assert!(matches!(namespaces.share("ipc"), Err(NamespaceError::SharedMissing(_))));
+        assert!(!namespaces.has_users_of_another());
         assert!(matches!(namespaces.share("mount"), Err(NamespaceError::NotShared(_))));
     }
 

@@ -59,11 +59,11 @@ pub struct Arguments {
     #[arg(long, value_name = "SOCKET")]
     pidfd_socket: Option<PathBuf>,
 
-    /// SELinux label; taken for callers of runc, and left out: the virtual machine confines the program
+    /// SELinux label; a default one is taken for callers of runc, and left out: the virtual machine confines the program
     #[arg(long, value_name = "LABEL")]
     process_label: Option<String>,
 
-    /// AppArmor profile; taken for callers of runc, and left out: the virtual machine confines the program
+    /// AppArmor profile; a default one is taken for callers of runc, and left out: the virtual machine confines the program
     #[arg(long, value_name = "PROFILE")]
     apparmor: Option<String>,
 

@@ -243,7 +243,8 @@ impl<'a> Pod<'a> {
         handed: Handed,
     ) -> Result<Self, CreateError> {
         let Handed { terminal, inherited: Inherited { fds: descriptors, listening } } = handed;
-        let Wanted { joined: Joined { pod: member_of, shared, namespaces: joined }, placement, settings } = wanted;
+        let Wanted { joined: Joined { pod: member_of, shared, namespaces: joined, users }, placement, settings } =
+            wanted;
         let (mut machine, mounts) = match &member_of {
             None => (Some(Process::spawn()?), None),
             Some(pod) => (None, Some(pod.mounts()?.ok_or_else(|| CreateError::PodGone(pod.pod.clone()))?)),
@@ -256,6 +257,7 @@ impl<'a> Pod<'a> {
             terminal: terminal.is_some(),
             pod: member_of.clone(),
             shared,
+            users,
             namespaces: kinds.clone(),
             descriptors: descriptors.len(),
             listening,

@@ -1,5 +1,6 @@
 //! Namespaces that a specification names by their paths (`config-linux.md`, Namespaces): whose they are, and what follows. One that
-//! another container's shadow is in is that container's, and both are of one pod; a network namespace may be anybody's.
+//! another container's shadow is in is that container's, and both are of one pod; a network namespace may be anybody's, and so may
+//! a user namespace, whose mappings are taken then.
 
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
@@ -9,6 +10,7 @@ use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
 
 use super::link::Shared;
+use super::users::{Named, Users};
 use crate::spec::Config;
 use crate::state::{self, Known, Membership, StateError};
 
@@ -37,8 +39,8 @@ pub enum JoinError {
     },
     /// Containers of a pod do not share these.
     #[error(
-        "linux.namespaces[{index}].path: not supported: a {} namespace cannot be joined, only those of network, ipc, uts \
-         and pid",
+        "linux.namespaces[{index}].path: not supported: a {} namespace cannot be joined, only those of network, ipc, \
+         uts, pid and user",
         word(*kind)
     )]
     Kind {
@@ -60,6 +62,26 @@ pub enum JoinError {
         path: PathBuf,
         /// What it is.
         kind: LinuxNamespaceType,
+    },
+    /// Its users are those of the host, or of the machine.
+    #[error(
+        "linux.namespaces[{index}].path: {path:?} is the host's user namespace: leave the entry out for a container without one"
+    )]
+    HostUsers {
+        /// Place in the list.
+        index: usize,
+        /// As written.
+        path: PathBuf,
+    },
+    /// What its users are cannot be seen.
+    #[error("linux.namespaces[{index}].path: cannot look at the users of {path:?}: {source}")]
+    Users {
+        /// Place in the list.
+        index: usize,
+        /// As written.
+        path: PathBuf,
+        /// Why.
+        source: std::io::Error,
     },
     /// It would be the virtual machine's, and not the host's.
     #[error(
@@ -106,6 +128,8 @@ pub struct Joined {
     pub shared: Vec<Shared>,
     /// Namespaces of the host for its shadow.
     pub namespaces: Vec<(LinuxNamespaceType, OwnedFd)>,
+    /// Its users, if its user namespace is there already.
+    pub users: Option<Users>,
 }
 
 /// Looks up all namespaces that have a path.
@@ -126,8 +150,20 @@ pub fn look_up(root: &Path, config: &Config) -> Result<Joined, JoinError> {
             Some(known) => known,
             none => none.insert(state::list(root)?),
         };
-        match known.iter().find(|known| is_in(known, kind, &fd)) {
+        let users = |source| JoinError::Users { index, path: path.clone(), source };
+        let named = match kind {
+            LinuxNamespaceType::User => Some(Named::new(path, &fd).map_err(users)?),
+            _ => None,
+        };
+        match known
+            .iter()
+            .find(|known| named.as_ref().map_or_else(|| is_in(known, kind, &fd), |named| named.is_of(known)))
+        {
             Some(owner) => {
+                if kind == LinuxNamespaceType::User {
+                    let users = owner.state.users.clone();
+                    joined.users = Some(users.ok_or_else(|| JoinError::HostUsers { index, path: path.clone() })?);
+                }
                 let pod = owner.state.pod().ok_or_else(|| JoinError::Gone { index, pod: owner.state.id.clone() })?;
                 match &joined.pod {
                     Some(other) if other.pod != pod.pod => {
@@ -137,6 +173,12 @@ pub fn look_up(root: &Path, config: &Config) -> Result<Joined, JoinError> {
                     _ => joined.pod = Some(pod),
                 }
                 joined.shared.push(Shared { kind, container: owner.state.id.clone() });
+            }
+            None if kind == LinuxNamespaceType::User => {
+                if is_same("/proc/self/ns/user", &fd) {
+                    return Err(JoinError::HostUsers { index, path: path.clone() });
+                }
+                joined.users = Some(Users::of_namespace(&fd).map_err(users)?);
             }
             None if kind != LinuxNamespaceType::Network => {
                 return Err(JoinError::Nobodys { index, path: path.clone(), kind });
@@ -151,8 +193,8 @@ pub fn look_up(root: &Path, config: &Config) -> Result<Joined, JoinError> {
 
 /// Types that containers of a pod may share.
 fn is_shareable(kind: LinuxNamespaceType) -> bool {
-    use LinuxNamespaceType::{Ipc, Network, Pid, Uts};
-    matches!(kind, Network | Ipc | Uts | Pid)
+    use LinuxNamespaceType::{Ipc, Network, Pid, User, Uts};
+    matches!(kind, Network | Ipc | Uts | Pid | User)
 }
 
 /// The type as the specification writes it; what the kernel calls it is its `Display`.
@@ -237,9 +279,8 @@ mod tests {
         for path in ["/dev/zero", "/etc/passwd", "/proc/self/ns/uts"] {
             assert_eq!(error("network", path), format!("linux.namespaces[1].path: {path:?} is no network namespace"));
         }
-        for (kind, path) in [("cgroup", "/proc/self/ns/cgroup"), ("user", "/proc/self/ns/user")] {
-            assert!(error(kind, path).contains(&format!("a {kind} namespace cannot be joined")));
-        }
+        assert!(error("cgroup", "/proc/self/ns/cgroup").contains("a cgroup namespace cannot be joined"));
+        assert!(error("user", "/proc/self/ns/user").contains("is the host's user namespace"));
         assert!(error("ipc", "/proc/self/ns/ipc").contains("the ipc namespace of no podhull container"));
     }
 

@@ -12,6 +12,7 @@ use serde::{Deserialize, Serialize};
 use tokio::io::unix::AsyncFd;
 
 use super::network::Wiring;
+use super::users::Users;
 use crate::config::Settings;
 use crate::state::Membership;
 
@@ -62,6 +63,8 @@ pub struct Begin {
     pub pod: Option<Membership>,
     /// Namespaces that are other containers' of that pod.
     pub shared: Vec<Shared>,
+    /// Its users, if its user namespace is another container's or the caller's.
+    pub users: Option<Users>,
     /// Types of the namespaces that are attached.
     pub namespaces: Vec<LinuxNamespaceType>,
     /// How many descriptors are attached that the program is to have beyond its standard streams, and how many of them are

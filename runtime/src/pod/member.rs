@@ -28,7 +28,7 @@ pub fn run(run: &Run<'_>, given: Given) -> Result<u8, RunError> {
     if run.guest_console.is_some() {
         return Err(RunError::ConsoleOfAnother(pod.pod.clone()));
     }
-    let mut bundle = run.open_bundle()?;
+    let mut bundle = run.open_bundle(&begin)?;
     bundle.config.add_environment(descriptors::environment(begin.listening));
     let descriptors = descriptors::prepare(descriptors, &descriptors::directory(run.id))?;
     let limit = memory_limit(bundle.config.spec());

@@ -31,6 +31,7 @@ mod start;
 mod starve;
 mod tree;
 mod update;
+mod users;
 mod view;
 mod volumes;
 mod watch;
@@ -53,7 +54,9 @@ pub use resources::{IMAGE, KERNEL, LIBRARY, ResourceError, image, kernel, librar
 pub use shadow::{FLAG as SHADOW_FLAG, Launch, NAME as SHADOW_NAME};
 pub use size::{Demand, MAX_CPUS, MAX_MEMORY, Sizing, host_cpus, host_memory};
 pub use start::{Run, RunError, run};
+pub use tree::{Owners, Tree, mapped_overlay, user_namespace};
 pub use update::update;
+pub use users::Users;
 pub use watch::{Seen, stats, watch};
 
 /// The path of what is open, from the root of this process.

@@ -31,6 +31,7 @@ use super::session::{Outcome, Session, Step};
 use super::size::{Demand, Size, SizeError, memory_limit};
 use super::sockets::{Socket, Sockets};
 use super::starve::starve;
+use super::users::Users;
 use super::view::{Entered, View, ViewError, namespaces};
 use crate::agent::{self, Agent, AgentError, Exit};
 use crate::bundle::{Bundle, BundleError};
@@ -166,7 +167,7 @@ pub fn run(run: &Run<'_>) -> Result<u8, RunError> {
     }
     let Given { begin, channel, terminal, namespaces: joined, descriptors, .. } = given;
     let channel = channel.ok_or(RunError::NoMachine)?;
-    let mut bundle = run.open_bundle()?;
+    let mut bundle = run.open_bundle(&begin)?;
     bundle.config.add_environment(descriptors::environment(begin.listening));
     let descriptors = descriptors::prepare(descriptors, &descriptors::directory(run.id))?;
     let limit = memory_limit(bundle.config.spec());
@@ -276,9 +277,13 @@ pub fn run(run: &Run<'_>) -> Result<u8, RunError> {
 
 impl Run<'_> {
     /// Reads the bundle.
-    pub fn open_bundle(&self) -> Result<Bundle, RunError> {
+    pub fn open_bundle(&self, begin: &Begin) -> Result<Bundle, RunError> {
         state::check_id(self.id)?;
-        let bundle = Bundle::open(self.bundle)?;
+        let mut bundle = Bundle::open(self.bundle)?;
+        if let Some(users) = &begin.users {
+            // Callers that name a namespace may say anything of its mappings.
+            bundle.config.set_mappings(&users.uid_mappings, &users.gid_mappings);
+        }
         for remark in bundle.config.remarks() {
             self.log.debug(|| format!("config.json: {remark}"));
         }
@@ -293,6 +298,7 @@ impl Run<'_> {
         let mut state = State::new(self.id, begin.pid, &bundle.path, &bundle.root_path, annotations);
         state.machine = begin.machine.map(state::Machine::of);
         state.member_of = begin.pod.clone();
+        state.users = begin.users.clone().or_else(|| Users::of(&bundle.config));
         state.hooks = spec.hooks().as_ref().and_then(hooks::later);
         state.place(placement.as_ref());
         state.demand = Demand::of(spec);

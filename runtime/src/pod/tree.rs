@@ -3,11 +3,14 @@
 use std::fs;
 use std::io::{self, Write};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::path::Path;
 
 use oci_spec::runtime::LinuxIdMapping;
 use rustix::fs::{CWD, Mode, OFlags};
 use rustix::io::Errno;
-use rustix::mount::{MountFlags, MountPropagationFlags, OpenTreeFlags, mount, mount_change, open_tree};
+use rustix::mount::{
+    MountFlags, MountPropagationFlags, MoveMountFlags, OpenTreeFlags, mount, mount_change, move_mount, open_tree,
+};
 use rustix::process::{Pid, WaitOptions, waitpid};
 use rustix::thread::{UnshareFlags, unshare_unsafe};
 
@@ -77,6 +80,44 @@ impl Tree<'_> {
     }
 }
 
+/// A detached clone of a new overlay whose lower layers have other owners, the highest first; `options` are the others of the
+/// file system. It is not visible where the layers are.
+pub fn mapped_overlay(
+    layers: &[&Path],
+    owners: Owners<'_>,
+    flags: MountFlags,
+    options: &str,
+) -> Result<OwnedFd, Errno> {
+    let make = || {
+        // SAFETY: the mount namespace, root and working directory of this thread alone; no descriptor table is unshared.
+        unsafe { unshare_unsafe(UnshareFlags::FS | UnshareFlags::NEWNS) }?;
+        mount_change("/", MountPropagationFlags::PRIVATE | MountPropagationFlags::REC)?;
+        let sources = layers
+            .iter()
+            .map(|layer| rustix::fs::open(*layer, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty()));
+        let sources = sources.collect::<Result<Vec<_>, _>>()?;
+        // A place for each: an overlay takes its layers by paths, and with their mounts' owners.
+        mount("tmpfs", STAGE, "tmpfs", MountFlags::empty(), None)?;
+        let mut options = format!("{options}{}lowerdir=", if options.is_empty() { "" } else { "," });
+        for (index, source) in sources.iter().enumerate() {
+            let tree = Tree { recursive: false, read_only: true, all_read_only: false, owners: Some(owners) };
+            let (layer, path) = (tree.clone(source.as_fd())?, format!("{STAGE}/{index}"));
+            rustix::fs::mkdir(&path, Mode::RWXU)?;
+            move_mount(&layer, "", CWD, &path, MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH)?;
+            options += if index > 0 { ":" } else { "" };
+            options += &path;
+        }
+        let options = std::ffi::CString::new(options).map_err(|_| Errno::INVAL)?;
+        let path = format!("{STAGE}/overlay");
+        rustix::fs::mkdir(&path, Mode::RWXU)?;
+        mount("overlay", &path, "overlay", flags, Some(options.as_c_str()))?;
+        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let overlay = rustix::fs::open(&path, flags, Mode::empty())?;
+        Tree { recursive: false, read_only: false, all_read_only: false, owners: None }.clone(overlay.as_fd())
+    };
+    std::thread::scope(|scope| scope.spawn(make).join()).unwrap_or(Err(Errno::IO))
+}
+
 fn attributes(set: u64) -> libc::mount_attr {
     libc::mount_attr { attr_set: set, attr_clr: 0, propagation: 0, userns_fd: 0 }
 }
@@ -100,15 +141,34 @@ fn set(mount: BorrowedFd<'_>, flags: libc::c_int, attributes: &libc::mount_attr)
 
 /// A user namespace with these mappings, which no process is in.
 pub fn user_namespace(users: &[LinuxIdMapping], groups: &[LinuxIdMapping]) -> io::Result<OwnedFd> {
+    with_user_namespace(None, |process| {
+        for (file, mappings) in [("uid_map", users), ("gid_map", groups)] {
+            let lines: String = mappings
+                .iter()
+                .map(|one| format!("{} {} {}\n", one.container_id(), one.host_id(), one.size()))
+                .collect();
+            // In one call: a second one is refused.
+            fs::OpenOptions::new().write(true).open(format!("/proc/{process}/{file}"))?.write_all(lines.as_bytes())?;
+        }
+        Ok(fs::File::open(format!("/proc/{process}/ns/user"))?.into())
+    })
+}
+
+/// Does something while a process, which does nothing, is in a user namespace that is there, or in a new one; it is given the
+/// process's number.
+pub fn with_user_namespace<T>(there: Option<&OwnedFd>, act: impl FnOnce(&str) -> io::Result<T>) -> io::Result<T> {
     let (gone, ours) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC)?;
     let (named, name) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC)?;
+    let flags = if there.is_none() { libc::CLONE_NEWUSER } else { 0 };
     // SAFETY: the child makes system calls only, until it ends: it takes no lock that a thread of ours may hold.
-    let child = unsafe { libc::syscall(libc::SYS_clone, libc::CLONE_NEWUSER | libc::SIGCHLD, 0, 0, 0, 0) };
+    let child = unsafe { libc::syscall(libc::SYS_clone, flags | libc::SIGCHLD, 0, 0, 0, 0) };
     if child == 0 {
         drop(ours);
         // Its number as procfs has it, which is not the one that `clone` says if this process is in a pid namespace.
         let mut own = [0; 16];
-        if let Ok(length) = rustix::fs::readlinkat_raw(CWD, "/proc/self", &mut own[..]) {
+        // SAFETY: the call takes no pointers.
+        let entered = there.is_none_or(|there| unsafe { libc::setns(there.as_raw_fd(), libc::CLONE_NEWUSER) } == 0);
+        if entered && let Ok(length) = rustix::fs::readlinkat_raw(CWD, "/proc/self", &mut own[..]) {
             let _ = rustix::io::write(&name, &own[..length]);
             let _ = rustix::io::read(&gone, &mut [0; 1]);
         }
@@ -118,31 +178,23 @@ pub fn user_namespace(users: &[LinuxIdMapping], groups: &[LinuxIdMapping]) -> io
     let child = i32::try_from(child).ok().and_then(Pid::from_raw);
     let child = child.ok_or_else(io::Error::last_os_error)?;
     drop((gone, name));
-    let made = || {
+    let act = || {
         let mut number = [0; 16];
-        let count = rustix::io::read(&named, &mut number)?;
-        let number = std::str::from_utf8(&number[..count]).map_err(io::Error::other)?;
-        for (file, mappings) in [("uid_map", users), ("gid_map", groups)] {
-            let lines: String = mappings
-                .iter()
-                .map(|one| format!("{} {} {}\n", one.container_id(), one.host_id(), one.size()))
-                .collect();
-            // In one call: a second one is refused.
-            fs::OpenOptions::new().write(true).open(format!("/proc/{number}/{file}"))?.write_all(lines.as_bytes())?;
+        match rustix::io::read(&named, &mut number)? {
+            0 => Err(io::Error::other("it cannot be entered")),
+            count => act(std::str::from_utf8(&number[..count]).map_err(io::Error::other)?),
         }
-        fs::File::open(format!("/proc/{number}/ns/user"))
     };
-    let made = made();
+    let done = act();
     drop(ours);
     waitpid(Some(child), WaitOptions::empty())?;
-    Ok(made?.into())
+    done
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use std::os::unix::fs::MetadataExt;
-    use std::path::Path;
 
     const PLAIN: Tree<'static> = Tree { recursive: true, read_only: false, all_read_only: false, owners: None };
 

@@ -82,7 +82,8 @@ pub struct View {
     pub places: Vec<(PathBuf, Place)>,
     /// Namespaces that are its own; the mount namespace always is.
     pub namespaces: UnshareFlags,
-    /// Those that are there already. Which pid namespace a process is in was decided before.
+    /// Those that are there already. Which pid namespace a process is in was decided before, and a user namespace is only held
+    /// ([`users`](super::users)).
     pub joined: Vec<(LinuxNamespaceType, OwnedFd)>,
     /// Host name in its UTS namespace.
     pub hostname: Option<String>,
@@ -101,7 +102,9 @@ impl View {
     /// Moves this process into new namespaces with the container's root. It must have one thread, and have opened what it
     /// needs of the host: no path of it can be named afterwards.
     pub fn enter(mut self) -> Result<Entered, ViewError> {
-        for (kind, namespace) in self.joined.iter().filter(|(kind, _)| *kind != LinuxNamespaceType::Pid) {
+        let (users, joined): (Vec<_>, Vec<_>) =
+            self.joined.into_iter().partition(|(kind, _)| *kind == LinuxNamespaceType::User);
+        for (kind, namespace) in joined.iter().filter(|(kind, _)| *kind != LinuxNamespaceType::Pid) {
             step("setns", move_into_link_name_space(namespace.as_fd(), link_type(*kind)))?;
         }
         // SAFETY: the process has one thread; no descriptor table is unshared.
@@ -132,13 +135,15 @@ impl View {
         step("pivot_root", pivot_root(".", "."))?;
         step("umount of the host's root", unmount(".", UnmountFlags::DETACH))?;
         step("chdir", chdir("/"))?;
-        Ok(Entered { places })
+        Ok(Entered { places, _users: users })
     }
 }
 
 /// A process that is apart from the host, and may still change what is found behind it.
 pub struct Entered {
     places: Vec<(PathBuf, OwnedFd)>,
+    /// The user namespace that was named for the container.
+    _users: Vec<(LinuxNamespaceType, OwnedFd)>,
 }
 
 impl Entered {

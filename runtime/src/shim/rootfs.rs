@@ -2,12 +2,20 @@
 
 use std::ffi::CString;
 use std::io;
+use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 
 use containerd_shim_protos::api::Mount;
+use oci_spec::runtime::{LinuxIdMapping, LinuxIdMappingBuilder};
+use rustix::fs::{CWD, Mode, OFlags};
 use rustix::io::Errno;
-use rustix::mount::{MountFlags, UnmountFlags, mount, mount_bind, mount_bind_recursive, mount_remount, unmount};
+use rustix::mount::{
+    MountFlags, MoveMountFlags, UnmountFlags, mount, mount_bind, mount_bind_recursive, mount_remount, move_mount,
+    unmount,
+};
 use rustix::thread::{UnshareFlags, unshare_unsafe};
+
+use crate::pod::{Owners, Tree, mapped_overlay, user_namespace};
 
 /// What mount(2) takes of a file system's own options: a page, with its end.
 const MAX_DATA: usize = 4096;
@@ -44,6 +52,9 @@ pub enum RootfsError {
     /// The kernel says no.
     #[error("rootfs: cannot mount {0} at {1}: {2}")]
     Mount(String, PathBuf, #[source] Errno),
+    /// Its files cannot be given other owners.
+    #[error("rootfs: cannot give it the owners {0}: {1}")]
+    Owners(String, #[source] io::Error),
     /// The directory.
     #[error("rootfs: {0}: {1}")]
     Directory(PathBuf, #[source] io::Error),
@@ -91,7 +102,10 @@ fn mount_one(wanted: &Mount, target: &Path) -> Result<(), RootfsError> {
     if !wanted.target.is_empty() {
         return Err(RootfsError::Unsupported(format!("a mount at {:?} in it", wanted.target)));
     }
-    let Options { flags, bind, data } = Options::of(wanted)?;
+    let Options { flags, bind, data, owners } = Options::of(wanted)?;
+    if let Some(owners) = &owners {
+        return mount_mapped(wanted, target, flags, bind, &data, owners);
+    }
     let wrong = |errno| RootfsError::Mount(format!("{} {}", wanted.type_, wanted.source), target.to_owned(), errno);
     match bind {
         Some(recursive) => {
@@ -122,6 +136,61 @@ fn mount_one(wanted: &Mount, target: &Path) -> Result<(), RootfsError> {
     }
 }
 
+/// Mounts it with the owners that its files have for the container's users: those of an overlay's lower layers, which are many
+/// containers' (the upper one was made with them), or of all.
+fn mount_mapped(
+    wanted: &Mount,
+    target: &Path,
+    flags: MountFlags,
+    bind: Option<bool>,
+    data: &str,
+    [users, groups]: &[String; 2],
+) -> Result<(), RootfsError> {
+    let said = || format!("{users} and {groups}");
+    let no = |why: &str| RootfsError::Owners(said(), io::Error::other(why));
+    let namespace = match (mappings(users), mappings(groups)) {
+        (Some(users), Some(groups)) => {
+            user_namespace(&users, &groups).map_err(|error| RootfsError::Owners(said(), error))?
+        }
+        _ => return Err(no("expected uidmap=INSIDE:OUTSIDE:COUNT, and gidmap")),
+    };
+    let owners = Owners { namespace: namespace.as_fd(), all: bind == Some(true) };
+    let made = match bind {
+        Some(recursive) => {
+            let read_only = flags.contains(MountFlags::RDONLY);
+            let tree = Tree { recursive, read_only, all_read_only: false, owners: Some(owners) };
+            rustix::fs::open(&*wanted.source, OFlags::PATH | OFlags::CLOEXEC, Mode::empty())
+                .and_then(|source| tree.clone(source.as_fd()))
+        }
+        None if wanted.type_ == "overlay" => {
+            let (layers, others): (Vec<&str>, Vec<&str>) =
+                data.split(',').partition(|option| option.starts_with("lowerdir="));
+            let layers: Vec<&Path> = layers
+                .iter()
+                .flat_map(|option| option.trim_start_matches("lowerdir=").split(':'))
+                .map(Path::new)
+                .collect();
+            if layers.is_empty() {
+                return Err(no("an overlay without a lower layer"));
+            }
+            mapped_overlay(&layers, owners, flags, &others.join(","))
+        }
+        None => return Err(no(&format!("a mount of type {:?}", wanted.type_))),
+    };
+    made.and_then(|tree| move_mount(&tree, "", CWD, target, MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH))
+        .map_err(|errno| RootfsError::Owners(said(), errno.into()))
+}
+
+/// containerd's words for mappings: `INSIDE:OUTSIDE:COUNT`, several with commas between.
+fn mappings(text: &str) -> Option<Vec<LinuxIdMapping>> {
+    let one = |text: &str| {
+        let numbers: Vec<u32> = text.split(':').map(str::parse).collect::<Result<_, _>>().ok()?;
+        let &[inside, outside, size] = &numbers[..] else { return None };
+        LinuxIdMappingBuilder::default().container_id(inside).host_id(outside).size(size).build().ok()
+    };
+    text.split(',').map(one).collect()
+}
+
 /// Options of a mount, by whose they are.
 #[derive(Debug, PartialEq, Eq)]
 struct Options {
@@ -130,17 +199,26 @@ struct Options {
     bind: Option<bool>,
     /// The file system's own.
     data: String,
+    /// Whose files are whose: mappings of users and of groups.
+    owners: Option<[String; 2]>,
 }
 
 impl Options {
     fn of(mount: &Mount) -> Result<Self, RootfsError> {
-        let mut read =
-            Self { flags: MountFlags::empty(), bind: (mount.type_ == "bind").then_some(false), data: String::new() };
+        let bind = (mount.type_ == "bind").then_some(false);
+        let mut read = Self { flags: MountFlags::empty(), bind, data: String::new(), owners: None };
+        let of = |name| mount.options.iter().find_map(|option| option.strip_prefix(name)).map(str::to_owned);
+        read.owners = match (of("uidmap="), of("gidmap=")) {
+            (Some(users), Some(groups)) => Some([users, groups]),
+            (None, None) => None,
+            _ => return Err(RootfsError::Unsupported("one of the options uidmap and gidmap without the other".into())),
+        };
         for option in &mount.options {
             match option.as_str() {
                 "bind" => read.bind = Some(read.bind.unwrap_or_default()),
                 "rbind" => read.bind = Some(true),
                 "defaults" => {}
+                _ if option.starts_with("uidmap=") || option.starts_with("gidmap=") => {}
                 "loop" | "remount" | "private" | "shared" | "slave" | "rprivate" | "rshared" | "rslave" => {
                     return Err(RootfsError::Unsupported(format!("option {option}")));
                 }
@@ -206,17 +284,65 @@ mod tests {
             Options {
                 flags: MountFlags::RDONLY,
                 bind: None,
-                data: "index=off,workdir=/w,upperdir=/u,lowerdir=/a:/b".into()
+                data: "index=off,workdir=/w,upperdir=/u,lowerdir=/a:/b".into(),
+                owners: None,
             }
         );
         assert_eq!(of("bind", &["rbind", "rw"]).unwrap().bind, Some(true));
         assert_eq!(
             of("bind", &["ro"]).unwrap(),
-            Options { flags: MountFlags::RDONLY, bind: Some(false), data: String::new() }
+            Options { flags: MountFlags::RDONLY, bind: Some(false), data: String::new(), owners: None }
         );
+        let mapped = of("overlay", &["uidmap=0:5:9,9:1:1", "gidmap=0:6:9", "lowerdir=/a"]).unwrap();
+        assert_eq!((mapped.owners, &*mapped.data), (Some(["0:5:9,9:1:1".into(), "0:6:9".into()]), "lowerdir=/a"));
+        assert!(of("overlay", &["uidmap=0:5:9"]).unwrap_err().to_string().contains("without the other"));
+        assert_eq!(mappings("0:5:9,9:1:1").unwrap().len(), 2);
+        for wrong in ["", "0:5", "0:5:x", "0:5:9,"] {
+            assert!(mappings(wrong).is_none(), "{wrong:?}");
+        }
         for (kind, option) in [("ext4", "loop"), ("erofs", "X-containerd.dmverity=x"), ("bind", "size=1")] {
             assert!(of(kind, &[option]).unwrap_err().to_string().contains(option), "{option}");
         }
+    }
+
+    #[test]
+    fn layers_have_the_owners_that_are_asked_for() {
+        if !rustix::process::geteuid().is_root() {
+            return;
+        }
+        let base = tempfile::tempdir_in(env!("CARGO_MANIFEST_DIR")).unwrap();
+        let at = |name: &str| base.path().join(name);
+        for name in ["high", "low", "upper", "work", "bundle"] {
+            std::fs::create_dir(at(name)).unwrap();
+        }
+        std::fs::write(at("low/file"), "low").unwrap();
+        std::fs::write(at("high/file"), "high").unwrap();
+        std::os::unix::fs::chown(at("low"), Some(3), Some(4)).unwrap();
+        std::fs::write(at("low/other"), "").unwrap();
+        std::os::unix::fs::chown(at("low/other"), Some(3), Some(4)).unwrap();
+        let word = |name: &str, path: &str| format!("{name}={}", at(path).display());
+        let lower = format!("{}:{}", word("lowerdir", "high"), at("low").display());
+        let options =
+            [&*word("workdir", "work"), &word("upperdir", "upper"), &lower, "uidmap=0:5000:10", "gidmap=0:6000:10"];
+        let owner = |name: &str| {
+            let stat = rustix::fs::stat(at("bundle/rootfs").join(name)).unwrap();
+            (stat.st_uid, stat.st_gid)
+        };
+        match mount_all(&at("bundle"), &[mount_of("overlay", &options)]) {
+            // This directory may be on a file system that cannot be an upper layer.
+            Err(RootfsError::Owners(..)) if !Path::new("/sys/module/overlay").exists() => return,
+            mounted => mounted.unwrap(),
+        }
+        let seen = (owner("file"), owner("other"), std::fs::read_to_string(at("bundle/rootfs/file")).unwrap());
+        unmount_all(&at("bundle")).unwrap();
+        assert_eq!(seen, ((5000, 6000), (5003, 6004), "high".to_owned()));
+
+        let mut bind = mount_of("bind", &["rbind", "ro", "uidmap=0:5000:10", "gidmap=0:6000:10"]);
+        bind.source = at("low").display().to_string();
+        mount_all(&at("bundle"), &[bind]).unwrap();
+        let seen = (owner("other"), std::fs::write(at("bundle/rootfs/new"), "").is_err());
+        unmount_all(&at("bundle")).unwrap();
+        assert_eq!(seen, ((5003, 6004), true));
     }
 
     #[test]

@@ -23,7 +23,11 @@ pub enum Fate {
 
 use Fate::{Enforced, Host, LeftOut, Refused};
 
-const LSM: &str = "it confines a process of the host, and this one is in the virtual machine";
+const PROFILE: &str = "a default profile of callers (docker-default, cri-containerd.apparmor.d, nerdctl-default, crio-default, \
+     containers-default-VERSION) confines a process of the host, and this one is in the virtual machine; unconfined is as it \
+     says; any other is refused";
+const PROCESS_LABEL: &str = "one of a default type (container_t, svirt_lxc_net_t, container_init_t, container_kvm_t, svirt_kvm_net_t, \
+     spc_t) confines a process of the host, and this one is in the virtual machine; any other is refused";
 const LABEL: &str = "it guards files against processes of the host, and who uses them here is in the virtual machine";
 const CGROUP_V1: &str = "cgroup v2, which every pod uses, has no such control";
 const HOST_DEVICE: &str = "host devices are not passed into the pod yet";
@@ -69,7 +73,7 @@ pub const FIELDS: &[(&str, Fate)] = &[
     ("process.rlimits[].type", Enforced),
     ("process.rlimits[].soft", Enforced),
     ("process.rlimits[].hard", Enforced),
-    ("process.apparmorProfile", LeftOut(LSM)),
+    ("process.apparmorProfile", LeftOut(PROFILE)),
     ("process.capabilities", Enforced),
     ("process.capabilities.bounding", Enforced),
     ("process.capabilities.bounding[]", Enforced),
@@ -92,7 +96,7 @@ pub const FIELDS: &[(&str, Fate)] = &[
     ("process.scheduler.runtime", Enforced),
     ("process.scheduler.deadline", Enforced),
     ("process.scheduler.period", Enforced),
-    ("process.selinuxLabel", LeftOut(LSM)),
+    ("process.selinuxLabel", LeftOut(PROCESS_LABEL)),
     ("process.ioPriority", Enforced),
     ("process.ioPriority.class", Enforced),
     ("process.ioPriority.priority", Enforced),
@@ -524,7 +528,9 @@ mod tests {
              `rootcontext` of mounts. They keep a process of the host from what its kernel has, and no program of a container\n\
              is one: its virtual machine is the boundary, whose kernel has no such module. The process that stands for a\n\
              container on the host is not put under them either: they are written for the program, and may forbid what that\n\
-             process does for it. It has no capabilities and few system calls instead.\n\n\
+             process does for it. It has no capabilities and few system calls instead. A profile or a type of process that\n\
+             somebody has chosen (`appArmorProfile: {type: Localhost}`, `--security-opt apparmor=NAME`) confines the program\n\
+             itself, and is refused.\n\n\
              | field | |\n| --- | --- |\n",
         );
         for (pattern, fate) in FIELDS {

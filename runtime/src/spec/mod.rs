@@ -12,7 +12,7 @@ pub mod words;
 
 use std::path::Path;
 
-use oci_spec::runtime::{LinuxResources, Mount, Spec};
+use oci_spec::runtime::{LinuxIdMapping, LinuxResources, Mount, Spec};
 use podhull_limits::Resources as Limits;
 use serde_json::Value;
 
@@ -115,6 +115,16 @@ impl Config {
         for namespace in namespaces.into_iter().flatten().filter_map(Value::as_object_mut) {
             namespace.remove("path");
         }
+    }
+
+    /// Makes these the mappings of its user namespace.
+    pub fn set_mappings(&mut self, users: &[LinuxIdMapping], groups: &[LinuxIdMapping]) {
+        let Some(mut linux) = self.spec.linux().clone() else { return };
+        for (field, mappings) in [("uidMappings", users), ("gidMappings", groups)] {
+            self.document["linux"][field] = serde_json::to_value(mappings).unwrap_or_default();
+        }
+        linux.set_uid_mappings(Some(users.to_owned())).set_gid_mappings(Some(groups.to_owned()));
+        self.spec.set_linux(Some(linux));
     }
 
     /// Adds to the program's environment.

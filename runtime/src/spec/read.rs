@@ -108,6 +108,11 @@ pub fn read(text: &str) -> Result<Config, ConfigError> {
         return Err(ConfigError::Value { field, problem: "expected an object, found a list".into() });
     }
     validate::check(&spec)?;
+    let process = spec.process().as_ref();
+    labels::check(
+        process.and_then(|process| process.apparmor_profile().as_deref()).unwrap_or_default(),
+        process.and_then(|process| process.selinux_label().as_deref()).unwrap_or_default(),
+    )?;
     let limits = limits(document.pointer("/linux/resources").unwrap_or(&Value::Null))?;
     if let Some(resources) = document.pointer_mut("/linux/resources") {
         leave_to_host(resources);
@@ -213,6 +218,8 @@ mod tests {
         for (remark, field) in remarks.iter().zip(fields) {
             assert!(remark.starts_with(field), "{remark}");
         }
+        document["process"]["apparmorProfile"] = "k8s-nginx".into();
+        assert!(error(&document.to_string()).contains("process.apparmorProfile: \"k8s-nginx\""));
         document["process"]["apparmorProfile"] = 7.into();
         assert!(error(&document.to_string()).contains("process.apparmorProfile: invalid type: integer `7`"));
     }

@@ -26,7 +26,7 @@ pub fn check(spec: &Spec) -> Result<(), ConfigError> {
     }
     process(spec.process().as_ref().ok_or_else(|| wrong("process", "is missing"))?)?;
     let users = spec.linux().as_ref().and_then(|linux| linux.uid_mappings().as_ref());
-    let mapped = users.is_some_and(|users| !users.is_empty());
+    let mapped = users.is_some_and(|users| !users.is_empty()) || spec.linux().as_ref().is_some_and(joins_users);
     for (index, mount) in spec.mounts().iter().flatten().enumerate() {
         check_mount(&format!("mounts[{index}]"), mount)?;
         check_owners(&format!("mounts[{index}]"), mount, mapped)?;
@@ -248,11 +248,15 @@ fn linux(spec: &Spec, linux: &Linux) -> Result<(), ConfigError> {
     linux.seccomp().as_ref().map_or(Ok(()), seccomp)
 }
 
+/// Whether its user namespace is there already.
+fn joins_users(linux: &Linux) -> bool {
+    let users = linux.namespaces().iter().flatten().filter(|namespace| namespace.typ() == LinuxNamespaceType::User);
+    users.filter_map(|users| users.path().as_ref()).any(|path| !path.as_os_str().is_empty())
+}
+
 fn user_namespace(linux: &Linux, private: bool) -> Result<(), ConfigError> {
-    let namespaces = linux.namespaces().iter().flatten();
-    // It has its mappings, and what is to be said of it is that it cannot be joined.
-    let joined =
-        namespaces.filter(|namespace| namespace.typ() == LinuxNamespaceType::User).any(|user| user.path().is_some());
+    // It has its mappings.
+    let joined = joins_users(linux);
     for (field, mappings) in [("linux.uidMappings", linux.uid_mappings()), ("linux.gidMappings", linux.gid_mappings())]
     {
         let mappings = mappings.as_deref().unwrap_or_default();

@@ -8,7 +8,7 @@ use oci_spec::runtime::Hooks;
 use serde::{Deserialize, Serialize};
 
 use crate::cgroup::{Cgroup, CgroupError, Placement};
-use crate::pod::{Demand, Sizing};
+use crate::pod::{Demand, Sizing, Users};
 
 /// Version of `state.json`. Raised when a reader of the version before could misread it.
 pub const VERSION: u32 = 1;
@@ -49,6 +49,9 @@ pub struct State {
     /// The pod it is in, if the machine is another's.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub member_of: Option<Membership>,
+    /// Its users, if it has a user namespace.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub users: Option<Users>,
     /// Hooks of the specification that come after the container was made.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub hooks: Option<Hooks>,
@@ -162,6 +165,7 @@ impl State {
             kept: false,
             machine: None,
             member_of: None,
+            users: None,
             hooks: None,
             demand: Demand::default(),
             sizing: Sizing::default(),

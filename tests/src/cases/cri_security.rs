@@ -1,9 +1,12 @@
 //! Who a container's programs are, and what they may, as pods' security contexts say; seen from inside.
 
 use std::fs;
+use std::path::Path;
 
 use k8s_cri::v1::security_profile::ProfileType;
-use k8s_cri::v1::{Capability, ContainerConfig, Int64Value, NamespaceMode, NamespaceOption, SecurityProfile};
+use k8s_cri::v1::{
+    Capability, ContainerConfig, Int64Value, NamespaceMode, NamespaceOption, SecurityProfile, SupplementalGroupsPolicy,
+};
 use serde_json::json;
 
 use super::{oci, podhull};
@@ -17,6 +20,9 @@ pub const CASES: &[Case] = &[
     oci("cri_security::system_calls", system_calls),
     oci("cri_security::processes_of_each_other", processes_of_each_other),
     oci("cri_security::parameters_of_the_kernel", parameters_of_the_kernel),
+    oci("cri_security::parameters_that_are_the_node_s", parameters_that_are_the_node_s),
+    oci("cri_security::groups", groups),
+    oci("cri_security::proc_is_masked_or_not", proc_is_masked_or_not),
     podhull("cri_security::what_is_the_node_s", what_is_the_node_s),
 ];
 
@@ -178,8 +184,14 @@ fn processes_of_each_other(scene: &Scene) -> Outcome {
 fn parameters_of_the_kernel(scene: &Scene) -> Outcome {
     let cri = Cri::start(scene)?;
     let mut config = cri.pod_config("sysctls")?;
-    let wanted =
-        [("net.ipv4.ip_unprivileged_port_start", "0"), ("kernel.shm_rmid_forced", "1"), ("net.core.somaxconn", "1234")];
+    // The last three are those that Kubernetes calls unsafe.
+    let wanted = [
+        ("net.ipv4.ip_unprivileged_port_start", "0"),
+        ("kernel.shm_rmid_forced", "1"),
+        ("net.core.somaxconn", "1234"),
+        ("kernel.msgmax", "16384"),
+        ("fs.mqueue.msg_max", "20"),
+    ];
     let sysctls = wanted.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned()));
     config.linux.get_or_insert_default().sysctls = sysctls.collect();
     let pod = cri.run(config)?;
@@ -189,6 +201,90 @@ fn parameters_of_the_kernel(scene: &Scene) -> Outcome {
         let found = cri.shell(&id, &format!("cat /proc/sys/{path}"))?;
         ensure_eq!(found.trim(), value, "{name}");
     }
+    cri.remove_pod(&pod)?;
+    cri.end()
+}
+
+/// They are of no namespace: runc has none of them either.
+fn parameters_that_are_the_node_s(scene: &Scene) -> Outcome {
+    let cri = Cri::start(scene)?;
+    for name in ["vm.overcommit_memory", "kernel.hostname", "fs.file-max"] {
+        let before = fs::read_to_string(Path::new("/proc/sys").join(name.replace('.', "/")))?;
+        let mut config = cri.pod_config("sysctls")?;
+        config.linux.get_or_insert_default().sysctls = [(name.to_owned(), "1".to_owned())].into();
+        let error = cri.run(config).err().map(|error| error.to_string()).unwrap_or_default();
+        ensure!(error.contains(name), "a pod with {name}: {error:?}");
+        ensure_eq!(
+            fs::read_to_string(Path::new("/proc/sys").join(name.replace('.', "/")))?,
+            before,
+            "{name} of the node"
+        );
+    }
+    fs::remove_dir("/sys/fs/cgroup/kubepods/pod-sysctls")?;
+    cri.end()
+}
+
+/// Those of the image are added to, or not.
+fn groups(scene: &Scene) -> Outcome {
+    let cri = Cri::start(scene)?;
+    let pod = cri.run(cri.pod_config("groups")?)?;
+    let of = |name: &str, policy| -> Outcome<Vec<u32>> {
+        let config = with(name, |security| {
+            security.run_as_user = Some(Int64Value { value: 1000 });
+            security.run_as_group = Some(Int64Value { value: 2000 });
+            security.supplemental_groups = vec![3000];
+            security.set_supplemental_groups_policy(policy);
+        });
+        let id = cri.launch(&pod, config)?;
+        let status = cri.shell(&id, "cat /proc/1/status")?;
+        ensure_eq!(line(&status, "Gid"), "2000\t2000\t2000\t2000", "group");
+        let mut groups: Vec<u32> =
+            line(&status, "Groups").split_whitespace().filter_map(|group| group.parse().ok()).collect();
+        groups.retain(|group| *group != 2000);
+        let executed = cri.shell(&id, "id -G")?;
+        for group in &groups {
+            ensure!(executed.split_whitespace().any(|found| found == group.to_string()), "no {group} in {executed}");
+        }
+        Ok(groups)
+    };
+    ensure_eq!(of("merged", SupplementalGroupsPolicy::Merge)?, [3000, 50_000], "groups with those of the image");
+    match cri.version()? {
+        version if version < (2, 0) => {
+            println!("     cri_security::groups: containerd {version:?} knows no policy Strict: left out");
+        }
+        _ => ensure_eq!(of("strict", SupplementalGroupsPolicy::Strict)?, [3000], "groups without those of the image"),
+    }
+    cri.remove_pod(&pod)?;
+    cri.end()
+}
+
+/// What kubelet has masked in an ordinary container, and read-only.
+const MASKED: [&str; 7] =
+    ["/proc/asound", "/proc/acpi", "/proc/kcore", "/proc/keys", "/proc/timer_list", "/proc/scsi", "/sys/firmware"];
+const READ_ONLY: [&str; 5] = ["/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger"];
+
+fn proc_is_masked_or_not(scene: &Scene) -> Outcome {
+    let cri = Cri::start(scene)?;
+    let pod = cri.run(cri.pod_config("proc")?)?;
+    let usual = with("usual", |security| {
+        security.masked_paths = MASKED.map(str::to_owned).into();
+        security.readonly_paths = READ_ONLY.map(str::to_owned).into();
+    });
+    let usual = cri.launch(&pod, usual)?;
+    // kubelet says nothing of either for a procMount of Unmasked.
+    let unmasked = cri.launch(&pod, container("unmasked", PATIENT))?;
+    let mounts = |id: &str| cri.shell(id, "cut -d ' ' -f 2 /proc/mounts | grep ^/proc/ || true");
+    let covered = mounts(&usual)?;
+    for path in ["/proc/keys", "/proc/kcore", "/proc/sys", "/proc/sysrq-trigger"] {
+        ensure!(covered.lines().any(|line| line == path), "{path} in {covered}");
+    }
+    ensure_eq!(mounts(&unmasked)?, "", "what is mounted in /proc");
+    ensure_eq!(cri.shell(&usual, "cat /proc/keys | wc -c")?, "0\n", "keys that are masked");
+    // Root may write what it has read, if it may write at all.
+    let same = "cd /proc/sys/vm; value=$(cat overcommit_memory); echo $value >overcommit_memory";
+    let denied = cri.exec(&usual, &["sh", "-c", same], 0)?;
+    ensure!(denied.stderr.contains("Read-only file system"), "writing to /proc/sys: {denied:?}");
+    cri.shell(&unmasked, same)?;
     cri.remove_pod(&pod)?;
     cri.end()
 }

@@ -3,13 +3,16 @@
 use std::collections::BTreeSet;
 use std::ffi::{CString, OsString};
 use std::fs;
+use std::io::{Read, Write};
 use std::os::unix::fs::{PermissionsExt, chown, symlink};
+use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use k8s_cri::v1::{ContainerConfig, ImageSpec, Mount};
 use rustix::mount::{MountFlags, UnmountFlags, mount, mount_bind, unmount};
 
+use super::disks::Loop;
 use super::oci;
 use crate::cri::{Cri, Pod, container, volume};
 use crate::run::DEADLINE;
@@ -21,6 +24,8 @@ pub const CASES: &[Case] = &[
     oci("cri_volumes::in_memory", in_memory),
     oci("cri_volumes::updated_meanwhile", updated_meanwhile),
     oci("cri_volumes::of_the_host", of_the_host),
+    oci("cri_volumes::of_the_host_s_special_files", of_the_host_s_special_files),
+    oci("cri_volumes::read_only_with_what_is_below", read_only_with_what_is_below),
 ];
 
 /// Waits until it is told to end.
@@ -360,5 +365,84 @@ fn of_the_host(scene: &Scene) -> Outcome {
     ensure!(denied.stderr.contains("Read-only file system"), "writing where it must not: {denied:?}");
     ensure!(!host.join("directory/no").exists(), "it was made");
     cri.remove_pod(&pod)?;
+    cri.end()
+}
+
+/// A socket, character and block devices, and a directory that is not there.
+fn of_the_host_s_special_files(scene: &Scene) -> Outcome {
+    let cri = Cri::start(scene)?;
+    cri.import(&image::of_debian(scene)?)?;
+    let host = scene.make_directory("host")?;
+    let disk = Loop::new(scene)?;
+    let listener = UnixListener::bind(host.join("socket"))?;
+    let server = std::thread::spawn(move || -> std::io::Result<String> {
+        let (mut client, _) = listener.accept()?;
+        let mut said = String::new();
+        client.read_to_string(&mut said)?;
+        client.write_all(b"heard")?;
+        Ok(said)
+    });
+    let pod = cri.run(cri.pod_config("special")?)?;
+    let mounts = vec![
+        volume(&host.join("socket"), "/run/driver.sock", false),
+        volume(Path::new("/dev/zero"), "/dev/nothing", false),
+        volume(&disk.path, "/dev/disk", false),
+        volume(&host.join("new/directory"), "/new", false),
+    ];
+    let id = cri.launch(&pod, with_python("main", mounts))?;
+    let connect = "import socket; s = socket.socket(socket.AF_UNIX); s.connect('/run/driver.sock'); \
+        s.send(b'hello'); s.shutdown(socket.SHUT_WR); print(s.recv(100).decode())";
+    let talked = cri.exec(&id, &["python3", "-c", connect], 60)?;
+    ensure_eq!((&*talked.stdout, &*talked.stderr), ("heard\n", ""), "what the server answers");
+    ensure_eq!(server.join().map_err(|_| "the server panicked")??, "hello", "what the server has heard");
+    ensure_eq!(
+        cri.shell(&id, "stat -c %F /run/driver.sock /dev/nothing /dev/disk /new")?,
+        "socket\ncharacter special file\nblock special file\ndirectory\n",
+        "what they are"
+    );
+    ensure_eq!(cri.shell(&id, "head -c 4 /dev/nothing | tr '\\0' z")?, "zzzz", "bytes of a device");
+    // Which devices may be used is not said by what is mounted.
+    ensure!(
+        cri.exec(&id, &["head", "-c", "1", "/dev/disk"], 0)?.status != 0,
+        "a disk is read that is no device of the pod"
+    );
+    cri.shell(&id, "echo inside >/new/file")?;
+    ensure_eq!(fs::read_to_string(host.join("new/directory/file"))?, "inside\n", "file in the directory");
+    cri.remove_pod(&pod)?;
+    drop(disk);
+    cri.end()
+}
+
+/// What is mounted below a volume stays writable in an ordinary read-only one.
+fn read_only_with_what_is_below(scene: &Scene) -> Outcome {
+    let host = scene.make_directory("host")?;
+    fs::create_dir(host.join("below"))?;
+    let below = Memory::mount(host.join("below"), "size=1m")?;
+    let run = |options: &[&str]| {
+        let script = "touch /mnt/file; touch /mnt/below/file && echo written";
+        scene.run(&scene.debian()?.bind(&host, "/mnt", options).sh(script))
+    };
+    let ordinary = run(&["rbind", "ro"])?;
+    ensure_eq!(ordinary.stdout, "written\n", "what is below one that is read-only");
+    let all = run(&["rbind", "rro"])?;
+    ensure_eq!(all.stdout, "", "what is below one that is read-only with all below");
+    ensure_eq!(all.stderr.matches("Read-only file system").count(), 2, "errors: {:?}", all.stderr);
+
+    let cri = Cri::start(scene)?;
+    match cri.version()? {
+        version if version < (2, 0) => {
+            println!("     cri_volumes: containerd {version:?} knows no recursive_read_only: left out");
+        }
+        _ => {
+            let pod = cri.run(cri.pod_config("below")?)?;
+            let mut config = container("main", PATIENT);
+            config.mounts = vec![Mount { recursive_read_only: true, ..volume(&host, "/mnt", true) }];
+            let id = cri.launch(&pod, config)?;
+            let denied = cri.exec(&id, &["touch", "/mnt/file", "/mnt/below/new"], 0)?;
+            ensure_eq!(denied.stderr.matches("Read-only file system").count(), 2, "errors: {denied:?}");
+            cri.remove_pod(&pod)?;
+        }
+    }
+    drop(below);
     cri.end()
 }

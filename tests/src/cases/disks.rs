@@ -22,9 +22,10 @@ pub const CASES: &[Case] = &[
 ];
 
 /// A loop device, over a file of the test's.
-struct Loop {
+pub struct Loop {
     file: PathBuf,
-    path: PathBuf,
+    /// Where it is.
+    pub path: PathBuf,
     major: u32,
     minor: u32,
 }
@@ -33,7 +34,8 @@ struct Loop {
 const SIZE: u64 = 4 << 20;
 
 impl Loop {
-    fn new(scene: &Scene) -> Outcome<Self> {
+    /// Over a new file, which begins with a few words.
+    pub fn new(scene: &Scene) -> Outcome<Self> {
         let file = scene.make_directory("disk")?.join("file");
         File::create_new(&file)?.set_len(SIZE)?;
         fs::File::options().write(true).open(&file)?.write_all_at(b"of the host", 0)?;
@@ -52,7 +54,7 @@ impl Loop {
     }
 
     /// What is at a place of it on the host.
-    fn read(&self, offset: u64, length: usize) -> Outcome<String> {
+    pub fn read(&self, offset: u64, length: usize) -> Outcome<String> {
         let mut bytes = vec![0; length];
         File::open(&self.file)?.read_exact_at(&mut bytes, offset)?;
         Ok(String::from_utf8(bytes)?)

@@ -10,7 +10,10 @@ use crate::leaks::Leaks;
 use crate::suite::{Case, Scene};
 use crate::{Outcome, ensure, ensure_eq};
 
-pub const CASES: &[Case] = &[podhull("labels::are_taken_and_left_out", are_taken_and_left_out)];
+pub const CASES: &[Case] = &[
+    podhull("labels::are_taken_and_left_out", are_taken_and_left_out),
+    podhull("labels::of_one_s_own_are_refused", of_one_s_own_are_refused),
+];
 
 const PROCESS: &str = "system_u:system_r:container_t:s0:c94,c620";
 const FILES: &str = "system_u:object_r:container_file_t:s0:c94,c620";
@@ -27,7 +30,7 @@ fn are_taken_and_left_out(scene: &Scene) -> Outcome {
     });
     let bundle = scene
         .debian()?
-        .set("/process/apparmorProfile", json!("no-such-profile"))
+        .set("/process/apparmorProfile", json!("containers-default-0.62.2"))
         .set("/process/selinuxLabel", json!(PROCESS))
         .set("/linux/mountLabel", json!(FILES))
         .push("/mounts", tmpfs)
@@ -45,7 +48,7 @@ fn are_taken_and_left_out(scene: &Scene) -> Outcome {
     object["args"] = json!(["echo", "executed"]);
     fs::write(&process, object.to_string())?;
     let execute = [
-        &["--apparmor", "other-profile", "--process-label", PROCESS, &container.id, "echo", "executed"][..],
+        &["--apparmor", "docker-default", "--process-label", PROCESS, &container.id, "echo", "executed"][..],
         &["--process", &process.to_string_lossy(), &container.id],
     ];
     for arguments in execute {
@@ -61,6 +64,32 @@ fn are_taken_and_left_out(scene: &Scene) -> Outcome {
         let named = text.lines().any(|line| line.contains(field.as_str()) && line.contains("left out"));
         ensure!(named, "no line about {field} in the log:\n{text}");
     }
+    container.end()?;
+    before.check()
+}
+
+/// They would confine the program itself, and are not dropped.
+fn of_one_s_own_are_refused(scene: &Scene) -> Outcome {
+    let before = Leaks::watch();
+    let label = "system_u:system_r:my_app_t:s0";
+    for (pointer, value) in [("/process/apparmorProfile", "k8s-nginx"), ("/process/selinuxLabel", label)] {
+        let ended = scene.run(&scene.debian()?.set(pointer, json!(value)).sh("echo never"))?.expect_status(1)?;
+        let field = pointer[1..].replace('/', ".");
+        ensure!(ended.stderr.contains(&format!("{field}: {value:?}")), "what is said of {pointer}: {:?}", ended.stderr);
+        ensure!(ended.stdout.is_empty(), "it ran: {:?}", ended.stdout);
+    }
+    let bundle = scene.debian()?.set("/process/apparmorProfile", json!("unconfined")).sh("echo ready; exec sleep 1000");
+    let container = Container::make(scene, &bundle, &["run", "-d"])?;
+    container.expect_output("ready")?;
+    for (option, value) in [("--apparmor", "k8s-nginx"), ("--process-label", label)] {
+        let ended = scene.call(&["exec", option, value, &container.id, "echo", "never"])?;
+        ensure!(ended.status != 0 && ended.stderr.contains(value), "exec {option}: {ended:?}");
+    }
+    ensure_eq!(
+        scene.call(&["exec", "--apparmor", "unconfined", &container.id, "echo", "ran"])?.output()?,
+        "ran\n",
+        "output"
+    );
     container.end()?;
     before.check()
 }

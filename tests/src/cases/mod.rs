@@ -11,6 +11,7 @@ mod config;
 mod containerd;
 mod crashes;
 mod cri;
+mod cri_disks;
 mod cri_security;
 mod cri_streams;
 mod cri_volumes;
@@ -47,6 +48,7 @@ mod stdio;
 mod systemd;
 mod terminal;
 mod units;
+mod users;
 
 use crate::Outcome;
 use crate::suite::{Case, Scene, Subject};
@@ -81,6 +83,7 @@ pub const ALL: &[&[Case]] = &[
     config::CASES,
     load::CASES,
     pods::CASES,
+    users::CASES,
     network::CASES,
     notify::CASES,
     forwards::CASES,
@@ -89,6 +92,7 @@ pub const ALL: &[&[Case]] = &[
     deploy::CASES,
     shim::CASES,
     cri::CASES,
+    cri_disks::CASES,
     cri_security::CASES,
     cri_streams::CASES,
     cri_volumes::CASES,
