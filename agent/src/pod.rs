@@ -9,24 +9,27 @@ use std::sync::{Arc, Mutex, PoisonError};
 use podhull_protocol::{
     ConfigureNetworkRequest, ContainerStatsResponse, CreateContainerRequest, CreateContainerResponse, CreatePodRequest,
     CreatePodResponse, Disk, ExecProcessRequest, ExecProcessResponse, GrowRequest, GrowResponse, ListProcessesResponse,
-    Stdio, VERSION,
+    NamedStats, PodStatsResponse, Stdio, VERSION,
 };
 use rustix::io::Errno;
 use tokio::io::unix::AsyncFd;
 use tokio::sync::OnceCell;
 
+use crate::boot;
 use crate::cgroup::{CgroupError, Hierarchy};
 use crate::container::report::ErrorKind;
 use crate::container::{self, Container, ContainerError, Network};
 use crate::descriptors::{DescriptorError, Wanted};
 use crate::disks;
 use crate::events::Events;
+use crate::log;
 use crate::machine::{Machine, MachineError};
 use crate::memory::Memory;
 use crate::network::{Configure, Description, MAX_FORWARDS, NetworkError, PodNetwork};
 use crate::reaper::Reaper;
 use crate::shared::Shared;
 use crate::sockets::Sockets;
+use crate::stats;
 use crate::stdio::{self, StdioError, Streams};
 use crate::volumes::{VolumeError, Volumes};
 
@@ -189,6 +192,7 @@ impl Pod {
 
     /// Sets the machine up, and makes the first container.
     pub async fn create(self: &Arc<Self>, request: CreatePodRequest) -> Result<CreatePodResponse, PodError> {
+        let called_ns = boot::monotonic_ns();
         if request.protocol_version != VERSION {
             return Err(PodError::Version(request.protocol_version));
         }
@@ -209,6 +213,8 @@ impl Pod {
             }
         }
         self.made.set(()).map_err(|_| PodError::PodExists)?;
+        let version = env!("CARGO_PKG_VERSION");
+        log::pod(format_args!("version {version}, host name {:?}", request.hostname));
         if request.names != 0 {
             self.network.ask_over(self.streams.claim(request.names)?).await;
         }
@@ -224,10 +230,15 @@ impl Pod {
                 None
             }
         };
+        let [started_ns, ready_ns] = boot::times();
         Ok(CreatePodResponse {
             agent_version: env!("CARGO_PKG_VERSION").into(),
             kernel_release: rustix::system::uname().release().to_string_lossy().into_owned(),
             container: container.into(),
+            started_ns,
+            ready_ns,
+            called_ns,
+            made_ns: boot::monotonic_ns(),
             ..CreatePodResponse::default()
         })
     }
@@ -275,6 +286,7 @@ impl Pod {
         let pid = container.pid().as_raw_nonzero().get();
         reservation.becomes = Some(container.clone());
         drop(reservation);
+        log::container(container.id(), format_args!("created as process {pid}"));
         if lease.is_err() {
             self.abandoned(&container).await;
         }
@@ -330,7 +342,9 @@ impl Pod {
     }
 
     pub async fn start(&self, id: &str) -> Result<(), PodError> {
-        Ok(self.container(id)?.start().await?)
+        self.container(id)?.start().await?;
+        log::container(id, format_args!("started"));
+        Ok(())
     }
 
     pub fn signal(&self, id: &str, signal: i32, all: bool) -> Result<(), PodError> {
@@ -394,6 +408,24 @@ impl Pod {
         Ok(self.container(id)?.stats()?)
     }
 
+    /// What the guest has used, and each container.
+    pub fn stats_of_all(&self) -> PodStatsResponse {
+        let containers: Vec<_> = {
+            let containers = self.containers.lock().unwrap_or_else(PoisonError::into_inner);
+            let there = containers.values().filter_map(|entry| match entry {
+                Entry::There(container) => Some(container.clone()),
+                Entry::Busy => None,
+            });
+            there.collect()
+        };
+        let stats = containers.iter().filter_map(|container| {
+            // One whose group is gone has ended.
+            let stats = Some(container.stats().ok()?).into();
+            Some(NamedStats { id: container.id().to_owned(), stats, ..NamedStats::default() })
+        });
+        PodStatsResponse { containers: stats.collect(), ..stats::read() }
+    }
+
     pub async fn processes(&self, id: &str) -> Result<ListProcessesResponse, PodError> {
         Ok(self.container(id)?.processes().await?)
     }
@@ -438,6 +470,7 @@ impl Pod {
             machine.online_cpus(request.cpus)
         });
         let cpus_online = grown.await.map_err(PodError::CpuTask)??;
+        log::pod(format_args!("{cpus_online} CPUs online"));
         Ok(GrowResponse { cpus_online, ..GrowResponse::default() })
     }
 
