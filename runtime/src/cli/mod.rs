@@ -11,7 +11,9 @@ mod features;
 mod flags;
 mod kill;
 mod list;
+mod metrics;
 mod pause;
+mod pods;
 mod ps;
 mod restore;
 mod resume;
@@ -21,6 +23,7 @@ mod spec;
 mod start;
 mod state;
 mod stats;
+mod trace;
 mod update;
 mod vmm;
 
@@ -40,6 +43,9 @@ pub use features::json as features;
 
 /// Version of the OCI runtime specification that `spec` writes and `run` reads.
 pub const OCI_VERSION: &str = "1.2.0";
+
+/// Directory of state, unless the command line names another.
+pub const ROOT: &str = "/run/podhull";
 
 /// Version of this program.
 pub const VERSION: &str = env!("CARGO_PKG_VERSION");
@@ -65,7 +71,7 @@ const FAILURE: u8 = 1;
   podhull run -b DIR hello                   run the bundle in DIR as container \"hello\"")]
 struct Arguments {
     /// Directory that holds the state of containers
-    #[arg(long, value_name = "DIR", default_value = "/run/podhull")]
+    #[arg(long, value_name = "DIR", default_value = ROOT)]
     root: PathBuf,
 
     /// File that errors (and with --debug, what is done) are appended to; the default is standard error
@@ -124,6 +130,9 @@ enum Command {
     Spec(spec::Arguments),
     Check(check::Arguments),
     Config(config::Arguments),
+    Pods(pods::Arguments),
+    Metrics(metrics::Arguments),
+    Trace(trace::Arguments),
     Features(features::Arguments),
     #[command(hide = true)]
     Vmm(vmm::Arguments),
@@ -198,6 +207,10 @@ enum Failure {
     #[error(transparent)]
     Spec(#[from] spec::SpecError),
     #[error(transparent)]
+    Inspect(#[from] crate::inspect::InspectError),
+    #[error("cannot write the trace {0}: {1}")]
+    Trace(PathBuf, #[source] std::io::Error),
+    #[error(transparent)]
     Config(#[from] crate::config::ConfigError),
     #[error(transparent)]
     Output(#[from] std::io::Error),
@@ -256,6 +269,9 @@ pub fn main() -> ExitCode {
         Some(Command::Spec(spec)) => spec.execute().map(|()| 0).map_err(Failure::from),
         Some(Command::Check(check)) => check.execute().map_err(Failure::from),
         Some(Command::Config(config)) => config.execute(),
+        Some(Command::Pods(pods)) => pods.execute(&context),
+        Some(Command::Metrics(metrics)) => metrics.execute(&context),
+        Some(Command::Trace(trace)) => trace.execute(&context),
         Some(Command::Features(features)) => features.execute().map_err(Failure::from),
         Some(Command::Exec(exec)) => exec.execute(&context).map_err(Failure::from),
         Some(Command::Vmm(vmm)) => return vmm.execute(),

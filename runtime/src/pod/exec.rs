@@ -341,7 +341,7 @@ fn execute(exec: &Exec<'_>, given: Given) -> Result<u8, ExecError> {
     let outcome = runtime.block_on(async {
         let signals = Signals::new().map_err(ExecError::Signals)?;
         let orders = creator.orders().map_err(ExecError::Signals)?;
-        let agent = Agent::new(agent)?;
+        let agent = Agent::new(agent)?.counted(pod.as_fd());
         let program = Program { agent: &agent, id, name: &name, stdio: &stdio, log };
         let mut events = agent.events(id, &name).await?;
         let streams = async {

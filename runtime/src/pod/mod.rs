@@ -28,6 +28,7 @@ mod size;
 mod sockets;
 mod start;
 mod starve;
+mod timeline;
 mod tree;
 mod update;
 mod view;
@@ -52,6 +53,7 @@ pub use resources::{IMAGE, KERNEL, LIBRARY, ResourceError, image, kernel, librar
 pub use shadow::{FLAG as SHADOW_FLAG, Launch, NAME as SHADOW_NAME};
 pub use size::{Demand, MAX_CPUS, MAX_MEMORY, Sizing, host_cpus, host_memory};
 pub use start::{Run, RunError, run};
+pub use timeline::{GuestTimes, Phase, Timeline, command_began, now as monotonic_now};
 pub use update::update;
 pub use watch::{Seen, stats, watch};
 

@@ -7,7 +7,7 @@ use std::ffi::OsString;
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use containerd_shim_protos::api::{CreateTaskRequest, DeleteResponse, ExecProcessRequest, ProcessInfo};
 use containerd_shim_protos::events::task::{
@@ -17,6 +17,7 @@ use containerd_shim_protos::protobuf::MessageField;
 use containerd_shim_protos::shim::oci::ProcessDetails;
 use rustix::process::{Signal, pidfd_send_signal};
 use serde_json::Value;
+use tokio::task::AbortHandle;
 use ttrpc::{Code, Result};
 
 use super::error::{error, failed, not_found, not_now, of_command, of_create, of_exec, of_kill, of_stats};
@@ -24,7 +25,7 @@ use super::events::{Event, Publisher, any, timestamp};
 use super::io::{Io, Names, Owner};
 use super::options::Options;
 use super::process::{Phase, Process};
-use super::{metrics, process, rootfs};
+use super::{metrics, process, rootfs, scrape};
 use crate::bundle;
 use crate::cgroup::Manager;
 use crate::log::Log;
@@ -60,6 +61,17 @@ pub struct Container {
     executed: Mutex<HashMap<String, Arc<Process>>>,
     /// Whether its first process has ended, which is told later: nothing is executed any more.
     ending: AtomicBool,
+    /// Who serves its metrics.
+    metrics: OnceLock<Serving>,
+}
+
+/// What ends when it is dropped.
+struct Serving(AbortHandle);
+
+impl Drop for Serving {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
 }
 
 /// Does what waits, beside everything else.
@@ -70,6 +82,7 @@ async fn beside<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) ->
 impl Container {
     /// Makes it, up to its program's start.
     pub async fn create(surroundings: Arc<Surroundings>, request: CreateTaskRequest) -> Result<Arc<Self>> {
+        let began = pod::monotonic_now();
         if !request.checkpoint.is_empty() {
             return Err(error(
                 Code::UNIMPLEMENTED,
@@ -104,6 +117,7 @@ impl Container {
             init: Arc::new(Process::new("", Vec::new(), names)),
             executed: Mutex::default(),
             ending: AtomicBool::new(false),
+            metrics: OnceLock::new(),
         });
         let this = container.clone();
         let mounts = request.rootfs.clone();
@@ -121,6 +135,7 @@ impl Container {
                 cgroups: this.cgroups,
                 // Not this process's own, which the host spares as it does containerd.
                 oom_score_adj: Some(0),
+                began,
                 root: &this.surroundings.root,
                 log: &this.surroundings.log,
             };
@@ -168,7 +183,22 @@ impl Container {
             ..Default::default()
         }));
         tokio::spawn(container.clone().watch_first());
+        if created.machine.is_some() {
+            container.serve_metrics();
+        }
         Ok(container)
+    }
+
+    /// Serves what the pod uses, for as long as this container is known: the machine is its own.
+    fn serve_metrics(&self) {
+        let (surroundings, id) = (self.surroundings.clone(), self.id.clone());
+        let serving = tokio::spawn(async move {
+            // A pod without is one all the same.
+            if let Err(error) = scrape::serve(surroundings.root.clone(), id.clone()).await {
+                surroundings.log.warning(&format!("{id}: cannot serve metrics: {error}"));
+            }
+        });
+        let _ = self.metrics.set(Serving(serving.abort_handle()));
     }
 
     /// The command line of a shadow.
@@ -502,6 +532,7 @@ impl Container {
             init: Arc::new(Process::new("", Vec::new(), Names::default())),
             executed: Mutex::default(),
             ending: AtomicBool::new(false),
+            metrics: OnceLock::new(),
         });
         container.init.made(pid, process::open(pid).unwrap(), super::io::Ends::default(), Phase::Running);
         tokio::spawn(container.clone().watch_first());
