@@ -3,13 +3,14 @@
 use std::borrow::Cow;
 use std::collections::HashMap;
 use std::os::fd::OwnedFd;
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Component, Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use podhull_protocol::{
     ConfigureNetworkRequest, ContainerStatsResponse, CreateContainerRequest, CreateContainerResponse, CreatePodRequest,
-    CreatePodResponse, Disk, ExecProcessRequest, ExecProcessResponse, GrowRequest, GrowResponse, ListProcessesResponse,
-    NamedStats, PodStatsResponse, Stdio, VERSION,
+    CreatePodResponse, DEBUG_DIR, DebugProgram, Disk, ExecProcessRequest, ExecProcessResponse, GrowRequest,
+    GrowResponse, ListProcessesResponse, MAX_DEBUG_PROGRAM, NamedStats, PodStatsResponse, Stdio, VERSION,
 };
 use rustix::io::Errno;
 use tokio::io::unix::AsyncFd;
@@ -75,6 +76,10 @@ pub enum PodError {
     WindowSize { rows: u32, columns: u32 },
     #[error("this agent is not in a virtual machine")]
     NoMachine,
+    #[error("the pod was not started with debug.shell in the configuration")]
+    NoDebug,
+    #[error("put the program {0:?} into the guest: {1}")]
+    DebugProgram(String, std::io::Error),
     #[error("bring up CPUs: {0}")]
     CpuTask(tokio::task::JoinError),
     #[error(transparent)]
@@ -97,7 +102,9 @@ impl PodError {
     /// The code of the answer.
     pub fn code(&self) -> ttrpc::Code {
         match self {
-            Self::Version(_) | Self::PodExists | Self::NoPod | Self::NoMachine => ttrpc::Code::FAILED_PRECONDITION,
+            Self::Version(_) | Self::PodExists | Self::NoPod | Self::NoMachine | Self::NoDebug => {
+                ttrpc::Code::FAILED_PRECONDITION
+            }
             Self::Id(_) | Self::ExecId(_) | Self::RootfsPath(_) | Self::Shared(_) | Self::WindowSize { .. } => {
                 ttrpc::Code::INVALID_ARGUMENT
             }
@@ -126,6 +133,7 @@ impl PodError {
             | Self::SlowShared
             | Self::SharedTask(_)
             | Self::Socket { .. }
+            | Self::DebugProgram(..)
             | Self::CpuTask(_)
             | Self::Machine(_)
             | Self::Network(_)
@@ -159,8 +167,8 @@ pub struct Pod {
     streams: Arc<Streams>,
     pub events: Arc<Events>,
     network: Arc<PodNetwork>,
-    /// Set once, by the call that made the pod.
-    made: OnceCell<()>,
+    /// Set once, by the call that made the pod: whether the administrator may look into the guest.
+    made: OnceCell<bool>,
     containers: Mutex<HashMap<String, Entry>>,
 }
 
@@ -212,7 +220,7 @@ impl Pod {
                 machine.mount_share(&request.share_tag)?;
             }
         }
-        self.made.set(()).map_err(|_| PodError::PodExists)?;
+        self.made.set(request.debug).map_err(|_| PodError::PodExists)?;
         let version = env!("CARGO_PKG_VERSION");
         log::pod(format_args!("version {version}, host name {:?}", request.hostname));
         if request.names != 0 {
@@ -361,6 +369,10 @@ impl Pod {
         if !is_valid_id(&request.exec_id) {
             return Err(PodError::ExecId(request.exec_id));
         }
+        let in_guest = request.debug.is_some();
+        if let Some(program) = request.debug.as_ref() {
+            self.put(program)?;
+        }
         let stdio = request.stdio.into_option().unwrap_or_default();
         let lease = self.lease(stdio.lease)?;
         let streams = self.streams_of(stdio)?;
@@ -372,6 +384,7 @@ impl Pod {
             descriptors,
             cgroup: &request.cgroup,
             ignore_paused: request.ignore_paused,
+            in_guest,
         };
         let (pid, lease) = tokio::join!(container.exec(asked, self.surroundings()), lease);
         let pid = pid?;
@@ -386,6 +399,26 @@ impl Pod {
             });
         }
         Ok(ExecProcessResponse { pid, ..ExecProcessResponse::default() })
+    }
+
+    /// Puts a program into the guest, if the host has said at the pod's start that there may be such.
+    fn put(&self, program: &DebugProgram) -> Result<(), PodError> {
+        let (Some(true), Some(_)) = (self.made.get(), self.machine) else { return Err(PodError::NoDebug) };
+        let DebugProgram { name, content, .. } = program;
+        if !is_valid_id(name) || content.len() > MAX_DEBUG_PROGRAM {
+            return Err(PodError::ExecId(name.clone()));
+        }
+        let put = || {
+            let (directory, path) = (Path::new(DEBUG_DIR), Path::new(DEBUG_DIR).join(name));
+            std::fs::create_dir_all(directory)?;
+            // Another one of it may run, whose file cannot be written.
+            let new = path.with_extension("new");
+            std::fs::write(&new, content)?;
+            std::fs::set_permissions(&new, std::fs::Permissions::from_mode(0o700))?;
+            std::fs::rename(&new, &path)
+        };
+        log::pod(format_args!("the host's administrator executes {name} in the guest"));
+        put().map_err(|error| PodError::DebugProgram(name.clone(), error))
     }
 
     pub async fn pause(&self, id: &str) -> Result<(), PodError> {

@@ -7,8 +7,8 @@ use podhull_protocol::{
     CreateContainerResponse, CreatePodRequest, CreatePodResponse, DeleteContainerRequest, DeleteProcessRequest, Empty,
     Event, EventsRequest, ExecProcessRequest, ExecProcessResponse, GrowRequest, GrowResponse, ListProcessesRequest,
     ListProcessesResponse, PauseContainerRequest, PodStatsRequest, PodStatsResponse, ReadLogRequest, ReadLogResponse,
-    ResizeTerminalRequest, ResumeContainerRequest,
-    SignalContainerRequest, SignalProcessRequest, StartContainerRequest, UpdateContainerRequest, UpdateVolumeRequest,
+    ResizeTerminalRequest, ResumeContainerRequest, SignalContainerRequest, SignalProcessRequest, StartContainerRequest,
+    UpdateContainerRequest, UpdateVolumeRequest,
 };
 use ttrpc::r#async::{ServerStreamSender, TtrpcContext};
 

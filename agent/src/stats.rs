@@ -28,7 +28,8 @@ pub fn read() -> PodStatsResponse {
 fn cpu(stat: &str) -> Option<GuestCpuStats> {
     let mut numbers = stat.lines().next()?.strip_prefix("cpu ")?.split_ascii_whitespace();
     let mut next = || numbers.next().and_then(|number| number.parse::<u64>().ok()).unwrap_or_default() * TICK_MS;
-    let each = |line: &&str| line.strip_prefix("cpu").is_some_and(|rest| rest.starts_with(|c: char| c.is_ascii_digit()));
+    let each =
+        |line: &&str| line.strip_prefix("cpu").is_some_and(|rest| rest.starts_with(|c: char| c.is_ascii_digit()));
     Some(GuestCpuStats {
         user_ms: next(),
         nice_ms: next(),

@@ -9,9 +9,9 @@ use std::time::{Duration, Instant};
 use podhull_protocol::{
     AgentClient, ConfigureNetworkRequest, ContainerStatsRequest, ContainerStatsResponse, CreateContainerRequest,
     CreatePodRequest, DeleteContainerRequest, DeleteProcessRequest, Event, EventsRequest, ExecProcessRequest,
-    GrowRequest, HostSocket, LogLine, PauseContainerRequest, PodStatsRequest, PodStatsResponse, ReadLogRequest, ResizeTerminalRequest, ResumeContainerRequest, SharedMemory,
-    SignalContainerRequest, SignalProcessRequest, StartContainerRequest, UpdateContainerRequest, UpdateVolumeRequest,
-    event,
+    GrowRequest, HostSocket, LogLine, PauseContainerRequest, PodStatsRequest, PodStatsResponse, ReadLogRequest,
+    ResizeTerminalRequest, ResumeContainerRequest, SharedMemory, SignalContainerRequest, SignalProcessRequest,
+    StartContainerRequest, UpdateContainerRequest, UpdateVolumeRequest, event,
 };
 use ttrpc::r#async::ClientStreamReceiver;
 use ttrpc::r#async::transport::Socket;
@@ -124,7 +124,8 @@ impl Agent {
 
     /// The same without holding up the event loop. A deadline is for who waits for it.
     pub async fn dial_in_loop(pod: BorrowedFd<'_>) -> Result<Self, AgentError> {
-        let stream = crate::stdio::dial_in_loop(pod, podhull_protocol::AGENT_PORT).await.map_err(AgentError::Connect)?;
+        let stream =
+            crate::stdio::dial_in_loop(pod, podhull_protocol::AGENT_PORT).await.map_err(AgentError::Connect)?;
         let client = AgentClient::new(ttrpc::r#async::Client::new(Socket::new(stream)));
         Ok(Self { client, calls: None }.counted(pod))
     }

@@ -77,14 +77,7 @@ impl Calls {
         rustix::fs::ftruncate(&file, PAGE as u64)?;
         // SAFETY: a new mapping at a place of the kernel's choice.
         let page = unsafe {
-            rustix::mm::mmap(
-                std::ptr::null_mut(),
-                PAGE,
-                ProtFlags::READ | ProtFlags::WRITE,
-                MapFlags::SHARED,
-                &file,
-                0,
-            )
+            rustix::mm::mmap(std::ptr::null_mut(), PAGE, ProtFlags::READ | ProtFlags::WRITE, MapFlags::SHARED, &file, 0)
         }?;
         NonNull::new(page.cast()).map(|page| Self { page }).ok_or(Errno::NOMEM)
     }

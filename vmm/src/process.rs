@@ -14,9 +14,7 @@ use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
 use rustix::io::Errno;
 use vmm_sys_util::eventfd::EventFd;
 
-use crate::control::{
-    self, ChannelError, Device, End, MachineConfig, Measured, Notice, Request, Resource, SHARE_TAG,
-};
+use crate::control::{self, ChannelError, Device, End, MachineConfig, Measured, Notice, Request, Resource, SHARE_TAG};
 use crate::fault;
 use crate::jail::{Jail, Kind, raise_descriptor_limit, remove_tree};
 use crate::machine::{Listeners, Machine, Parts};

@@ -53,6 +53,12 @@ pub const VOLUMES_DIR: &str = "/run/volumes";
 /// Most volumes of a container that are copied.
 pub const MAX_VOLUMES: usize = 180;
 
+/// Where programs are in the guest that are executed there for the host's administrator.
+pub const DEBUG_DIR: &str = "/run/debug";
+
+/// Longest one, in bytes: it goes in one message, and ttrpc's are at most 4 MiB long.
+pub const MAX_DEBUG_PROGRAM: usize = 3 << 20;
+
 /// Most of the guest kernel's log that is read at a time, in bytes.
 pub const MAX_LOG: usize = 1 << 20;
 

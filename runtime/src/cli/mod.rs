@@ -4,6 +4,7 @@ mod check;
 mod checkpoint;
 mod config;
 mod create;
+mod debug;
 mod delete;
 mod events;
 mod exec;
@@ -11,6 +12,7 @@ mod features;
 mod flags;
 mod kill;
 mod list;
+mod logs;
 mod metrics;
 mod pause;
 mod pods;
@@ -131,11 +133,28 @@ enum Command {
     Check(check::Arguments),
     Config(config::Arguments),
     Pods(pods::Arguments),
+    Logs(logs::Arguments),
+    Debug(debug::Arguments),
     Metrics(metrics::Arguments),
     Trace(trace::Arguments),
     Features(features::Arguments),
     #[command(hide = true)]
     Vmm(vmm::Arguments),
+}
+
+impl Command {
+    /// The container that it makes, or does something with that it logs.
+    fn container(&self) -> Option<&str> {
+        match self {
+            Self::Create(create) => Some(&create.container.id),
+            Self::Run(run) => Some(&run.container.id),
+            Self::Start(start) => Some(&start.id),
+            Self::Exec(exec) => Some(&exec.id),
+            Self::Delete(delete) => Some(&delete.id),
+            Self::Update(update) => Some(&update.id),
+            _ => None,
+        }
+    }
 }
 
 /// How `list` and `ps` print.
@@ -208,6 +227,8 @@ enum Failure {
     Spec(#[from] spec::SpecError),
     #[error(transparent)]
     Inspect(#[from] crate::inspect::InspectError),
+    #[error("debug: {0}")]
+    Debug(String),
     #[error("cannot write the trace {0}: {1}")]
     Trace(PathBuf, #[source] std::io::Error),
     #[error(transparent)]
@@ -220,7 +241,7 @@ impl Failure {
     /// The status to exit with: callers take 255 for "the program was not executed", since its own may be 1.
     fn status(&self) -> u8 {
         match self {
-            Self::Exec(_) => 255,
+            Self::Exec(_) | Self::Debug(_) => 255,
             _ => FAILURE,
         }
     }
@@ -246,6 +267,10 @@ pub fn main() -> ExitCode {
             return ExitCode::from(FAILURE);
         }
     };
+    let log = match arguments.command.as_ref().and_then(Command::container) {
+        Some(id) => log.of_container(id),
+        None => log,
+    };
     let cgroups = if arguments.systemd_cgroup { Manager::Systemd } else { Manager::Files };
     let context = Context { root: arguments.root, cgroups, log, inherited };
     if arguments.shadow {
@@ -270,6 +295,8 @@ pub fn main() -> ExitCode {
         Some(Command::Check(check)) => check.execute().map_err(Failure::from),
         Some(Command::Config(config)) => config.execute(),
         Some(Command::Pods(pods)) => pods.execute(&context),
+        Some(Command::Debug(debug)) => debug.execute(&context),
+        Some(Command::Logs(logs)) => logs.execute(&context),
         Some(Command::Metrics(metrics)) => metrics.execute(&context),
         Some(Command::Trace(trace)) => trace.execute(&context),
         Some(Command::Features(features)) => features.execute().map_err(Failure::from),

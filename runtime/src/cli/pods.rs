@@ -131,7 +131,12 @@ fn table(rows: &[Row]) -> String {
     let lines = rows.iter().map(|row| {
         [
             row.id.clone(),
-            or_dash(row.namespace.as_ref().zip(row.name.as_ref()).map(|(space, name)| printable(&format!("{space}/{name}")))),
+            or_dash(
+                row.namespace
+                    .as_ref()
+                    .zip(row.name.as_ref())
+                    .map(|(space, name)| printable(&format!("{space}/{name}"))),
+            ),
             row.containers.to_string(),
             or_dash(row.cpus.map(|cpus| cpus.to_string())),
             or_dash(row.memory.map(size)),
@@ -181,7 +186,7 @@ mod tests {
 
     #[test]
     fn the_table_is_aligned_and_shows_what_is_there() {
-        let row = |id: &str, name: Option<&str>, memory| Row {
+        let row = |id: &str, name: Option<&str>, memory: Option<u64>| Row {
             id: id.into(),
             namespace: name.map(|_| "default".into()),
             name: name.map(str::to_owned),

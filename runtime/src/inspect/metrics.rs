@@ -31,12 +31,18 @@ pub const FAMILIES: &[Family] = &[
     gauge("podhull_pod_start_time_seconds", "When the pod's virtual machine was started, since the epoch."),
     gauge("podhull_guest_up", "Whether the guest has answered; without, what is said of the guest is missing."),
     histogram("podhull_start_phase_duration_seconds", "Starts of the pod's containers, by phase."),
-    histogram("podhull_agent_request_duration_seconds", "Calls of the agent in the guest, by method, as the host saw them."),
+    histogram(
+        "podhull_agent_request_duration_seconds",
+        "Calls of the agent in the guest, by method, as the host saw them.",
+    ),
     gauge("podhull_vm_cpus", "CPUs of the virtual machine."),
     gauge("podhull_vm_memory_bytes", "Memory of the virtual machine."),
     counter("podhull_vm_exits_total", "KVM exits of the virtual machine to user space, by reason."),
     gauge("podhull_processes", "Processes of the pod on the host, by what they are for."),
-    counter("podhull_process_cpu_seconds_total", "Processor time of processes on the host; that of vmm is the guest's too."),
+    counter(
+        "podhull_process_cpu_seconds_total",
+        "Processor time of processes on the host; that of vmm is the guest's too.",
+    ),
     gauge("podhull_process_resident_memory_bytes", "Memory of processes on the host, that of vmm with the guest's."),
     gauge(
         "podhull_process_proportional_memory_bytes",
@@ -60,7 +66,10 @@ pub const FAMILIES: &[Family] = &[
     counter("podhull_guest_network_transmit_packets_total", "Sent by an interface of the pod."),
     counter("podhull_guest_network_transmit_errors_total", "Not sent by an interface of the pod because of an error."),
     counter("podhull_guest_network_transmit_dropped_total", "Dropped by an interface of the pod, and not sent."),
-    counter("podhull_guest_disk_read_bytes_total", "Read from a disk of the virtual machine; shared files are on none."),
+    counter(
+        "podhull_guest_disk_read_bytes_total",
+        "Read from a disk of the virtual machine; shared files are on none.",
+    ),
     counter("podhull_guest_disk_reads_total", "Reads from a disk of the virtual machine."),
     counter("podhull_guest_disk_written_bytes_total", "Written to a disk of the virtual machine."),
     counter("podhull_guest_disk_writes_total", "Writes to a disk of the virtual machine."),
@@ -69,7 +78,10 @@ pub const FAMILIES: &[Family] = &[
     counter("podhull_container_cpu_system_seconds_total", "Of that, in the guest's kernel."),
     counter("podhull_container_cpu_throttled_seconds_total", "How long a container had to wait for its CPU quota."),
     gauge("podhull_container_memory_usage_bytes", "Memory of a container, with contents of files."),
-    gauge("podhull_container_memory_working_set_bytes", "The same without contents of files that were not used of late."),
+    gauge(
+        "podhull_container_memory_working_set_bytes",
+        "The same without contents of files that were not used of late.",
+    ),
     gauge("podhull_container_memory_limit_bytes", "What a container may have; missing without a limit."),
     counter("podhull_container_oom_kills_total", "Processes of a container that were killed for lack of memory."),
     gauge("podhull_container_processes", "Processes of a container, threads counted."),
@@ -241,9 +253,8 @@ fn container(to: &mut Exposition, labels: &[(&'static str, &str)], stats: &Conta
         to.add("podhull_container_processes", labels, pids.current);
     }
     if let Some(io) = stats.io.as_ref() {
-        let sum = |of: fn(&podhull_protocol::IoDeviceStats) -> u64| {
-            io.devices.iter().map(of).fold(0, u64::saturating_add)
-        };
+        let sum =
+            |of: fn(&podhull_protocol::IoDeviceStats) -> u64| io.devices.iter().map(of).fold(0, u64::saturating_add);
         to.add("podhull_container_disk_read_bytes_total", labels, sum(|device| device.read_bytes));
         to.add("podhull_container_disk_written_bytes_total", labels, sum(|device| device.written_bytes));
     }
@@ -288,7 +299,10 @@ mod tests {
         let interface = |name: &str| InterfaceStats { name: name.into(), received_bytes: 5, ..Default::default() };
         let many = (0..100).map(|number| interface(&format!("e{number}")));
         let stats = PodStatsResponse {
-            interfaces: [interface("a\n\"\u{e9}"), interface("a\""), interface(&"x".repeat(99))].into_iter().chain(many).collect(),
+            interfaces: [interface("a\n\"\u{e9}"), interface("a\""), interface(&"x".repeat(99))]
+                .into_iter()
+                .chain(many)
+                .collect(),
             disks: vec![DiskStats { name: "vda".into(), read_bytes: 7, ..Default::default() }],
             ..Default::default()
         };
@@ -297,7 +311,10 @@ mod tests {
         let text = exposition.text();
         assert_eq!(text.matches("podhull_guest_network_receive_bytes_total{").count(), MOST - 1, "{text}");
         assert!(text.contains(r#"{pod="p",interface="a\""} 5"#), "{text}");
-        assert!(text.contains(&format!("interface=\"{}\"", "x".repeat(15))) && text.contains(r#"disk="vda"} 7"#), "{text}");
+        assert!(
+            text.contains(&format!("interface=\"{}\"", "x".repeat(15))) && text.contains(r#"disk="vda"} 7"#),
+            "{text}"
+        );
         let memory = MemoryStats { usage: 5, limit: u64::MAX, ..Default::default() };
         let unlimited = ContainerStatsResponse { memory: Some(memory).into(), ..Default::default() };
         let mut exposition = Exposition::new(FAMILIES);

@@ -111,8 +111,7 @@ pub fn chosen(root: &Path, names: &[String]) -> Result<Vec<Pod>, InspectError> {
         pods.extend(under(&root)?);
     }
     let is = |pod: &Pod, name: &String| {
-        pod.id() == name
-            || pod.name().is_some_and(|(namespace, own)| name.split_once('/') == Some((namespace, own)))
+        pod.id() == name || pod.name().is_some_and(|(namespace, own)| name.split_once('/') == Some((namespace, own)))
     };
     if let Some(missing) = names.iter().find(|name| !pods.iter().any(|pod| is(pod, name))) {
         return Err(InspectError::Missing(missing.clone()));

@@ -18,10 +18,7 @@ const CONTAINER: u32 = 5;
 
 /// The trace of a container's start as far as it got.
 pub fn json(container: &str, pod: &str, timeline: &Timeline) -> Value {
-    let mut events = vec![
-        meta("process_name", HOST, 0, "host"),
-        meta("thread_name", HOST, START, "start"),
-    ];
+    let mut events = vec![meta("process_name", HOST, 0, "host"), meta("thread_name", HOST, START, "start")];
     let event = |process: u32, track: u32, name: &str, begin: u64, end: u64| {
         let since = |time: u64| time.saturating_sub(timeline.began) as f64 / 1000.0;
         let (from, to) = (since(begin), since(end.max(begin)));
@@ -68,7 +65,8 @@ fn in_host_time(timeline: &Timeline) -> Option<[u64; 5]> {
     let GuestTimes { started, ready, called, made } = timeline.guest?;
     let (built, booted) = (timeline.end_of(Phase::Machine)?, timeline.end_of(Phase::Boot)?);
     let created = timeline.end_of(Phase::Create)?;
-    let at = |time: u64| (i128::from(booted) + i128::from(time) - i128::from(ready)).clamp(0, i128::from(u64::MAX)) as u64;
+    let at =
+        |time: u64| (i128::from(booted) + i128::from(time) - i128::from(ready)).clamp(0, i128::from(u64::MAX)) as u64;
     let (mut earliest, latest) = (built, created.max(built));
     Some([(0, booted), (started, booted), (ready, booted), (called, latest), (made, latest)].map(|(time, most)| {
         earliest = at(time).clamp(earliest, most.max(earliest));

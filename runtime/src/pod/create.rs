@@ -176,12 +176,7 @@ pub fn create(create: &Create<'_>, launch: Launch, handed: Handed) -> Result<Cre
 
 /// Runs a container in the foreground, and calls `started` when its program runs; returns its exit status. Without `kept` nothing is
 /// left of it then.
-pub fn run(
-    create: &Create<'_>,
-    inherited: Inherited,
-    kept: bool,
-    started: impl Fn(),
-) -> Result<u8, CreateError> {
+pub fn run(create: &Create<'_>, inherited: Inherited, kept: bool, started: impl Fn()) -> Result<u8, CreateError> {
     let (bundle, wanted) = create.check()?;
     let mut foreground = Foreground::new(&bundle.config, create.console_socket)?;
     let begin = Begin { kept, foreground: true, ..Begin::default() };
@@ -272,6 +267,7 @@ impl<'a> Pod<'a> {
             notify: notify::asked().is_some(),
             ..begin
         };
+        create.log.of_pod(begin.pod.as_ref().map_or(create.id, |pod| &pod.pod));
         let foreground = begin.foreground;
         let channel = machine.as_mut().and_then(Process::take_channel);
         let fds: Vec<_> = channel.into_iter().chain(terminal).chain(mounts).chain(joined).chain(descriptors).collect();

@@ -163,6 +163,7 @@ pub fn run(run: &Run<'_>) -> Result<u8, RunError> {
     let given = run.creator.begin()?;
     let mut timeline = Timeline::since(given.begin.began);
     timeline.end(Phase::Launch);
+    run.log.of_pod(given.begin.pod.as_ref().map_or(run.id, |pod| &pod.pod));
     if given.begin.pod.is_some() {
         return member::run(run, given, timeline);
     }
@@ -215,6 +216,7 @@ pub fn run(run: &Run<'_>) -> Result<u8, RunError> {
     bundle.config.clear_namespace_paths();
     let told = mounts.sockets.iter().map(Socket::told).collect();
     let mut request = pod_request(run.id, &bundle, &stdio, mounts.memory, mounts.directories, told)?;
+    request.debug = begin.settings.debug;
     let container = request.container.mut_or_insert_default();
     (container.disks, container.descriptors) = (disks.told, descriptors.told);
     container.volumes = mounts.volumes.told();

@@ -55,6 +55,8 @@ pub struct Container {
     id: String,
     bundle: PathBuf,
     surroundings: Arc<Surroundings>,
+    /// Where to say what is done with it.
+    log: Log,
     cgroups: Manager,
     /// Its first process.
     pub init: Arc<Process>,
@@ -113,6 +115,7 @@ impl Container {
             cgroups: asked.cgroups.unwrap_or_else(|| manager(&config)),
             id: request.id.clone(),
             bundle,
+            log: surroundings.log.clone().of_container(&request.id),
             surroundings,
             init: Arc::new(Process::new("", Vec::new(), names)),
             executed: Mutex::default(),
@@ -137,7 +140,7 @@ impl Container {
                 oom_score_adj: Some(0),
                 began,
                 root: &this.surroundings.root,
-                log: &this.surroundings.log,
+                log: &this.log,
             };
             pod::create(&create, launch, Handed { terminal, inherited: Inherited::default() }).map_err(|error| {
                 let _ = rootfs::unmount_all(&this.bundle);
@@ -155,7 +158,7 @@ impl Container {
             // Its end is its shadow's business; here it is waited for.
             match process::open(machine) {
                 Ok(machine) => drop(tokio::spawn(async move { process::reap(machine.as_fd()).await })),
-                Err(error) => container.surroundings.log.warning(&format!("process {machine}: {error}")),
+                Err(error) => container.log.warning(&format!("process {machine}: {error}")),
             }
         }
         let pidfd = match process::open(created.shadow) {
@@ -191,11 +194,11 @@ impl Container {
 
     /// Serves what the pod uses, for as long as this container is known: the machine is its own.
     fn serve_metrics(&self) {
-        let (surroundings, id) = (self.surroundings.clone(), self.id.clone());
+        let (surroundings, log, id) = (self.surroundings.clone(), self.log.clone(), self.id.clone());
         let serving = tokio::spawn(async move {
             // A pod without is one all the same.
-            if let Err(error) = scrape::serve(surroundings.root.clone(), id.clone()).await {
-                surroundings.log.warning(&format!("{id}: cannot serve metrics: {error}"));
+            if let Err(error) = scrape::serve(surroundings.root.clone(), id).await {
+                log.warning(&format!("cannot serve metrics: {error}"));
             }
         });
         let _ = self.metrics.set(Serving(serving.abort_handle()));
@@ -253,7 +256,7 @@ impl Container {
             let this = self.clone();
             let Surroundings { root, .. } = &*self.surroundings;
             let root = root.clone();
-            beside(move || pod::start_created(&root, &this.id, &this.surroundings.log)).await?.map_err(of_command)?;
+            beside(move || pod::start_created(&root, &this.id, &this.log)).await?.map_err(of_command)?;
             process.started();
             self.publish(&Event::Started(TaskStart {
                 container_id: self.id.clone(),
@@ -416,7 +419,7 @@ impl Container {
         let document = serde_json::from_slice(&resources).map_err(|e| wrong(e.to_string()))?;
         let resources = Resources::read(document).map_err(|e| wrong(e.to_string()))?;
         let this = self.clone();
-        let update = move || pod::update(&this.surroundings.root, &this.id, &resources, &this.surroundings.log);
+        let update = move || pod::update(&this.surroundings.root, &this.id, &resources, &this.log);
         beside(update).await?.map_err(of_command)
     }
 
@@ -528,6 +531,7 @@ impl Container {
             cgroups: Manager::Files,
             id: id.into(),
             bundle: surroundings.root.join(id),
+            log: surroundings.log.clone().of_container(id),
             surroundings,
             init: Arc::new(Process::new("", Vec::new(), Names::default())),
             executed: Mutex::default(),

@@ -1,5 +1,6 @@
 //! What the documentation tells people to type does what it says.
 
+use super::config::Configuration;
 use super::containerd::stopped;
 use super::podhull;
 use crate::container::Container;
@@ -97,6 +98,8 @@ fn containerd_page(scene: &Scene) -> Outcome {
 fn operations_page(scene: &Scene) -> Outcome {
     let page = include_str!("../../../docs/operations.md");
     let before = Leaks::watch();
+    let host = Configuration::new()?;
+    host.write("config.toml", &blocks(page, "toml").concat())?;
     let container = Container::make(scene, &scene.debian()?.sh("echo ready; exec sleep 1000"), &["run", "-d"])?;
     let file = scene.directory.join("hello.json").display().to_string();
     let mut typed = 0;
@@ -115,7 +118,7 @@ fn operations_page(scene: &Scene) -> Outcome {
             typed += 1;
         }
     }
-    ensure!(typed >= 6 && std::path::Path::new(&file).exists(), "{typed} commands on the page");
+    ensure!(typed >= 9 && std::path::Path::new(&file).exists(), "{typed} commands on the page");
     container.end()?;
     before.check()
 }
