@@ -3,13 +3,14 @@
 //! Everything here is boot time of every pod, so it holds what containers need and nothing else.
 
 use std::io;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use rustix::fs::{CWD, Mode, OFlags};
 use rustix::io::Errno;
 use rustix::mount::{MountFlags, mount};
 use rustix::process::{Resource, Rlimit, setrlimit};
 
-use crate::{cgroup, container::namespaces, serve, vsock};
+use crate::{cgroup, container::namespaces, log, serve, vsock};
 
 /// A guest that cannot come up. The machine is reset with this as its last words.
 #[derive(Debug, thiserror::Error)]
@@ -58,8 +59,24 @@ const SYSCTLS: [(&str, &str); 4] = [
     ("/proc/sys/kernel/pid_max", "4194304"),
 ];
 
+/// When the agent was started, and when it listened, on the monotonic clock.
+static STARTED: AtomicU64 = AtomicU64::new(0);
+static READY: AtomicU64 = AtomicU64::new(0);
+
+/// The monotonic clock in nanoseconds. It began with the kernel.
+pub fn monotonic_ns() -> u64 {
+    let now = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
+    now.tv_sec.cast_unsigned() * 1_000_000_000 + now.tv_nsec.cast_unsigned()
+}
+
+/// When the agent was started, and when it listened; 0 on an ordinary machine.
+pub fn times() -> [u64; 2] {
+    [&STARTED, &READY].map(|time| time.load(Ordering::Relaxed))
+}
+
 /// Sets the guest up and serves the pod until the machine ends.
 pub fn run() -> ! {
+    STARTED.store(monotonic_ns(), Ordering::Relaxed);
     std::panic::set_hook(Box::new(|panic| {
         say(&format!("podhull-agent: {panic}\n"));
         reset();
@@ -75,6 +92,7 @@ fn boot() -> Result<(), BootError> {
         mount_one(kind, target, flags, data)?;
     }
     standard_streams()?;
+    log::begin();
     for (path, value) in SYSCTLS {
         std::fs::write(path, value).map_err(|source| BootError::Sysctl { path, value, source })?;
     }
@@ -83,6 +101,7 @@ fn boot() -> Result<(), BootError> {
     let cgroups = cgroup::Hierarchy::new("/sys/fs/cgroup", "pod")?;
     let agent = listen(podhull_protocol::AGENT_PORT)?;
     let stdio = listen(podhull_protocol::STDIO_PORT)?;
+    READY.store(monotonic_ns(), Ordering::Relaxed);
     Err(serve::serve(serve::Listeners::Vsock { agent, stdio }, cgroups).into())
 }
 

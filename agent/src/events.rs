@@ -5,8 +5,10 @@ use std::pin::pin;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use podhull_protocol::Event;
+use podhull_protocol::{Event, event};
 use tokio::sync::{Notify, broadcast, watch};
+
+use crate::log;
 
 /// Events that a watcher may be behind before it misses some.
 const WATCHED: usize = 64;
@@ -39,9 +41,24 @@ impl Default for Events {
 /// A container, and the process executed in it; both empty for all.
 type Subject = (String, String);
 
+/// Notes in the log what happens to containers. What is executed in them, as by probes, would soon be all that is in it.
+fn say(event: &Event) {
+    match &event.kind {
+        Some(event::Kind::Exit(exit)) if event.exec_id.is_empty() => {
+            let (code, signal) = (exit.code, exit.signal);
+            log::container(&event.container_id, format_args!("ended with status {code}, signal {signal}"));
+        }
+        Some(event::Kind::OutOfMemory(oom)) => {
+            log::container(&event.container_id, format_args!("out of memory: {} processes killed so far", oom.kills));
+        }
+        _ => {}
+    }
+}
+
 impl Events {
     /// Adds an event, or updates the count of one of its kind that still waits.
     pub fn push(&self, event: Event) {
+        say(&event);
         // There may be nobody.
         let _ = self.watchers.send(event.clone());
         let mut queue = self.queue();

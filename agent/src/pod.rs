@@ -3,30 +3,34 @@
 use std::borrow::Cow;
 use std::collections::HashMap;
 use std::os::fd::OwnedFd;
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Component, Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use podhull_protocol::{
     ConfigureNetworkRequest, ContainerStatsResponse, CreateContainerRequest, CreateContainerResponse, CreatePodRequest,
-    CreatePodResponse, Disk, ExecProcessRequest, ExecProcessResponse, GrowRequest, GrowResponse, ListProcessesResponse,
-    Stdio, VERSION,
+    CreatePodResponse, DEBUG_DIR, DebugProgram, Disk, ExecProcessRequest, ExecProcessResponse, GrowRequest,
+    GrowResponse, ListProcessesResponse, MAX_DEBUG_PROGRAM, NamedStats, PodStatsResponse, Stdio, VERSION,
 };
 use rustix::io::Errno;
 use tokio::io::unix::AsyncFd;
 use tokio::sync::OnceCell;
 
+use crate::boot;
 use crate::cgroup::{CgroupError, Hierarchy};
 use crate::container::report::ErrorKind;
 use crate::container::{self, Container, ContainerError, Network};
 use crate::descriptors::{DescriptorError, Wanted};
 use crate::disks;
 use crate::events::Events;
+use crate::log;
 use crate::machine::{Machine, MachineError};
 use crate::memory::Memory;
 use crate::network::{Configure, Description, MAX_FORWARDS, NetworkError, PodNetwork};
 use crate::reaper::Reaper;
 use crate::shared::Shared;
 use crate::sockets::Sockets;
+use crate::stats;
 use crate::stdio::{self, StdioError, Streams};
 use crate::volumes::{VolumeError, Volumes};
 
@@ -72,6 +76,10 @@ pub enum PodError {
     WindowSize { rows: u32, columns: u32 },
     #[error("this agent is not in a virtual machine")]
     NoMachine,
+    #[error("the pod was not started with debug.shell in the configuration")]
+    NoDebug,
+    #[error("put the program {0:?} into the guest: {1}")]
+    DebugProgram(String, std::io::Error),
     #[error("bring up CPUs: {0}")]
     CpuTask(tokio::task::JoinError),
     #[error(transparent)]
@@ -94,7 +102,9 @@ impl PodError {
     /// The code of the answer.
     pub fn code(&self) -> ttrpc::Code {
         match self {
-            Self::Version(_) | Self::PodExists | Self::NoPod | Self::NoMachine => ttrpc::Code::FAILED_PRECONDITION,
+            Self::Version(_) | Self::PodExists | Self::NoPod | Self::NoMachine | Self::NoDebug => {
+                ttrpc::Code::FAILED_PRECONDITION
+            }
             Self::Id(_) | Self::ExecId(_) | Self::RootfsPath(_) | Self::Shared(_) | Self::WindowSize { .. } => {
                 ttrpc::Code::INVALID_ARGUMENT
             }
@@ -123,6 +133,7 @@ impl PodError {
             | Self::SlowShared
             | Self::SharedTask(_)
             | Self::Socket { .. }
+            | Self::DebugProgram(..)
             | Self::CpuTask(_)
             | Self::Machine(_)
             | Self::Network(_)
@@ -156,8 +167,8 @@ pub struct Pod {
     streams: Arc<Streams>,
     pub events: Arc<Events>,
     network: Arc<PodNetwork>,
-    /// Set once, by the call that made the pod.
-    made: OnceCell<()>,
+    /// Set once, by the call that made the pod: whether the administrator may look into the guest.
+    made: OnceCell<bool>,
     containers: Mutex<HashMap<String, Entry>>,
 }
 
@@ -189,6 +200,7 @@ impl Pod {
 
     /// Sets the machine up, and makes the first container.
     pub async fn create(self: &Arc<Self>, request: CreatePodRequest) -> Result<CreatePodResponse, PodError> {
+        let called_ns = boot::monotonic_ns();
         if request.protocol_version != VERSION {
             return Err(PodError::Version(request.protocol_version));
         }
@@ -208,7 +220,9 @@ impl Pod {
                 machine.mount_share(&request.share_tag)?;
             }
         }
-        self.made.set(()).map_err(|_| PodError::PodExists)?;
+        self.made.set(request.debug).map_err(|_| PodError::PodExists)?;
+        let version = env!("CARGO_PKG_VERSION");
+        log::pod(format_args!("version {version}, host name {:?}", request.hostname));
         if request.names != 0 {
             self.network.ask_over(self.streams.claim(request.names)?).await;
         }
@@ -224,10 +238,15 @@ impl Pod {
                 None
             }
         };
+        let [started_ns, ready_ns] = boot::times();
         Ok(CreatePodResponse {
             agent_version: env!("CARGO_PKG_VERSION").into(),
             kernel_release: rustix::system::uname().release().to_string_lossy().into_owned(),
             container: container.into(),
+            started_ns,
+            ready_ns,
+            called_ns,
+            made_ns: boot::monotonic_ns(),
             ..CreatePodResponse::default()
         })
     }
@@ -275,6 +294,7 @@ impl Pod {
         let pid = container.pid().as_raw_nonzero().get();
         reservation.becomes = Some(container.clone());
         drop(reservation);
+        log::container(container.id(), format_args!("created as process {pid}"));
         if lease.is_err() {
             self.abandoned(&container).await;
         }
@@ -330,7 +350,9 @@ impl Pod {
     }
 
     pub async fn start(&self, id: &str) -> Result<(), PodError> {
-        Ok(self.container(id)?.start().await?)
+        self.container(id)?.start().await?;
+        log::container(id, format_args!("started"));
+        Ok(())
     }
 
     pub fn signal(&self, id: &str, signal: i32, all: bool) -> Result<(), PodError> {
@@ -347,6 +369,10 @@ impl Pod {
         if !is_valid_id(&request.exec_id) {
             return Err(PodError::ExecId(request.exec_id));
         }
+        let in_guest = request.debug.is_some();
+        if let Some(program) = request.debug.as_ref() {
+            self.put(program)?;
+        }
         let stdio = request.stdio.into_option().unwrap_or_default();
         let lease = self.lease(stdio.lease)?;
         let streams = self.streams_of(stdio)?;
@@ -358,6 +384,7 @@ impl Pod {
             descriptors,
             cgroup: &request.cgroup,
             ignore_paused: request.ignore_paused,
+            in_guest,
         };
         let (pid, lease) = tokio::join!(container.exec(asked, self.surroundings()), lease);
         let pid = pid?;
@@ -372,6 +399,26 @@ impl Pod {
             });
         }
         Ok(ExecProcessResponse { pid, ..ExecProcessResponse::default() })
+    }
+
+    /// Puts a program into the guest, if the host has said at the pod's start that there may be such.
+    fn put(&self, program: &DebugProgram) -> Result<(), PodError> {
+        let (Some(true), Some(_)) = (self.made.get(), self.machine) else { return Err(PodError::NoDebug) };
+        let DebugProgram { name, content, .. } = program;
+        if !is_valid_id(name) || content.len() > MAX_DEBUG_PROGRAM {
+            return Err(PodError::ExecId(name.clone()));
+        }
+        let put = || {
+            let (directory, path) = (Path::new(DEBUG_DIR), Path::new(DEBUG_DIR).join(name));
+            std::fs::create_dir_all(directory)?;
+            // Another one of it may run, whose file cannot be written.
+            let new = path.with_extension("new");
+            std::fs::write(&new, content)?;
+            std::fs::set_permissions(&new, std::fs::Permissions::from_mode(0o700))?;
+            std::fs::rename(&new, &path)
+        };
+        log::pod(format_args!("the host's administrator executes {name} in the guest"));
+        put().map_err(|error| PodError::DebugProgram(name.clone(), error))
     }
 
     pub async fn pause(&self, id: &str) -> Result<(), PodError> {
@@ -392,6 +439,24 @@ impl Pod {
 
     pub fn stats(&self, id: &str) -> Result<ContainerStatsResponse, PodError> {
         Ok(self.container(id)?.stats()?)
+    }
+
+    /// What the guest has used, and each container.
+    pub fn stats_of_all(&self) -> PodStatsResponse {
+        let containers: Vec<_> = {
+            let containers = self.containers.lock().unwrap_or_else(PoisonError::into_inner);
+            let there = containers.values().filter_map(|entry| match entry {
+                Entry::There(container) => Some(container.clone()),
+                Entry::Busy => None,
+            });
+            there.collect()
+        };
+        let stats = containers.iter().filter_map(|container| {
+            // One whose group is gone has ended.
+            let stats = Some(container.stats().ok()?).into();
+            Some(NamedStats { id: container.id().to_owned(), stats, ..NamedStats::default() })
+        });
+        PodStatsResponse { containers: stats.collect(), ..stats::read() }
     }
 
     pub async fn processes(&self, id: &str) -> Result<ListProcessesResponse, PodError> {
@@ -438,6 +503,7 @@ impl Pod {
             machine.online_cpus(request.cpus)
         });
         let cpus_online = grown.await.map_err(PodError::CpuTask)??;
+        log::pod(format_args!("{cpus_online} CPUs online"));
         Ok(GrowResponse { cpus_online, ..GrowResponse::default() })
     }
 

@@ -6,12 +6,14 @@ use podhull_protocol::{
     Agent, ConfigureNetworkRequest, ContainerStatsRequest, ContainerStatsResponse, CreateContainerRequest,
     CreateContainerResponse, CreatePodRequest, CreatePodResponse, DeleteContainerRequest, DeleteProcessRequest, Empty,
     Event, EventsRequest, ExecProcessRequest, ExecProcessResponse, GrowRequest, GrowResponse, ListProcessesRequest,
-    ListProcessesResponse, PauseContainerRequest, ResizeTerminalRequest, ResumeContainerRequest,
-    SignalContainerRequest, SignalProcessRequest, StartContainerRequest, UpdateContainerRequest, UpdateVolumeRequest,
+    ListProcessesResponse, PauseContainerRequest, PodStatsRequest, PodStatsResponse, ReadLogRequest, ReadLogResponse,
+    ResizeTerminalRequest, ResumeContainerRequest, SignalContainerRequest, SignalProcessRequest, StartContainerRequest,
+    UpdateContainerRequest, UpdateVolumeRequest,
 };
 use ttrpc::r#async::{ServerStreamSender, TtrpcContext};
 
 use crate::connection::Alive;
+use crate::log;
 use crate::pod::{Pod, PodError};
 
 /// The service, as one connection has it.
@@ -110,6 +112,17 @@ impl Agent for Service {
         request: ContainerStatsRequest,
     ) -> ttrpc::Result<ContainerStatsResponse> {
         self.pod.stats(&request.id).map_err(status)
+    }
+
+    async fn pod_stats(&self, _: &TtrpcContext, _: PodStatsRequest) -> ttrpc::Result<PodStatsResponse> {
+        Ok(self.pod.stats_of_all())
+    }
+
+    async fn read_log(&self, _: &TtrpcContext, request: ReadLogRequest) -> ttrpc::Result<ReadLogResponse> {
+        let unreadable =
+            |error| ttrpc::Error::RpcStatus(ttrpc::get_status(ttrpc::Code::INTERNAL, format!("read the log: {error}")));
+        let lines = log::read(request.max_bytes as usize).map_err(unreadable)?;
+        Ok(ReadLogResponse { lines, ..ReadLogResponse::default() })
     }
 
     async fn list_processes(

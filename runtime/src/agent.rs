@@ -3,18 +3,22 @@
 use std::io;
 use std::os::fd::BorrowedFd;
 use std::os::unix::net::UnixStream;
-use std::time::Duration;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use podhull_protocol::{
     AgentClient, ConfigureNetworkRequest, ContainerStatsRequest, ContainerStatsResponse, CreateContainerRequest,
     CreatePodRequest, DeleteContainerRequest, DeleteProcessRequest, Event, EventsRequest, ExecProcessRequest,
-    GrowRequest, HostSocket, PauseContainerRequest, ResizeTerminalRequest, ResumeContainerRequest, SharedMemory,
-    SignalContainerRequest, SignalProcessRequest, StartContainerRequest, UpdateContainerRequest, UpdateVolumeRequest,
-    event,
+    GrowRequest, HostSocket, LogLine, PauseContainerRequest, PodStatsRequest, PodStatsResponse, ReadLogRequest,
+    ResizeTerminalRequest, ResumeContainerRequest, SharedMemory, SignalContainerRequest, SignalProcessRequest,
+    StartContainerRequest, UpdateContainerRequest, UpdateVolumeRequest, event,
 };
 use ttrpc::r#async::ClientStreamReceiver;
 use ttrpc::r#async::transport::Socket;
 use ttrpc::context::{Context, with_duration};
+
+use crate::calls::Calls;
+use crate::pod::GuestTimes;
 
 /// For calls that the agent answers at once, on a host that is very busy.
 const PROMPT: Duration = Duration::from_secs(30);
@@ -73,6 +77,15 @@ pub struct Exit {
     pub killed: bool,
 }
 
+/// What a guest says of itself.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Guest {
+    /// Its kernel's release.
+    pub release: String,
+    /// When it reached what.
+    pub times: GuestTimes,
+}
+
 /// What a guest is to take into use.
 #[derive(Debug, Clone, Copy)]
 pub struct Growth {
@@ -86,6 +99,8 @@ pub struct Growth {
 #[derive(Clone)]
 pub struct Agent {
     client: AgentClient,
+    /// Where it is noted how long calls took.
+    calls: Option<Arc<Calls>>,
 }
 
 impl Agent {
@@ -93,28 +108,58 @@ impl Agent {
     pub fn new(stream: UnixStream) -> Result<Self, AgentError> {
         stream.set_nonblocking(true).map_err(AgentError::Connect)?;
         let stream = tokio::net::UnixStream::from_std(stream).map_err(AgentError::Connect)?;
-        Ok(Self { client: AgentClient::new(ttrpc::r#async::Client::new(Socket::new(stream))) })
+        Ok(Self { client: AgentClient::new(ttrpc::r#async::Client::new(Socket::new(stream))), calls: None })
+    }
+
+    /// Notes how long calls take among those of the pod with this directory. What cannot be noted is no reason not to call.
+    pub fn counted(self, pod: BorrowedFd<'_>) -> Self {
+        Self { calls: Calls::open(pod).ok().map(Arc::new), ..self }
     }
 
     /// Speaks to the agent behind the socket in a pod's directory; needs a runtime.
     pub fn dial(pod: BorrowedFd<'_>) -> Result<Self, AgentError> {
-        Self::new(crate::stdio::dial(pod, podhull_protocol::AGENT_PORT).map_err(AgentError::Connect)?)
+        let stream = crate::stdio::dial(pod, podhull_protocol::AGENT_PORT).map_err(AgentError::Connect)?;
+        Ok(Self::new(stream)?.counted(pod))
     }
 
-    /// Makes the pod and its first container; returns the guest's kernel release.
-    pub async fn create_pod(&self, request: &CreatePodRequest) -> Result<String, AgentError> {
-        let answer =
-            self.client.create_pod(with_duration(WORK), request).await.map_err(|e| AgentError::of("CreatePod", e))?;
+    /// The same without holding up the event loop. A deadline is for who waits for it.
+    pub async fn dial_in_loop(pod: BorrowedFd<'_>) -> Result<Self, AgentError> {
+        let stream =
+            crate::stdio::dial_in_loop(pod, podhull_protocol::AGENT_PORT).await.map_err(AgentError::Connect)?;
+        let client = AgentClient::new(ttrpc::r#async::Client::new(Socket::new(stream)));
+        Ok(Self { client, calls: None }.counted(pod))
+    }
+
+    /// Makes a call, and notes how long it took.
+    async fn call<T>(
+        &self,
+        name: &'static str,
+        call: impl Future<Output = Result<T, ttrpc::Error>>,
+    ) -> Result<T, AgentError> {
+        let began = Instant::now();
+        let answer = call.await;
+        if let Some(calls) = &self.calls {
+            calls.count(name, began.elapsed());
+        }
+        answer.map_err(|error| AgentError::of(name, error))
+    }
+
+    /// Makes the pod and its first container; returns what the guest says of itself.
+    pub async fn create_pod(&self, request: &CreatePodRequest) -> Result<Guest, AgentError> {
+        let answer = self.call("CreatePod", self.client.create_pod(with_duration(WORK), request)).await?;
         if request.container.is_some() && answer.container.pid <= 1 {
             return Err(AgentError::Nonsense("the process id of the container"));
         }
-        Ok(answer.kernel_release.chars().filter(|c| c.is_ascii_graphic()).take(64).collect())
+        let (started, ready) = (answer.started_ns, answer.ready_ns);
+        Ok(Guest {
+            release: answer.kernel_release.chars().filter(|c| c.is_ascii_graphic()).take(64).collect(),
+            times: GuestTimes { started, ready, called: answer.called_ns, made: answer.made_ns },
+        })
     }
 
     /// Makes a further container in the pod.
     pub async fn create_container(&self, request: &CreateContainerRequest) -> Result<(), AgentError> {
-        let answer = self.client.create_container(with_duration(WORK), request).await;
-        match answer.map_err(|e| AgentError::of("CreateContainer", e))?.pid {
+        match self.call("CreateContainer", self.client.create_container(with_duration(WORK), request)).await?.pid {
             ..=1 => Err(AgentError::Nonsense("the process id of the container")),
             _ => Ok(()),
         }
@@ -123,112 +168,97 @@ impl Agent {
     /// Executes the container's program.
     pub async fn start_container(&self, id: &str) -> Result<(), AgentError> {
         let request = StartContainerRequest { id: id.into(), ..Default::default() };
-        self.client
-            .start_container(with_duration(WORK), &request)
-            .await
-            .map(drop)
-            .map_err(|e| AgentError::of("StartContainer", e))
+        self.call("StartContainer", self.client.start_container(with_duration(WORK), &request)).await.map(drop)
     }
 
     /// Sends a signal to the container's init.
     pub async fn signal(&self, id: &str, signal: i32, all: bool) -> Result<(), AgentError> {
         let request = SignalContainerRequest { id: id.into(), signal, all, ..Default::default() };
-        self.client
-            .signal_container(with_duration(PROMPT), &request)
-            .await
-            .map(drop)
-            .map_err(|e| AgentError::of("SignalContainer", e))
+        self.call("SignalContainer", self.client.signal_container(with_duration(PROMPT), &request)).await.map(drop)
     }
 
     /// Stops all processes of a container.
     pub async fn pause_container(&self, id: &str) -> Result<(), AgentError> {
         let request = PauseContainerRequest { id: id.into(), ..Default::default() };
-        let answer = self.client.pause_container(with_duration(PROMPT), &request).await;
-        answer.map(drop).map_err(|e| AgentError::of("PauseContainer", e))
+        self.call("PauseContainer", self.client.pause_container(with_duration(PROMPT), &request)).await.map(drop)
     }
 
     /// Lets the processes of a container go on.
     pub async fn resume_container(&self, id: &str) -> Result<(), AgentError> {
         let request = ResumeContainerRequest { id: id.into(), ..Default::default() };
-        let answer = self.client.resume_container(with_duration(PROMPT), &request).await;
-        answer.map(drop).map_err(|e| AgentError::of("ResumeContainer", e))
+        self.call("ResumeContainer", self.client.resume_container(with_duration(PROMPT), &request)).await.map(drop)
     }
 
     /// Changes limits of a container; `resources` is a `linux.resources` object.
     pub async fn update_container(&self, id: &str, resources: Vec<u8>) -> Result<(), AgentError> {
         let request = UpdateContainerRequest { id: id.into(), resources, ..Default::default() };
-        let answer = self.client.update_container(with_duration(PROMPT), &request).await;
-        answer.map(drop).map_err(|e| AgentError::of("UpdateContainer", e))
+        self.call("UpdateContainer", self.client.update_container(with_duration(PROMPT), &request)).await.map(drop)
     }
 
     /// Makes the guest's copy of a volume what the host has now.
     pub async fn update_volume(&self, id: &str, name: &str) -> Result<(), AgentError> {
         let request = UpdateVolumeRequest { container_id: id.into(), name: name.into(), ..Default::default() };
-        let answer = self.client.update_volume(with_duration(PROMPT), &request).await;
-        answer.map(drop).map_err(|e| AgentError::of("UpdateVolume", e))
+        self.call("UpdateVolume", self.client.update_volume(with_duration(PROMPT), &request)).await.map(drop)
     }
 
     /// What a container has used and may use.
     pub async fn stats(&self, id: &str) -> Result<ContainerStatsResponse, AgentError> {
         let request = ContainerStatsRequest { id: id.into(), ..Default::default() };
-        let answer = self.client.container_stats(with_duration(PROMPT), &request).await;
-        answer.map_err(|e| AgentError::of("ContainerStats", e))
+        self.call("ContainerStats", self.client.container_stats(with_duration(PROMPT), &request)).await
+    }
+
+    /// What the guest as a whole has used, and each of its containers.
+    pub async fn pod_stats(&self) -> Result<PodStatsResponse, AgentError> {
+        self.call("PodStats", self.client.pod_stats(with_duration(PROMPT), &PodStatsRequest::default())).await
+    }
+
+    /// The end of the guest kernel's log.
+    pub async fn read_log(&self, max_bytes: u32) -> Result<Vec<LogLine>, AgentError> {
+        let request = ReadLogRequest { max_bytes, ..Default::default() };
+        Ok(self.call("ReadLog", self.client.read_log(with_duration(PROMPT), &request)).await?.lines)
     }
 
     /// Executes a further program in a container.
     pub async fn exec(&self, request: &ExecProcessRequest) -> Result<(), AgentError> {
-        let answer = self.client.exec_process(with_duration(WORK), request).await;
-        answer.map(drop).map_err(|e| AgentError::of("ExecProcess", e))
+        self.call("ExecProcess", self.client.exec_process(with_duration(WORK), request)).await.map(drop)
     }
 
     /// Sends a signal to an executed program.
     pub async fn signal_exec(&self, id: &str, exec: &str, signal: i32) -> Result<(), AgentError> {
         let request =
             SignalProcessRequest { container_id: id.into(), exec_id: exec.into(), signal, ..Default::default() };
-        let answer = self.client.signal_process(with_duration(PROMPT), &request).await;
-        answer.map(drop).map_err(|e| AgentError::of("SignalProcess", e))
+        self.call("SignalProcess", self.client.signal_process(with_duration(PROMPT), &request)).await.map(drop)
     }
 
     /// Forgets an executed program.
     pub async fn delete_exec(&self, id: &str, exec: &str) -> Result<(), AgentError> {
         let request = DeleteProcessRequest { container_id: id.into(), exec_id: exec.into(), ..Default::default() };
-        let answer = self.client.delete_process(with_duration(WORK), &request).await;
-        answer.map(drop).map_err(|e| AgentError::of("DeleteProcess", e))
+        self.call("DeleteProcess", self.client.delete_process(with_duration(WORK), &request)).await.map(drop)
     }
 
     /// Sets the size of a terminal: the container's, or with `exec` an executed program's.
     pub async fn resize(&self, id: &str, exec: &str, rows: u32, columns: u32) -> Result<(), AgentError> {
         let request =
             ResizeTerminalRequest { id: id.into(), exec_id: exec.into(), rows, columns, ..Default::default() };
-        self.client
-            .resize_terminal(with_duration(PROMPT), &request)
-            .await
-            .map(drop)
-            .map_err(|e| AgentError::of("ResizeTerminal", e))
+        self.call("ResizeTerminal", self.client.resize_terminal(with_duration(PROMPT), &request)).await.map(drop)
     }
 
     /// Removes what is left of the container; unmounting is what writes its last pages back.
     pub async fn delete_container(&self, id: &str) -> Result<(), AgentError> {
         let request = DeleteContainerRequest { id: id.into(), ..Default::default() };
-        self.client
-            .delete_container(with_duration(PROMPT), &request)
-            .await
-            .map(drop)
-            .map_err(|e| AgentError::of("DeleteContainer", e))
+        self.call("DeleteContainer", self.client.delete_container(with_duration(PROMPT), &request)).await.map(drop)
     }
 
     /// Takes new devices and CPUs into use, and CPUs that are too many out of use; returns how many are online.
     pub async fn grow(&self, growth: Growth) -> Result<u32, AgentError> {
         let Growth { cpus, rescan } = growth;
         let request = GrowRequest { cpus, rescan, ..Default::default() };
-        let grown = self.client.grow(with_duration(WORK), &request).await;
-        grown.map(|response| response.cpus_online).map_err(|e| AgentError::of("Grow", e))
+        Ok(self.call("Grow", self.client.grow(with_duration(WORK), &request)).await?.cpus_online)
     }
 
     /// Makes the pod's network what it says, whatever it was before.
     pub async fn configure_network(&self, request: &ConfigureNetworkRequest) -> Result<(), AgentError> {
-        let answer = self.client.configure_network(with_duration(WORK), request).await;
-        answer.map(drop).map_err(|e| AgentError::of("ConfigureNetwork", e))
+        self.call("ConfigureNetwork", self.client.configure_network(with_duration(WORK), request)).await.map(drop)
     }
 
     /// Copies of a container's events from now on.

@@ -3,6 +3,7 @@
 use std::fs::{File, OpenOptions};
 use std::io::Write;
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, OnceLock};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 /// Form of a line.
@@ -20,18 +21,26 @@ pub enum Format {
 pub struct LogError(PathBuf, #[source] std::io::Error);
 
 /// Where errors and, if asked for, debug lines go.
+#[derive(Clone)]
 pub struct Log {
-    file: Option<File>,
+    file: Option<Arc<File>>,
     format: Format,
     debug: bool,
     /// Standard error is the container's.
     quiet: bool,
+    /// Whom lines are about.
+    pod: OnceLock<String>,
+    container: Option<String>,
 }
 
 impl Log {
     /// A log that is standard error alone.
     pub fn stderr() -> Self {
-        Self { file: None, format: Format::Text, debug: false, quiet: false }
+        Self::new(None, Format::Text, false)
+    }
+
+    fn new(file: Option<File>, format: Format, debug: bool) -> Self {
+        Self { file: file.map(Arc::new), format, debug, quiet: false, pod: OnceLock::new(), container: None }
     }
 
     /// Opens the file for appending, making it if it is not there.
@@ -39,17 +48,27 @@ impl Log {
         let open = |path: &Path| {
             OpenOptions::new().append(true).create(true).open(path).map_err(|e| LogError(path.to_owned(), e))
         };
-        Ok(Self { file: path.map(open).transpose()?, format, debug, quiet: false })
+        Ok(Self::new(path.map(open).transpose()?, format, debug))
     }
 
     /// A log that is an open file alone.
     pub fn to(file: File, format: Format, debug: bool) -> Self {
-        Self { file: Some(file), format, debug, quiet: true }
+        Self::new(Some(file), format, debug).quiet()
     }
 
     /// The same without standard error.
     pub fn quiet(self) -> Self {
         Self { quiet: true, ..self }
+    }
+
+    /// The same, for lines about a container.
+    pub fn of_container(self, id: &str) -> Self {
+        Self { container: Some(id.to_owned()), ..self }
+    }
+
+    /// From here on lines are about what is in this pod, which may be known only now.
+    pub fn of_pod(&self, id: &str) {
+        let _ = self.pod.set(id.to_owned());
     }
 
     /// The error a command ends with: into the log, and as one line to standard error.
@@ -84,11 +103,21 @@ impl Log {
 
     fn line(&self, level: &str, message: &str) {
         let time = rfc3339(SystemTime::now());
+        let about = [("pod", self.pod.get()), ("container", self.container.as_ref())];
+        let about = about.into_iter().filter_map(|(key, id)| Some((key, id?.as_str())));
         let line = match self.format {
-            Format::Text => format!("time=\"{time}\" level={level} msg={:?}\n", one_line(message)),
-            Format::Json => format!("{}\n", serde_json::json!({ "level": level, "msg": message, "time": time })),
+            Format::Text => {
+                // Ids have no characters that would need quotes.
+                let about: String = about.map(|(key, id)| format!(" {key}={id}")).collect();
+                format!("time=\"{time}\" level={level} msg={:?}{about}\n", one_line(message))
+            }
+            Format::Json => {
+                let mut line = serde_json::json!({ "level": level, "msg": message, "time": time });
+                about.for_each(|(key, id)| line[key] = id.into());
+                format!("{line}\n")
+            }
         };
-        match self.file.as_ref() {
+        match self.file.as_deref() {
             // One write per line: other processes append to the same file. A log that cannot be written must not fail
             // the command.
             Some(mut file) => {
@@ -153,6 +182,25 @@ mod tests {
         assert_eq!(at(951_782_400), "2000-02-29T00:00:00.000000000Z");
         assert_eq!(at(1_767_225_599), "2025-12-31T23:59:59.000000000Z");
         assert_eq!(at(4_107_542_400), "2100-03-01T00:00:00.000000000Z");
+    }
+
+    #[test]
+    fn lines_say_whom_they_are_about() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("log");
+        for format in [Format::Json, Format::Text] {
+            let log = Log::open(Some(&path), format, true).unwrap().of_container("c").quiet();
+            log.error("a\nb");
+            log.of_pod("p");
+            log.debug(|| "d".into());
+        }
+        let text = std::fs::read_to_string(&path).unwrap();
+        let lines: Vec<_> = text.lines().collect();
+        let json: serde_json::Value = serde_json::from_str(lines[1]).unwrap();
+        assert_eq!((&json["pod"], &json["container"], &json["msg"]), (&"p".into(), &"c".into(), &"d".into()));
+        assert!(lines[0].contains(r#""container":"c""#) && !lines[0].contains("pod"), "{text}");
+        assert!(lines[2].ends_with(r#"level=error msg="a b" container=c"#), "{text}");
+        assert!(lines[3].ends_with(r#"level=debug msg="d" pod=p container=c"#), "{text}");
     }
 
     #[test]

@@ -320,6 +320,9 @@ impl Channel {
                         let _ = ready.send(exits);
                     }
                 }
+                Ok(Notice::Measured(_)) => {
+                    return Some(ChannelError::Malformed("a notice that is not for the channel".into()).into());
+                }
                 Ok(Notice::Ended(end)) => {
                     return Some(match end {
                         End::Reset => MachineError::Reset,

@@ -8,8 +8,8 @@
 //! removes what it was told to ([`Resource::Remove`]).
 //!
 //! Others than who started the machine speak to it through its control socket ([`Resource::Control`]): the same requests
-//! but [`Request::Start`] and [`Request::GiveUp`], and beside them [`Request::AwaitMemory`], each with its one answer, and no
-//! other notice. A connection that is closed ends nothing. Of [`MAX_CLIENTS`] connections the one that has been silent longest
+//! but [`Request::Start`] and [`Request::GiveUp`], and beside them [`Request::AwaitMemory`] and [`Request::Measure`], each with
+//! its one answer, and no other notice. A connection that is closed ends nothing. Of [`MAX_CLIENTS`] connections the one that has been silent longest
 //! makes room for a new one, one that waits for its answer only if all do, and a client that does not take its answers is
 //! disconnected: who says nothing or does not listen holds up nobody.
 
@@ -58,6 +58,8 @@ pub enum Request {
     /// if it has, or if there is no memory device. That may be never: who asks waits as long as it cares to, and what it asks
     /// meanwhile is answered after. Through a control socket only.
     AwaitMemory,
+    /// Answered by [`Notice::Measured`]. Through a control socket only.
+    Measure,
     /// Ends the machine, whose guest has not come up in time: the answer is [`End::Stuck`], with where the guest was. Not
     /// through a control socket.
     GiveUp,
@@ -180,8 +182,43 @@ pub enum Notice {
         /// KVM exits so far that came to user space, for `make bench`.
         exits: u64,
     },
+    /// What [`Request::Measure`] asked for.
+    Measured(Measured),
     /// The machine has ended; the process is about to exit.
     Ended(End),
+}
+
+/// A running machine in numbers.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Measured {
+    /// vCPUs that there are; the guest may not use all of them.
+    pub cpus: u32,
+    /// Bytes of memory that the guest has been given, and has not given back.
+    pub memory_bytes: u64,
+    /// KVM exits to user space so far, of all vCPUs.
+    pub exits: Exits,
+}
+
+/// KVM exits that came to user space, by what they were for.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Exits {
+    /// Reads of ports.
+    pub port_reads: u64,
+    /// Writes of ports.
+    pub port_writes: u64,
+    /// Reads of devices' memory.
+    pub mmio_reads: u64,
+    /// Writes of devices' memory, but for those that KVM hands to a device's thread itself.
+    pub mmio_writes: u64,
+    /// All others: a vCPU was called out of the guest, or could not go on.
+    pub others: u64,
+}
+
+impl Exits {
+    /// All of them.
+    pub fn sum(&self) -> u64 {
+        self.port_reads + self.port_writes + self.mmio_reads + self.mmio_writes + self.others
+    }
 }
 
 /// Why a machine ended.

@@ -4,7 +4,6 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, FromRawFd, IntoRawFd, OwnedFd};
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
 use kvm_bindings::{CpuId, KVM_CAP_SPLIT_IRQCHIP, KVM_MEM_READONLY, kvm_enable_cap, kvm_userspace_memory_region};
@@ -17,7 +16,7 @@ use crate::arch::cpuid;
 use crate::arch::layout::{HUGE_PAGE, IMAGE, IMAGE_MAX, RAM_END_MAX};
 use crate::arch::state::{StateContext, StateError};
 use crate::bus::Bus;
-use crate::control::{End, MachineConfig};
+use crate::control::{End, Exits, MachineConfig};
 use crate::jail::Confine;
 use crate::kernel::{self, KernelError};
 use crate::memory::discard::FileBacked;
@@ -178,7 +177,7 @@ impl Machine {
             cpus_max,
             shared: Shared {
                 bus,
-                exits: Arc::new(AtomicU64::new(0)),
+                exits: Arc::default(),
                 ended: listeners.ended,
                 context: Arc::new(context),
                 confine: listeners.confine,
@@ -309,7 +308,7 @@ impl Machine {
 
     /// What the guest is doing, in words.
     pub fn describe(&self) -> String {
-        let mut words = format!("{} exits to user space", self.exits());
+        let mut words = format!("{} exits to user space", self.exits().sum());
         for (index, vcpu) in self.vcpus.iter().enumerate() {
             let said = vcpu.describe();
             words += &format!("; CPU {index} {}", said.as_deref().unwrap_or("does not answer"));
@@ -318,8 +317,13 @@ impl Machine {
     }
 
     /// Exits to user space so far.
-    pub fn exits(&self) -> u64 {
-        self.shared.exits.load(Ordering::Relaxed)
+    pub fn exits(&self) -> Exits {
+        self.shared.exits.so_far()
+    }
+
+    /// vCPUs that there are.
+    pub fn cpus(&self) -> u32 {
+        self.vcpus.len() as u32
     }
 }
 

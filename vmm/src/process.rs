@@ -14,7 +14,7 @@ use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
 use rustix::io::Errno;
 use vmm_sys_util::eventfd::EventFd;
 
-use crate::control::{self, ChannelError, Device, End, MachineConfig, Notice, Request, Resource, SHARE_TAG};
+use crate::control::{self, ChannelError, Device, End, MachineConfig, Measured, Notice, Request, Resource, SHARE_TAG};
 use crate::fault;
 use crate::jail::{Jail, Kind, raise_descriptor_limit, remove_tree};
 use crate::machine::{Listeners, Machine, Parts};
@@ -308,7 +308,9 @@ impl Process {
             if channel_ready {
                 let answer = match control::receive(channel) {
                     Ok((Request::GiveUp, _)) => return Stop::Ended(End::Stuck(self.machine.describe())),
-                    Ok((Request::AwaitMemory, _)) => Err("who waits for memory does so at the control socket".into()),
+                    Ok((Request::AwaitMemory | Request::Measure, _)) => {
+                        Err("who waits for memory, or asks for numbers, does so at the control socket".into())
+                    }
                     Ok((request, fds)) => self.carry_out(request, fds).map(drop),
                     Err(ChannelError::Malformed(what)) => Err(what),
                     Err(_) => return Stop::Abandoned,
@@ -332,7 +334,7 @@ impl Process {
     }
 
     fn agent_ready(&mut self, channel: &OwnedFd) -> Result<(), Line> {
-        let exits = self.machine.exits();
+        let exits = self.machine.exits().sum();
         let mut batch = std::mem::take(&mut self.batch);
         for device in std::mem::take(&mut self.devices) {
             match device {
@@ -377,6 +379,13 @@ impl Process {
                 return Ok(Answer::OnceMemoryIsTaken);
             }
             Request::AwaitMemory => {}
+            Request::Measure => {
+                return Ok(Answer::Measured(Measured {
+                    cpus: self.machine.cpus(),
+                    memory_bytes: self.memory_bytes + self.memory.as_ref().map_or(0, MemoryHandle::plugged),
+                    exits: self.machine.exits(),
+                }));
+            }
         }
         Ok(Answer::Now)
     }

@@ -12,7 +12,7 @@ use vmm_sys_util::signal::{SIGRTMIN, register_signal_handler};
 
 use crate::arch::state::{StateContext, StateError, VcpuState, describe};
 use crate::bus::Bus;
-use crate::control::End;
+use crate::control::{End, Exits};
 use crate::jail::{Confine, Kind};
 
 /// What the machine tells a vCPU's thread.
@@ -34,13 +34,48 @@ pub struct Vcpu {
     thread: Option<JoinHandle<()>>,
 }
 
+/// Counts of [`Exits`].
+#[derive(Default)]
+pub struct Counts {
+    port_reads: AtomicU64,
+    port_writes: AtomicU64,
+    mmio_reads: AtomicU64,
+    mmio_writes: AtomicU64,
+    others: AtomicU64,
+}
+
+impl Counts {
+    fn count(&self, exit: &VcpuExit<'_>) {
+        let counter = match exit {
+            VcpuExit::IoIn(..) => &self.port_reads,
+            VcpuExit::IoOut(..) => &self.port_writes,
+            VcpuExit::MmioRead(..) => &self.mmio_reads,
+            VcpuExit::MmioWrite(..) => &self.mmio_writes,
+            _ => &self.others,
+        };
+        counter.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// What was counted so far.
+    pub fn so_far(&self) -> Exits {
+        let of = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        Exits {
+            port_reads: of(&self.port_reads),
+            port_writes: of(&self.port_writes),
+            mmio_reads: of(&self.mmio_reads),
+            mmio_writes: of(&self.mmio_writes),
+            others: of(&self.others),
+        }
+    }
+}
+
 /// What all vCPUs of a machine share.
 #[derive(Clone)]
 pub struct Shared {
     /// Ports and memory-mapped devices.
     pub bus: Arc<Bus>,
     /// Exits to user space so far, of all vCPUs.
-    pub exits: Arc<AtomicU64>,
+    pub exits: Arc<Counts>,
     /// Called when a vCPU cannot go on, or the guest asks for the end; from its thread.
     pub ended: Arc<dyn Fn(End) + Send + Sync>,
     /// What saving and restoring needs to know of the host.
@@ -206,7 +241,7 @@ impl Loop {
         loop {
             match self.fd.run() {
                 Ok(exit) => {
-                    exits.fetch_add(1, Ordering::Relaxed);
+                    exits.count(&exit);
                     match exit {
                         VcpuExit::IoOut(port, data) => {
                             // The data is in the run page, which the address ring's reader below also needs.

@@ -14,7 +14,7 @@ pub use generated::agent::*;
 pub use generated::agent_ttrpc::{Agent, AgentClient, create_agent};
 
 /// Version of the protocol. Both sides compare it in the first call and refuse to go on if it differs.
-pub const VERSION: u32 = 7;
+pub const VERSION: u32 = 8;
 
 /// Port of the guest on which the agent serves ttrpc.
 pub const AGENT_PORT: u32 = 1024;
@@ -52,6 +52,15 @@ pub const VOLUMES_DIR: &str = "/run/volumes";
 
 /// Most volumes of a container that are copied.
 pub const MAX_VOLUMES: usize = 180;
+
+/// Where programs are in the guest that are executed there for the host's administrator.
+pub const DEBUG_DIR: &str = "/run/debug";
+
+/// Longest one, in bytes: it goes in one message, and ttrpc's are at most 4 MiB long.
+pub const MAX_DEBUG_PROGRAM: usize = 3 << 20;
+
+/// Most of the guest kernel's log that is read at a time, in bytes.
+pub const MAX_LOG: usize = 1 << 20;
 
 /// Longest datagram to a socket of the host, in bytes: more than the kernel's default for buffers of sockets.
 pub const MAX_DATAGRAM: usize = 256 << 10;

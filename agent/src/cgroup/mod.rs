@@ -94,6 +94,13 @@ impl Hierarchy {
         Ok(Self { mount_point: mount_point.into(), top })
     }
 
+    /// The group of what is in no container, as the agent itself.
+    pub fn open_root(&self) -> Result<OwnedFd, CgroupError> {
+        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        rustix::fs::open(&self.mount_point, flags, Mode::empty())
+            .map_err(|errno| CgroupError::Read { path: self.mount_point.clone(), source: errno.into() })
+    }
+
     /// Makes a container's group, with its device rules. A group that exists already is taken if it is empty.
     pub fn create(&self, cgroups_path: &str, id: &str, limits: &Resources) -> Result<Cgroup, CgroupError> {
         let mut cgroup = Cgroup { mount_point: self.mount_point.clone(), path: self.top.clone(), made: Vec::new() };

@@ -26,7 +26,12 @@ pub struct Request<'a> {
     /// Path of a control group below the container's.
     pub cgroup: &'a str,
     pub ignore_paused: bool,
+    /// In the guest itself instead of in the container.
+    pub in_guest: bool,
 }
+
+/// What a process in the guest itself is confined by: nothing.
+const GUEST: &str = r#"{"ociVersion": "1.2.0", "process": {"cwd": "/"}}"#;
 
 /// The executed processes of a container, by name; none where one is being made or deleted.
 #[derive(Default)]
@@ -86,7 +91,8 @@ impl Drop for Reservation<'_> {
 impl Container {
     /// Executes a process. Returns its pid when it has become its program.
     pub async fn exec(&self, request: Request<'_>, around: Surroundings<'_>) -> Result<i32, ContainerError> {
-        let spec: Spec = serde_json::from_slice(&self.spec).map_err(ContainerError::Spec)?;
+        let document = if request.in_guest { GUEST.as_bytes() } else { &self.spec };
+        let spec: Spec = serde_json::from_slice(document).map_err(ContainerError::Spec)?;
         let given: Process = serde_json::from_slice(request.process).map_err(ContainerError::ProcessJson)?;
         let process = given.within(&spec.process);
         process::check(&process)?;
@@ -97,7 +103,7 @@ impl Container {
         let mut reservation = self.executed.reserve(&request.id)?;
         // What it lacks that is ending is no mistake of whoever asks.
         let or_stopped = |error| if self.init.is_ending() { ContainerError::ExecStopped } else { error };
-        let ready = self.exec_ready(request, &spec, &process, &limits, &around).await.map_err(or_stopped)?;
+        let ready = self.exec_ready(request, document, &spec, &process, &limits, &around).await.map_err(or_stopped)?;
         ready.pass().await.map_err(or_stopped)?;
         let event = Event { container_id: self.id.clone(), exec_id: reservation.id.clone(), ..Event::default() };
         let (watched, _) = ready.watched(event, self.cgroup.clone(), around.events.clone(), std::future::pending());
@@ -109,6 +115,7 @@ impl Container {
     async fn exec_ready(
         &self,
         request: Request<'_>,
+        document: &[u8],
         spec: &Spec,
         process: &Process,
         limits: &Limits,
@@ -122,8 +129,8 @@ impl Container {
         ends.further = request.descriptors.make(&mut pumps, uid, gid).await?;
         let config = init::Config {
             id: self.id.clone(),
-            rootfs: self.rootfs.clone(),
-            spec: serde_json::from_slice(&self.spec).map_err(ContainerError::Spec)?,
+            rootfs: if request.in_guest { "/".into() } else { self.rootfs.clone() },
+            spec: serde_json::from_slice(document).map_err(ContainerError::Spec)?,
             process: Some(serde_json::from_slice(request.process).map_err(ContainerError::ProcessJson)?),
             shared_flags: 0,
             window,
@@ -132,12 +139,15 @@ impl Container {
         if !self.init.is_alive() || self.is_deleted() {
             return Err(ContainerError::ExecStopped);
         }
-        if self.cgroup.is_frozen() && !request.ignore_paused {
+        if self.cgroup.is_frozen() && !request.ignore_paused && !request.in_guest {
             return Err(ContainerError::ExecPaused);
         }
         let time_namespace = spec.has_namespace("time").then(|| self.time_namespace()).transpose()?;
         let place = Place::With { init: &self.init.pidfd, pid_namespace: spec.has_namespace("pid"), time_namespace };
-        let launched = self.launch_exec(request.cgroup, &config, &place, &ends, around)?;
+        let launched = match request.in_guest {
+            true => launch::launch(&config, &place, &around.cgroups.open_root()?, &ends, around.reaper)?,
+            false => self.launch_exec(request.cgroup, &config, &place, &ends, around)?,
+        };
         // Ours: the streams end when the process's own are closed.
         drop(ends);
         Ready::await_from(launched, limits, terminal, pumps).await

@@ -495,6 +495,8 @@ impl Container {
         self.cgroup.remove().await?;
         let mut last = tokio::task::JoinSet::new();
         for process in self.executed.all() {
+            // One in the guest itself is not in the group.
+            let _ = process.signal(Signal::KILL);
             last.spawn(async move { process.finish().await });
         }
         self.init.finish().await;

@@ -15,7 +15,7 @@ pub struct Arguments {
     force: bool,
 
     /// Name of the container
-    id: String,
+    pub id: String,
 }
 
 impl Arguments {

@@ -88,7 +88,7 @@ pub struct Arguments {
     pub preserve_fds: usize,
 
     /// Name of the container
-    id: String,
+    pub id: String,
 
     /// The program and its arguments
     #[arg(trailing_var_arg = true, allow_hyphen_values = true, value_name = "COMMAND")]
@@ -116,6 +116,7 @@ impl Arguments {
     pub fn run(&self, context: &Context, creator: &pod::Creator) -> Result<u8, ExecError> {
         pod::exec(&pod::Exec {
             known: pod::running(&context.root, &self.id, self.ignore_paused)?,
+            debug: None,
             cgroup: sub_cgroup(&self.cgroup)?,
             ignore_paused: self.ignore_paused,
             console_socket: self.console_socket.as_deref(),

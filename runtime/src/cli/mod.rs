@@ -4,6 +4,7 @@ mod check;
 mod checkpoint;
 mod config;
 mod create;
+mod debug;
 mod delete;
 mod events;
 mod exec;
@@ -11,8 +12,11 @@ mod features;
 mod flags;
 mod kill;
 mod list;
+mod logs;
+mod metrics;
 mod node;
 mod pause;
+mod pods;
 mod ps;
 mod restore;
 mod resume;
@@ -22,6 +26,7 @@ mod spec;
 mod start;
 mod state;
 mod stats;
+mod trace;
 mod update;
 mod vmm;
 
@@ -41,6 +46,9 @@ pub use features::json as features;
 
 /// Version of the OCI runtime specification that `spec` writes and `run` reads.
 pub const OCI_VERSION: &str = "1.2.0";
+
+/// Directory of state, unless the command line names another.
+pub const ROOT: &str = "/run/podhull";
 
 /// Version of this program.
 pub const VERSION: &str = env!("CARGO_PKG_VERSION");
@@ -66,7 +74,7 @@ const FAILURE: u8 = 1;
   podhull run -b DIR hello                   run the bundle in DIR as container \"hello\"")]
 struct Arguments {
     /// Directory that holds the state of containers
-    #[arg(long, value_name = "DIR", default_value = "/run/podhull")]
+    #[arg(long, value_name = "DIR", default_value = ROOT)]
     root: PathBuf,
 
     /// File that errors (and with --debug, what is done) are appended to; the default is standard error
@@ -126,9 +134,29 @@ enum Command {
     Check(check::Arguments),
     Config(config::Arguments),
     Node(node::Arguments),
+    Pods(pods::Arguments),
+    Logs(logs::Arguments),
+    Debug(debug::Arguments),
+    Metrics(metrics::Arguments),
+    Trace(trace::Arguments),
     Features(features::Arguments),
     #[command(hide = true)]
     Vmm(vmm::Arguments),
+}
+
+impl Command {
+    /// The container that it makes, or does something with that it logs.
+    fn container(&self) -> Option<&str> {
+        match self {
+            Self::Create(create) => Some(&create.container.id),
+            Self::Run(run) => Some(&run.container.id),
+            Self::Start(start) => Some(&start.id),
+            Self::Exec(exec) => Some(&exec.id),
+            Self::Delete(delete) => Some(&delete.id),
+            Self::Update(update) => Some(&update.id),
+            _ => None,
+        }
+    }
 }
 
 /// How `list` and `ps` print.
@@ -200,6 +228,12 @@ enum Failure {
     #[error(transparent)]
     Spec(#[from] spec::SpecError),
     #[error(transparent)]
+    Inspect(#[from] crate::inspect::InspectError),
+    #[error("debug: {0}")]
+    Debug(String),
+    #[error("cannot write the trace {0}: {1}")]
+    Trace(PathBuf, #[source] std::io::Error),
+    #[error(transparent)]
     Config(#[from] crate::config::ConfigError),
     #[error(transparent)]
     Node(#[from] crate::node::NodeError),
@@ -211,7 +245,7 @@ impl Failure {
     /// The status to exit with: callers take 255 for "the program was not executed", since its own may be 1.
     fn status(&self) -> u8 {
         match self {
-            Self::Exec(_) => 255,
+            Self::Exec(_) | Self::Debug(_) => 255,
             _ => FAILURE,
         }
     }
@@ -237,6 +271,10 @@ pub fn main() -> ExitCode {
             return ExitCode::from(FAILURE);
         }
     };
+    let log = match arguments.command.as_ref().and_then(Command::container) {
+        Some(id) => log.of_container(id),
+        None => log,
+    };
     let cgroups = if arguments.systemd_cgroup { Manager::Systemd } else { Manager::Files };
     let context = Context { root: arguments.root, cgroups, log, inherited };
     if arguments.shadow {
@@ -261,6 +299,11 @@ pub fn main() -> ExitCode {
         Some(Command::Check(check)) => check.execute().map_err(Failure::from),
         Some(Command::Config(config)) => config.execute(),
         Some(Command::Node(node)) => node.execute(),
+        Some(Command::Pods(pods)) => pods.execute(&context),
+        Some(Command::Debug(debug)) => debug.execute(&context),
+        Some(Command::Logs(logs)) => logs.execute(&context),
+        Some(Command::Metrics(metrics)) => metrics.execute(&context),
+        Some(Command::Trace(trace)) => trace.execute(&context),
         Some(Command::Features(features)) => features.execute().map_err(Failure::from),
         Some(Command::Exec(exec)) => exec.execute(&context).map_err(Failure::from),
         Some(Command::Vmm(vmm)) => return vmm.execute(),

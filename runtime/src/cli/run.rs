@@ -1,7 +1,9 @@
 //! `podhull run`: a container from its bundle.
 
+use std::path::PathBuf;
+
 use super::create::Container;
-use super::{Context, Failure};
+use super::{Context, Failure, trace};
 use crate::pod;
 
 /// Create a container from a bundle and run it
@@ -26,6 +28,10 @@ pub struct Arguments {
     #[arg(long)]
     keep: bool,
 
+    /// File to write to how the start went; see `podhull trace`
+    #[arg(long, value_name = "FILE")]
+    trace: Option<PathBuf>,
+
     /// For callers of runc; nothing is reparented to this process
     #[arg(long, hide = true)]
     no_subreaper: bool,
@@ -35,17 +41,25 @@ impl Arguments {
     /// Runs the container; returns its exit status.
     pub fn execute(self, context: &Context) -> Result<u8, Failure> {
         let inherited = context.take_inherited()?;
+        let id = &self.container.id;
+        let trace = || {
+            let Some(path) = &self.trace else { return };
+            // It runs all the same.
+            if let Err(error) = trace::text(&context.root, id).and_then(|text| trace::write(path, &text)) {
+                context.log.warning(&error.to_string());
+            }
+        };
         if !self.detach {
-            return Ok(pod::run_in_foreground(&self.container.create(context), inherited, self.keep)?);
+            return Ok(pod::run_in_foreground(&self.container.create(context), inherited, self.keep, trace)?);
         }
         let handed = pod::Handed { terminal: None, inherited };
         pod::create(&self.container.create(context), pod::Launch::as_this_process(), handed)?;
-        let id = &self.container.id;
         if let Err(error) = pod::start_created(&context.root, id, &context.log) {
             // What this command made it removes; the error that counts is the first.
             let _ = pod::delete(&context.root, id, true, &context.log);
             return Err(error.into());
         }
+        trace();
         Ok(0)
     }
 }

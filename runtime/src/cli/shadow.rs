@@ -24,6 +24,7 @@ pub fn stand(command: Option<Command>, context: Context) -> ExitCode {
     let result = match command {
         Some(Command::Create(create)) => pod::run(&create.container.run(&context, &creator)).map_err(Failure::from),
         Some(Command::Run(run)) => pod::run(&run.container.run(&context, &creator)).map_err(Failure::from),
+        Some(Command::Debug(debug)) => debug.run(&context, &creator),
         Some(Command::Exec(exec)) => exec.run(&context, &creator).map_err(Failure::from),
         _ => Err(Failure::NoShadow),
     };

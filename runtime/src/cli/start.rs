@@ -9,7 +9,7 @@ use crate::pod::{self, CommandError};
   podhull create -b /srv/hello hello && podhull start hello")]
 pub struct Arguments {
     /// Name of the container
-    id: String,
+    pub id: String,
 }
 
 impl Arguments {

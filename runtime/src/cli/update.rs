@@ -99,7 +99,7 @@ pub struct Arguments {
     mem_bw_schema: Option<String>,
 
     /// Name of the container
-    id: String,
+    pub id: String,
 }
 
 /// How the value of a flag is read.

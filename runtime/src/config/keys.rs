@@ -21,6 +21,8 @@ pub enum Key {
     KernelParams,
     /// Where to keep what the guest kernel prints.
     GuestConsole,
+    /// A shell for the administrator in guests.
+    DebugShell,
     /// What annotations may set.
     Allow,
 }
@@ -154,6 +156,15 @@ pub const KEYS: &[Line] = &[
         annotation: ByAnnotation::Never,
         what: "Directory in which what each pod's guest kernel prints is kept, as ID.log. It slows starts down, nothing \
                removes the files, and a guest may print as much as it likes: for a host that is being looked at",
+    },
+    Line {
+        key: Key::DebugShell,
+        name: "debug.shell",
+        kind: Kind::Path,
+        unset: "none: there is no `podhull debug`",
+        annotation: ByAnnotation::Never,
+        what: "A static program of the host, as `/bin/busybox`, that `podhull debug` executes as root in the guest of a pod. Pods \
+               that were started without it refuse that",
     },
     Line {
         key: Key::Allow,

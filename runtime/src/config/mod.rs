@@ -136,6 +136,9 @@ pub struct Settings {
     pub kernel_params: String,
     /// Directory for what the guest kernel prints.
     pub guest_console: Option<PathBuf>,
+    /// Whether the administrator may look into the guest.
+    #[serde(default)]
+    pub debug: bool,
 }
 
 impl Config {
@@ -209,7 +212,9 @@ impl Config {
             Key::Kernel => Some(Value::Path(library_file(KERNEL))),
             Key::Image => Some(Value::Path(library_file(IMAGE))),
             Key::Allow => Some(Value::Keys(keys::allowed_by_default().collect())),
-            Key::Vcpus | Key::MaxVcpus | Key::MaxMemory | Key::KernelParams | Key::GuestConsole => None,
+            Key::Vcpus | Key::MaxVcpus | Key::MaxMemory | Key::KernelParams | Key::GuestConsole | Key::DebugShell => {
+                None
+            }
         }
     }
 
@@ -235,6 +240,16 @@ impl Config {
         self.path(Key::Image).unwrap_or_default()
     }
 
+    /// Where what guest kernels print is kept.
+    pub fn guest_console(&self) -> Option<PathBuf> {
+        self.path(Key::GuestConsole)
+    }
+
+    /// The administrator's shell in guests.
+    pub fn debug_shell(&self) -> Option<PathBuf> {
+        self.path(Key::DebugShell)
+    }
+
     /// What a machine is made with, for a pod whose first container has these annotations; see [`Self::with`].
     fn settings(&self, annotations: &Annotations) -> Result<Settings, ConfigError> {
         let cpus = |key| self.number(key).and_then(|number| u32::try_from(number).ok());
@@ -255,7 +270,8 @@ impl Config {
             kernel: self.kernel(),
             image: self.image(),
             kernel_params: self.get(Key::KernelParams).map(|value| value.to_string()).unwrap_or_default(),
-            guest_console: self.path(Key::GuestConsole),
+            guest_console: self.guest_console(),
+            debug: self.debug_shell().is_some(),
         })
     }
 }

@@ -120,7 +120,7 @@ mod tests {
             ("[machine]\nmemroy = 1\n", "/c.toml: line 2: machine.memroy: unknown key; there are machine.vcpus, "),
             ("memory = 1", "/c.toml: line 1: memory: unknown key; there are "),
             ("machine = 1", "/c.toml: line 1: machine: expected a table, found integer"),
-            ("\n[debug]\n", "/c.toml: line 2: debug: unknown key; "),
+            ("\n[debugging]\n", "/c.toml: line 2: debugging: unknown key; "),
             ("[machine.memory]\nmib = 1", "/c.toml: line 2: machine.memory.mib: unknown key; "),
             (
                 "[machine]\nmemory = \"2Gi\"",

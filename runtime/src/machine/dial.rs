@@ -3,7 +3,7 @@
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::time::Duration;
 
-use podhull_vmm::control::{ChannelError, Notice, Request, Resource};
+use podhull_vmm::control::{ChannelError, Measured, Notice, Request, Resource};
 use tokio::io::unix::AsyncFd;
 
 use super::{MachineError, receive, send};
@@ -51,11 +51,19 @@ impl Control {
 
     /// Waits until the guest's kernel has the memory that it should have, which it sees only if it has seen the device.
     pub async fn await_memory(&mut self) -> Result<(), MachineError> {
-        self.exchange(&Request::AwaitMemory, &[], MEMORY_DEADLINE, MachineError::MemoryNotTaken).await
+        done(self.exchange(&Request::AwaitMemory, &[], MEMORY_DEADLINE, MachineError::MemoryNotTaken).await?)
+    }
+
+    /// What the machine is in numbers.
+    pub async fn measure(&mut self) -> Result<Measured, MachineError> {
+        match self.exchange(&Request::Measure, &[], DEADLINE, MachineError::Silent).await? {
+            Notice::Measured(measured) => Ok(measured),
+            other => done(other).and(Err(not_for_us())),
+        }
     }
 
     async fn request(&mut self, request: &Request, fds: &[OwnedFd]) -> Result<(), MachineError> {
-        self.exchange(request, fds, DEADLINE, MachineError::Silent).await
+        done(self.exchange(request, fds, DEADLINE, MachineError::Silent).await?)
     }
 
     async fn exchange(
@@ -64,7 +72,7 @@ impl Control {
         fds: &[OwnedFd],
         deadline: Duration,
         late: fn(Duration) -> MachineError,
-    ) -> Result<(), MachineError> {
+    ) -> Result<Notice, MachineError> {
         if self.lost {
             return Err(ChannelError::Closed.into());
         }
@@ -75,14 +83,21 @@ impl Control {
         self.lost = true;
         let notice = tokio::time::timeout(deadline, exchange).await.map_err(|_| late(deadline))??;
         self.lost = false;
-        match notice {
-            Notice::Done => Ok(()),
-            Notice::Failed(message) => Err(MachineError::Failed(message)),
-            Notice::AgentReady { .. } | Notice::Ended(_) => {
-                Err(ChannelError::Malformed("a notice that is not for this socket".into()).into())
-            }
-        }
+        Ok(notice)
     }
+}
+
+/// What is asked for was done.
+fn done(notice: Notice) -> Result<(), MachineError> {
+    match notice {
+        Notice::Done => Ok(()),
+        Notice::Failed(message) => Err(MachineError::Failed(message)),
+        Notice::AgentReady { .. } | Notice::Measured(_) | Notice::Ended(_) => Err(not_for_us()),
+    }
+}
+
+fn not_for_us() -> MachineError {
+    ChannelError::Malformed("a notice that is not for this socket".into()).into()
 }
 
 #[cfg(test)]

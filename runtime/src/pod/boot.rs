@@ -14,6 +14,7 @@ use super::network::Wiring;
 use super::session::Session;
 use super::size::Size;
 use super::start::RunError;
+use super::timeline::Phase;
 use crate::agent::Growth;
 use crate::machine::{Channel, Control, MachineError};
 use crate::stdio::Flow;
@@ -46,6 +47,7 @@ impl Boot<'_> {
         let Session { id, log, .. } = session;
         let ready = self.channel.agent_ready();
         start.await?;
+        session.reached(Phase::Machine);
         log.debug(|| format!("{id}: machine runs"));
         let boot = async {
             let exits = match tokio::time::timeout(BOOT, ready).await {
@@ -59,11 +61,13 @@ impl Boot<'_> {
                 }
             };
             self.booted.set(true);
+            session.reached(Phase::Boot);
             log.debug(|| format!("{id}: agent ready after {exits} exits to user space"));
             Ok(())
         };
         let ordered = async { Ok(orders.entered().await?) };
         let ((), Handed { network, memory_limit }) = tokio::try_join!(boot, ordered)?;
+        session.reached(Phase::Hooks);
         self.memory_limit.set(memory_limit);
         if let Some(Wiring { resources, fds, description }) = network {
             self.channel.add(resources, &fds, Vec::new()).await?;
@@ -77,8 +81,10 @@ impl Boot<'_> {
         names.begin(session.pod)?;
         let pod = async { Ok(session.agent.create_pod(&request).await?) };
         let names = async { Ok(names.serve().await?) };
-        let (flow, release, (), ()) = tokio::try_join!(session.streams(), pod, self.add_cpus_and_memory(), names)?;
-        log.debug(|| format!("{id}: container created on Linux {release}"));
+        let (flow, guest, (), ()) = tokio::try_join!(session.streams(), pod, self.add_cpus_and_memory(), names)?;
+        session.reached(Phase::Create);
+        session.timeline.borrow_mut().guest = Some(guest.times);
+        log.debug(|| format!("{id}: container created on Linux {}", guest.release));
         // Programs look once, when they start, at how many CPUs and how much memory there are, and size thread pools and heaps
         // by it.
         let cpus = async {
@@ -95,6 +101,7 @@ impl Boot<'_> {
             Ok(())
         };
         tokio::try_join!(cpus, memory)?;
+        session.reached(Phase::Grow);
         Ok(flow)
     }
 

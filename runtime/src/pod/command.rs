@@ -9,6 +9,7 @@ use super::network::{self, WireError};
 use super::notify::Waiting;
 use super::resize;
 use super::size::SizeError;
+use super::timeline::Phase;
 use crate::agent::{Agent, AgentError};
 use crate::cgroup::CgroupError;
 use crate::log::Log;
@@ -93,7 +94,11 @@ pub fn start(root: &Path, id: &str, log: &Log) -> Result<(), CommandError> {
     network::renew(root, &known, log).map_err(|error| in_time(error.into()))?;
     // Before: the program may have said it, and ended, by the time this looks.
     let waiting = Waiting::of(&known).map_err(|error| in_time(CommandError::Notify(error)))?;
+    let mut timeline = known.state.timeline.clone();
+    timeline.end(Phase::Wait);
     ask(&known, async |agent| agent.start_container(id).await).map_err(in_time)?;
+    timeline.end(Phase::Start);
+    known.state.timeline = timeline;
     log.debug(|| format!("{id}: container started"));
     known.state.status = Status::Running;
     known.write()?;

@@ -44,6 +44,8 @@ pub struct Create<'a> {
     pub cgroups: Manager,
     /// What the host goes by when it has no memory left, if the specification does not say; `None`: as with this process.
     pub oom_score_adj: Option<i32>,
+    /// When it was asked for; see [`super::Timeline`].
+    pub began: u64,
     /// Root of all state.
     pub root: &'a Path,
     /// Where to say what happens.
@@ -172,8 +174,9 @@ pub fn create(create: &Create<'_>, launch: Launch, handed: Handed) -> Result<Cre
     Ok(created)
 }
 
-/// Runs a container in the foreground; returns its exit status. Without `kept` nothing is left of it then.
-pub fn run(create: &Create<'_>, inherited: Inherited, kept: bool) -> Result<u8, CreateError> {
+/// Runs a container in the foreground, and calls `started` when its program runs; returns its exit status. Without `kept` nothing is
+/// left of it then.
+pub fn run(create: &Create<'_>, inherited: Inherited, kept: bool, started: impl Fn()) -> Result<u8, CreateError> {
     let (bundle, wanted) = create.check()?;
     let mut foreground = Foreground::new(&bundle.config, create.console_socket)?;
     let begin = Begin { kept, foreground: true, ..Begin::default() };
@@ -197,6 +200,7 @@ pub fn run(create: &Create<'_>, inherited: Inherited, kept: bool) -> Result<u8, 
             }
             Ok(Next::News(News::Started)) => {
                 create.log.debug(|| format!("{}: container runs", create.id));
+                started();
                 if let Err(error) = pod.made.run_hooks(Point::Started, None) {
                     return Err(pod.end(error.into()));
                 }
@@ -252,6 +256,7 @@ impl<'a> Pod<'a> {
         let shares_network = shared.iter().any(|shared| shared.kind == LinuxNamespaceType::Network);
         let (kinds, joined): (Vec<_>, Vec<_>) = joined.into_iter().unzip();
         let begin = Begin {
+            began: create.began,
             machine: machine.as_ref().map(Process::pid),
             settings,
             terminal: terminal.is_some(),
@@ -264,6 +269,7 @@ impl<'a> Pod<'a> {
             notify: notify::asked().is_some(),
             ..begin
         };
+        create.log.of_pod(begin.pod.as_ref().map_or(create.id, |pod| &pod.pod));
         let foreground = begin.foreground;
         let channel = machine.as_mut().and_then(Process::take_channel);
         let fds: Vec<_> = channel.into_iter().chain(terminal).chain(mounts).chain(joined).chain(descriptors).collect();

@@ -8,7 +8,7 @@ use std::os::unix::process::ExitStatusExt as _;
 use std::path::{Path, PathBuf};
 use std::process::ExitStatus;
 
-use podhull_protocol::ExecProcessRequest;
+use podhull_protocol::{DebugProgram, ExecProcessRequest};
 use rustix::fs::{MemfdFlags, memfd_create};
 use rustix::io::Errno;
 use rustix::rand::GetRandomFlags;
@@ -121,6 +121,8 @@ pub struct Execution<'a> {
 pub struct Exec<'a> {
     /// The container.
     pub known: Known,
+    /// A program of the host to be executed in the guest itself, by its name there.
+    pub debug: Option<(String, Vec<u8>)>,
     /// Control group below the container's.
     pub cgroup: &'a str,
     /// Whether to wait until a paused container is resumed.
@@ -319,6 +321,7 @@ fn execute(exec: &Exec<'_>, given: Given) -> Result<u8, ExecError> {
         cgroup: exec.cgroup.into(),
         ignore_paused: exec.ignore_paused,
         descriptors: descriptors.told,
+        debug: exec.debug.clone().map(|(name, content)| DebugProgram { name, content, ..Default::default() }).into(),
         ..Default::default()
     };
     let mut files = match machine {
@@ -341,7 +344,7 @@ fn execute(exec: &Exec<'_>, given: Given) -> Result<u8, ExecError> {
     let outcome = runtime.block_on(async {
         let signals = Signals::new().map_err(ExecError::Signals)?;
         let orders = creator.orders().map_err(ExecError::Signals)?;
-        let agent = Agent::new(agent)?;
+        let agent = Agent::new(agent)?.counted(pod.as_fd());
         let program = Program { agent: &agent, id, name: &name, stdio: &stdio, log };
         let mut events = agent.events(id, &name).await?;
         let streams = async {

@@ -45,6 +45,8 @@ pub enum Order {
 pub struct Begin {
     /// Its process id as the command, and the host, count.
     pub pid: i32,
+    /// When the command began, by the host's monotonic clock.
+    pub began: u64,
     /// The process of the machine.
     pub machine: Option<i32>,
     /// What the machine is made with.

@@ -12,6 +12,7 @@ use super::session::{Outcome, Session};
 use super::size::memory_limit;
 use super::sockets::{Socket, Sockets};
 use super::start::{Run, RunError};
+use super::timeline::{Phase, Timeline};
 use super::view::{View, namespaces};
 use super::{descriptors, disks, mounts, rest};
 use crate::agent::{self, Agent, AgentError};
@@ -22,7 +23,7 @@ use crate::stdio::Stdio;
 
 /// Runs a container; returns the status to exit with. Its files stay in the pod's machine: this process has no rights left by
 /// then, so it is up to whoever asked for it, or deletes it, to take them out.
-pub fn run(run: &Run<'_>, given: Given) -> Result<u8, RunError> {
+pub fn run(run: &Run<'_>, given: Given, mut timeline: Timeline) -> Result<u8, RunError> {
     let Given { begin, terminal, mounts: machine, namespaces: joined, descriptors, .. } = given;
     let (Some(pod), Some(machine)) = (&begin.pod, machine) else { return Err(RunError::NoMachine) };
     if run.guest_console.is_some() {
@@ -92,19 +93,23 @@ pub fn run(run: &Run<'_>, given: Given) -> Result<u8, RunError> {
     let outcome: Result<Outcome, RunError> = runtime.block_on(async {
         let signals = Signals::new().map_err(RunError::Signals)?;
         let orders = run.creator.orders().map_err(RunError::Signals)?;
-        let session = Session::new(run.id, Agent::new(agent)?, &stdio, sockets.as_fd(), run.log);
+        timeline.end(Phase::Prepare);
+        let agent = Agent::new(agent)?.counted(sockets.as_fd());
+        let session = Session::new(run.id, agent, &stdio, sockets.as_fd(), timeline, run.log);
         let make = async {
             memory_limit.set(orders.entered().await?.memory_limit);
             if !disks.resources.is_empty() {
                 let (resources, fds) = disks.resources.into_iter().unzip::<_, _, Vec<_>, Vec<_>>();
                 Control::dial(sockets.as_fd())?.add(resources, &fds).await?;
             }
+            session.reached(Phase::Hooks);
             let made = async { Ok(session.agent.create_container(&request).await?) };
             let (flow, ()) = tokio::try_join!(session.streams(), made)?;
+            session.reached(Phase::Create);
             run.log.debug(|| format!("{}: container created in pod {}", run.id, pod.pod));
             Ok(flow)
         };
-        let reached = |step| made.reached(step, run.creator, &begin);
+        let reached = |step, timeline: &Timeline| made.reached(step, timeline, run.creator, &begin);
         let meanwhile = async {
             rest::give_back();
             mounts.volumes.serve(&session).await

@@ -29,6 +29,7 @@ mod size;
 mod sockets;
 mod start;
 mod starve;
+mod timeline;
 mod tree;
 mod update;
 mod users;
@@ -44,7 +45,7 @@ use std::path::PathBuf;
 use rustix::io::Errno;
 
 pub use announce::Announce;
-pub use command::{CommandError, delete, kill, pause, resume, start as start_created};
+pub use command::{CommandError, ask, delete, kill, pause, resume, start as start_created};
 pub use create::{Create, CreateError, Handed, create, run as run_in_foreground};
 pub use descriptors::{Asked, DescriptorError, Inherited};
 pub use exec::{Exec, ExecError, Execution, exec, exec_in_background, exec_in_foreground, running};
@@ -54,6 +55,7 @@ pub use resources::{IMAGE, KERNEL, LIBRARY, ResourceError, image, kernel, librar
 pub use shadow::{FLAG as SHADOW_FLAG, Launch, NAME as SHADOW_NAME};
 pub use size::{Demand, MAX_CPUS, MAX_MEMORY, Sizing, host_cpus, host_memory};
 pub use start::{Run, RunError, run};
+pub use timeline::{GuestTimes, Phase, Timeline, command_began, now as monotonic_now};
 pub use tree::{Owners, Tree, mapped_overlay, user_namespace};
 pub use update::update;
 pub use users::Users;

@@ -1,10 +1,11 @@
 //! A container's life in a machine, from when it is made to the last byte of output.
 
-use std::cell::Cell;
+use std::cell::{Cell, RefCell};
 use std::os::fd::BorrowedFd;
 
 use super::link::Orders;
 use super::start::RunError;
+use super::timeline::{self, Timeline};
 use crate::agent::{Agent, Exit};
 use crate::log::Log;
 use crate::signals::{self, Signals};
@@ -47,12 +48,26 @@ pub struct Session<'a> {
     pub pod: BorrowedFd<'a>,
     pub log: &'a Log,
     phase: Cell<Phase>,
+    /// How its start goes.
+    pub timeline: RefCell<Timeline>,
 }
 
 impl<'a> Session<'a> {
     /// A session in which nothing has happened yet.
-    pub fn new(id: &'a str, agent: Agent, stdio: &'a Stdio, pod: BorrowedFd<'a>, log: &'a Log) -> Self {
-        Self { id, agent, stdio, pod, log, phase: Cell::new(Phase::Starting) }
+    pub fn new(
+        id: &'a str,
+        agent: Agent,
+        stdio: &'a Stdio,
+        pod: BorrowedFd<'a>,
+        timeline: Timeline,
+        log: &'a Log,
+    ) -> Self {
+        Self { id, agent, stdio, pod, log, phase: Cell::new(Phase::Starting), timeline: RefCell::new(timeline) }
+    }
+
+    /// A phase of its start has ended.
+    pub fn reached(&self, phase: timeline::Phase) {
+        self.timeline.borrow_mut().end(phase);
     }
 
     /// Connects the standard streams.
@@ -70,18 +85,20 @@ impl<'a> Session<'a> {
         helpers: impl Future<Output = Result<(), RunError>>,
         orders: &Orders,
         foreground: bool,
-        mut reached: impl FnMut(Step) -> Result<(), RunError>,
+        mut reached: impl FnMut(Step, &Timeline) -> Result<(), RunError>,
     ) -> Result<Outcome, RunError> {
         let mut flow = make.await?;
         let mut events = self.agent.events(self.id, "").await?;
-        reached(Step::Created)?;
+        reached(Step::Created, &self.timeline.borrow())?;
 
         self.phase.set(Phase::Running);
         if foreground {
             orders.go_on().await?;
+            self.reached(timeline::Phase::Wait);
             self.agent.start_container(self.id).await?;
+            self.reached(timeline::Phase::Start);
             self.log.debug(|| format!("{}: container started", self.id));
-            reached(Step::Started)?;
+            reached(Step::Started, &self.timeline.borrow())?;
         }
 
         let exit = {

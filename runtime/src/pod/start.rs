@@ -31,6 +31,7 @@ use super::session::{Outcome, Session, Step};
 use super::size::{Demand, Size, SizeError, memory_limit};
 use super::sockets::{Socket, Sockets};
 use super::starve::starve;
+use super::timeline::{Phase, Timeline};
 use super::users::Users;
 use super::view::{Entered, View, ViewError, namespaces};
 use crate::agent::{self, Agent, AgentError, Exit};
@@ -162,8 +163,11 @@ pub enum RunError {
 pub fn run(run: &Run<'_>) -> Result<u8, RunError> {
     run.log.debug(|| format!("{}: run", run.id));
     let given = run.creator.begin()?;
+    let mut timeline = Timeline::since(given.begin.began);
+    timeline.end(Phase::Launch);
+    run.log.of_pod(given.begin.pod.as_ref().map_or(run.id, |pod| &pod.pod));
     if given.begin.pod.is_some() {
-        return member::run(run, given);
+        return member::run(run, given, timeline);
     }
     let Given { begin, channel, terminal, namespaces: joined, descriptors, .. } = given;
     let channel = channel.ok_or(RunError::NoMachine)?;
@@ -214,6 +218,7 @@ pub fn run(run: &Run<'_>) -> Result<u8, RunError> {
     bundle.config.clear_namespace_paths();
     let told = mounts.sockets.iter().map(Socket::told).collect();
     let mut request = pod_request(run.id, &bundle, &stdio, mounts.memory, mounts.directories, told)?;
+    request.debug = begin.settings.debug;
     let container = request.container.mut_or_insert_default();
     (container.disks, container.descriptors) = (disks.told, descriptors.told);
     container.volumes = mounts.volumes.told();
@@ -245,7 +250,9 @@ pub fn run(run: &Run<'_>) -> Result<u8, RunError> {
         let signals = Signals::new().map_err(RunError::Signals)?;
         let orders = run.creator.orders().map_err(RunError::Signals)?;
         let channel = Channel::new(channel)?;
-        let session = Session::new(run.id, Agent::new(agent)?, &stdio, pod.as_fd(), run.log);
+        timeline.end(Phase::Prepare);
+        let agent = Agent::new(agent)?.counted(pod.as_fd());
+        let session = Session::new(run.id, agent, &stdio, pod.as_fd(), timeline, run.log);
         let boot = Boot { channel: &channel, size, booted: Cell::new(false), memory_limit: Cell::new(None) };
         let start = async {
             let sent = channel.start(config, &fds).await;
@@ -253,7 +260,7 @@ pub fn run(run: &Run<'_>) -> Result<u8, RunError> {
             sent
         };
         let make = boot.make(&session, start, request, &orders);
-        let reached = |step| made.reached(step, run.creator, &begin);
+        let reached = |step, timeline: &Timeline| made.reached(step, timeline, run.creator, &begin);
         let volumes = mounts.volumes.serve(&session);
         let helpers = async {
             boot.add_helpers(&session).await?;
@@ -375,7 +382,14 @@ impl Made {
     }
 
     /// Writes down how far the container is, and tells who asked for it.
-    pub fn reached(&mut self, step: Step, creator: &Creator, begin: &Begin) -> Result<(), RunError> {
+    pub fn reached(
+        &mut self,
+        step: Step,
+        timeline: &Timeline,
+        creator: &Creator,
+        begin: &Begin,
+    ) -> Result<(), RunError> {
+        self.state.timeline = timeline.clone();
         match step {
             Step::Created => {
                 if let Some(entered) = &mut self.entered {

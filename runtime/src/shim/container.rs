@@ -7,7 +7,7 @@ use std::ffi::OsString;
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use containerd_shim_protos::api::{CreateTaskRequest, DeleteResponse, ExecProcessRequest, ProcessInfo};
 use containerd_shim_protos::events::task::{
@@ -17,6 +17,7 @@ use containerd_shim_protos::protobuf::MessageField;
 use containerd_shim_protos::shim::oci::ProcessDetails;
 use rustix::process::{Signal, pidfd_send_signal};
 use serde_json::Value;
+use tokio::task::AbortHandle;
 use ttrpc::{Code, Result};
 
 use super::error::{error, failed, not_found, not_now, of_command, of_create, of_exec, of_kill, of_stats};
@@ -24,7 +25,7 @@ use super::events::{Event, Publisher, any, timestamp};
 use super::io::{Io, Names, Owner};
 use super::options::Options;
 use super::process::{Phase, Process};
-use super::{metrics, process, rootfs};
+use super::{metrics, process, rootfs, scrape};
 use crate::bundle;
 use crate::cgroup::Manager;
 use crate::log::Log;
@@ -54,12 +55,25 @@ pub struct Container {
     id: String,
     bundle: PathBuf,
     surroundings: Arc<Surroundings>,
+    /// Where to say what is done with it.
+    log: Log,
     cgroups: Manager,
     /// Its first process.
     pub init: Arc<Process>,
     executed: Mutex<HashMap<String, Arc<Process>>>,
     /// Whether its first process has ended, which is told later: nothing is executed any more.
     ending: AtomicBool,
+    /// Who serves its metrics.
+    metrics: OnceLock<Serving>,
+}
+
+/// What ends when it is dropped.
+struct Serving(AbortHandle);
+
+impl Drop for Serving {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
 }
 
 /// Does what waits, beside everything else.
@@ -70,6 +84,7 @@ async fn beside<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) ->
 impl Container {
     /// Makes it, up to its program's start.
     pub async fn create(surroundings: Arc<Surroundings>, request: CreateTaskRequest) -> Result<Arc<Self>> {
+        let began = pod::monotonic_now();
         if !request.checkpoint.is_empty() {
             return Err(error(
                 Code::UNIMPLEMENTED,
@@ -100,10 +115,12 @@ impl Container {
             cgroups: asked.cgroups.unwrap_or_else(|| manager(&config)),
             id: request.id.clone(),
             bundle,
+            log: surroundings.log.clone().of_container(&request.id),
             surroundings,
             init: Arc::new(Process::new("", Vec::new(), names)),
             executed: Mutex::default(),
             ending: AtomicBool::new(false),
+            metrics: OnceLock::new(),
         });
         let this = container.clone();
         let mounts = request.rootfs.clone();
@@ -121,8 +138,9 @@ impl Container {
                 cgroups: this.cgroups,
                 // Not this process's own, which the host spares as it does containerd.
                 oom_score_adj: Some(0),
+                began,
                 root: &this.surroundings.root,
-                log: &this.surroundings.log,
+                log: &this.log,
             };
             pod::create(&create, launch, Handed { terminal, inherited: Inherited::default() }).map_err(|error| {
                 let _ = rootfs::unmount_all(&this.bundle);
@@ -140,7 +158,7 @@ impl Container {
             // Its end is its shadow's business; here it is waited for.
             match process::open(machine) {
                 Ok(machine) => drop(tokio::spawn(async move { process::reap(machine.as_fd()).await })),
-                Err(error) => container.surroundings.log.warning(&format!("process {machine}: {error}")),
+                Err(error) => container.log.warning(&format!("process {machine}: {error}")),
             }
         }
         let pidfd = match process::open(created.shadow) {
@@ -168,7 +186,22 @@ impl Container {
             ..Default::default()
         }));
         tokio::spawn(container.clone().watch_first());
+        if created.machine.is_some() {
+            container.serve_metrics();
+        }
         Ok(container)
+    }
+
+    /// Serves what the pod uses, for as long as this container is known: the machine is its own.
+    fn serve_metrics(&self) {
+        let (surroundings, log, id) = (self.surroundings.clone(), self.log.clone(), self.id.clone());
+        let serving = tokio::spawn(async move {
+            // A pod without is one all the same.
+            if let Err(error) = scrape::serve(surroundings.root.clone(), id).await {
+                log.warning(&format!("cannot serve metrics: {error}"));
+            }
+        });
+        let _ = self.metrics.set(Serving(serving.abort_handle()));
     }
 
     /// The command line of a shadow.
@@ -223,7 +256,7 @@ impl Container {
             let this = self.clone();
             let Surroundings { root, .. } = &*self.surroundings;
             let root = root.clone();
-            beside(move || pod::start_created(&root, &this.id, &this.surroundings.log)).await?.map_err(of_command)?;
+            beside(move || pod::start_created(&root, &this.id, &this.log)).await?.map_err(of_command)?;
             process.started();
             self.publish(&Event::Started(TaskStart {
                 container_id: self.id.clone(),
@@ -386,7 +419,7 @@ impl Container {
         let document = serde_json::from_slice(&resources).map_err(|e| wrong(e.to_string()))?;
         let resources = Resources::read(document).map_err(|e| wrong(e.to_string()))?;
         let this = self.clone();
-        let update = move || pod::update(&this.surroundings.root, &this.id, &resources, &this.surroundings.log);
+        let update = move || pod::update(&this.surroundings.root, &this.id, &resources, &this.log);
         beside(update).await?.map_err(of_command)
     }
 
@@ -498,10 +531,12 @@ impl Container {
             cgroups: Manager::Files,
             id: id.into(),
             bundle: surroundings.root.join(id),
+            log: surroundings.log.clone().of_container(id),
             surroundings,
             init: Arc::new(Process::new("", Vec::new(), Names::default())),
             executed: Mutex::default(),
             ending: AtomicBool::new(false),
+            metrics: OnceLock::new(),
         });
         container.init.made(pid, process::open(pid).unwrap(), super::io::Ends::default(), Phase::Running);
         tokio::spawn(container.clone().watch_first());

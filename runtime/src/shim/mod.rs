@@ -17,6 +17,7 @@ mod metrics;
 mod options;
 mod process;
 mod rootfs;
+mod scrape;
 mod serve;
 mod service;
 mod start;
@@ -80,7 +81,18 @@ fn run() -> Result<(), ShimError> {
     std::io::stdout().write_all(&answer).map_err(ShimError::Output)
 }
 
-/// The state root of a namespace's containers. Not below `/run/podhull`, whose entries are containers.
+/// Where state roots are. Not below `/run/podhull`, whose entries are containers.
+const STATE_ROOTS: &str = "/run/containerd/podhull";
+
+/// The state root of a namespace's containers.
 fn state_root(namespace: &str) -> PathBuf {
-    Path::new("/run/containerd/podhull").join(namespace)
+    Path::new(STATE_ROOTS).join(namespace)
+}
+
+/// The state roots that there are, in order.
+pub fn state_roots() -> Vec<PathBuf> {
+    let entries = std::fs::read_dir(STATE_ROOTS).into_iter().flatten().flatten();
+    let mut roots: Vec<_> = entries.map(|entry| entry.path()).filter(|path| path.is_dir()).collect();
+    roots.sort();
+    roots
 }

@@ -8,7 +8,7 @@ use oci_spec::runtime::Hooks;
 use serde::{Deserialize, Serialize};
 
 use crate::cgroup::{Cgroup, CgroupError, Placement};
-use crate::pod::{Demand, Sizing, Users};
+use crate::pod::{Demand, Sizing, Timeline, Users};
 
 /// Version of `state.json`. Raised when a reader of the version before could misread it.
 pub const VERSION: u32 = 1;
@@ -61,6 +61,9 @@ pub struct State {
     /// What was in force for that when the machine was made.
     #[serde(default)]
     pub sizing: Sizing,
+    /// How its start went, as far as it got.
+    #[serde(default, skip_serializing_if = "Timeline::is_empty")]
+    pub timeline: Timeline,
     /// Its control group, and that of its machine's process.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub cgroup: Option<Cgroup>,
@@ -169,6 +172,7 @@ impl State {
             hooks: None,
             demand: Demand::default(),
             sizing: Sizing::default(),
+            timeline: Timeline::default(),
             cgroup: None,
             machine_cgroup: None,
             notify: None,

@@ -1,7 +1,7 @@
 //! A stream into the guest: `CONNECT <port>` and `OK` on the pod's socket, then the token that names the stream.
 
 use std::io::{self, Read, Write};
-use std::os::fd::{BorrowedFd, OwnedFd};
+use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
@@ -39,8 +39,20 @@ pub async fn connect_in_loop(pod: BorrowedFd<'_>, token: u64) -> io::Result<toki
     let connected = rustix::net::connect(&socket, &SocketAddrUnix::new(SOCKET)?);
     rustix::process::chdir("/")?;
     connected?;
-    let mut stream = tokio::net::UnixStream::from_std(socket.into())?;
-    stream.write_all(format!("CONNECT {STDIO_PORT}\n").as_bytes()).await?;
+    let mut stream = ask_in_loop(tokio::net::UnixStream::from_std(socket.into())?, STDIO_PORT).await?;
+    stream.write_all(&token.to_le_bytes()).await?;
+    Ok(stream)
+}
+
+/// Connects to a port of the guest in the event loop of a process that sees the host's files. A deadline is for who waits for it.
+pub async fn dial_in_loop(pod: BorrowedFd<'_>, port: u32) -> io::Result<tokio::net::UnixStream> {
+    // By way of its directory's descriptor: paths of sockets are at most 107 bytes long.
+    let path = format!("/proc/self/fd/{}/{SOCKET}", pod.as_raw_fd());
+    ask_in_loop(tokio::net::UnixStream::connect(path).await?, port).await
+}
+
+async fn ask_in_loop(mut stream: tokio::net::UnixStream, port: u32) -> io::Result<tokio::net::UnixStream> {
+    stream.write_all(format!("CONNECT {port}\n").as_bytes()).await?;
     let mut line = Vec::new();
     while line.last() != Some(&b'\n') {
         if line.len() == MAX_ANSWER {
@@ -49,7 +61,6 @@ pub async fn connect_in_loop(pod: BorrowedFd<'_>, token: u64) -> io::Result<toki
         line.push(stream.read_u8().await?);
     }
     check(&String::from_utf8_lossy(&line))?;
-    stream.write_all(&token.to_le_bytes()).await?;
     Ok(stream)
 }
 

@@ -1,7 +1,9 @@
 //! What the documentation tells people to type does what it says.
 
+use super::config::Configuration;
 use super::containerd::stopped;
 use super::podhull;
+use crate::container::Container;
 use crate::containerd::{self, Containerd, Shim};
 use crate::docker::{self, Docker};
 use crate::leaks::Leaks;
@@ -15,6 +17,7 @@ pub const CASES: &[Case] = &[
     podhull("docs::podman", podman_page),
     podhull("docs::docker", docker_page),
     podhull("docs::containerd", containerd_page),
+    podhull("docs::operations", operations_page),
 ];
 
 /// The blocks of a page in one language.
@@ -89,4 +92,33 @@ fn containerd_page(scene: &Scene) -> Outcome {
     containerd.call(&["container", "delete", "web"])?.output()?;
     containerd.end()?;
     containerd::check(&before)
+}
+
+/// What is printed are numbers of this host, so that only the head of a table can be compared.
+fn operations_page(scene: &Scene) -> Outcome {
+    let page = include_str!("../../../docs/operations.md");
+    let before = Leaks::watch();
+    let host = Configuration::new()?;
+    host.write("config.toml", &blocks(page, "toml").concat())?;
+    let container = Container::make(scene, &scene.debian()?.sh("echo ready; exec sleep 1000"), &["run", "-d"])?;
+    let file = scene.directory.join("hello.json").display().to_string();
+    let mut typed = 0;
+    for block in blocks(page, "console") {
+        for (line, expected) in block.split("\n# ").map(|part| part.split_once('\n').unwrap_or((part, ""))) {
+            let line = line.trim_start_matches("# ").trim_end();
+            let own = line.replace("/tmp/hello.json", &file).replace("hello", &container.id);
+            let own = own.replace(&format!("/{}.json", container.id), "/hello.json");
+            let ended = Running::start(&["sh", "-c", &own].map(Into::into), &[])?.wait()?;
+            ensure_eq!(ended.status, 0, "{own}: {:?}", ended.stderr);
+            ensure!(!ended.stdout.is_empty() || line.contains(" -o "), "{own} prints nothing");
+            if let Some(head) = expected.lines().next().filter(|head| head.starts_with("POD")) {
+                let words = |line: &str| line.split_whitespace().map(str::to_owned).collect::<Vec<_>>();
+                ensure_eq!(words(ended.stdout.lines().next().unwrap_or_default()), words(head), "head of {line}");
+            }
+            typed += 1;
+        }
+    }
+    ensure!(typed >= 9 && std::path::Path::new(&file).exists(), "{typed} commands on the page");
+    container.end()?;
+    before.check()
 }

@@ -33,6 +33,7 @@ mod load;
 mod namespaces;
 mod network;
 mod notify;
+mod operations;
 mod pidfd;
 mod podman;
 mod podman_networks;
@@ -81,6 +82,7 @@ pub const ALL: &[&[Case]] = &[
     resources::CASES,
     growth::CASES,
     config::CASES,
+    operations::CASES,
     load::CASES,
     pods::CASES,
     users::CASES,

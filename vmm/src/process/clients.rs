@@ -9,7 +9,7 @@ use rustix::io::Errno;
 use rustix::net::{SocketFlags, accept_with};
 
 use super::Line;
-use crate::control::{self, ChannelError, MAX_CLIENTS, Notice, Request};
+use crate::control::{self, ChannelError, MAX_CLIENTS, Measured, Notice, Request};
 
 /// See the module.
 #[derive(Default)]
@@ -29,6 +29,8 @@ struct Connection {
 /// When a request that did not fail is answered.
 pub enum Answer {
     Now,
+    /// With numbers.
+    Measured(Measured),
     /// By [`Clients::memory_is_taken`].
     OnceMemoryIsTaken,
 }
@@ -115,6 +117,7 @@ fn serve_one(
     let notice = match result {
         Ok(Answer::OnceMemoryIsTaken) => return Some(Connection { socket, waits: true }),
         Ok(Answer::Now) => Notice::Done,
+        Ok(Answer::Measured(measured)) => Notice::Measured(measured),
         Err(line) => Notice::Failed(line),
     };
     control::send(&socket, &notice, &[]).is_ok().then_some(Connection { socket, waits: false })
@@ -167,6 +170,7 @@ mod tests {
                     Ok(Answer::Now)
                 }
                 Request::AwaitMemory => Ok(Answer::OnceMemoryIsTaken),
+                Request::Measure => Ok(Answer::Measured(Measured { cpus: 3, ..Measured::default() })),
                 _ => panic!("{request:?}"),
             });
         }
@@ -210,6 +214,15 @@ mod tests {
         }
         assert_eq!(settle(&mut clients).len(), MAX_CLIENTS);
         assert_eq!(notice(&all[MAX_CLIENTS]), Notice::Done);
+    }
+
+    #[test]
+    fn who_asks_for_numbers_is_answered_with_them() {
+        let (mut clients, address) = clients();
+        let one = client(&address);
+        send(&one, &Request::Measure, &[]).unwrap();
+        settle(&mut clients);
+        assert_eq!(notice(&one), Notice::Measured(Measured { cpus: 3, ..Measured::default() }));
     }
 
     /// Whether there is no answer yet.

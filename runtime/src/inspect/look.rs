@@ -1,0 +1,79 @@
+//! One look at pods: their processes on the host, their machines, and what their agents say. A guest that does not answer holds up
+//! nobody for long, and the host's numbers are there all the same.
+
+use std::collections::BTreeMap;
+use std::os::fd::{AsFd, OwnedFd};
+use std::time::Duration;
+
+use podhull_protocol::PodStatsResponse;
+use podhull_vmm::control::Measured;
+use tokio::task::JoinSet;
+
+use super::pods::{InspectError, Pod};
+use super::processes::{self, Kind, Numbers};
+use crate::agent::Agent;
+use crate::calls::{Calls, Durations};
+use crate::machine::Control;
+
+/// How long a machine and its agent may take together: less than Prometheus waits by default.
+const DEADLINE: Duration = Duration::from_secs(8);
+
+/// What was seen of a pod.
+#[derive(Default)]
+pub struct Look {
+    /// Its processes on the host.
+    pub processes: BTreeMap<Kind, Numbers>,
+    /// Its machine, if that has answered.
+    pub machine: Option<Measured>,
+    /// Its guest, if that has answered.
+    pub guest: Option<PodStatsResponse>,
+    /// How long calls of its agent took.
+    pub calls: Vec<Durations>,
+}
+
+impl Look {
+    /// All its processes together.
+    pub fn host(&self) -> Numbers {
+        self.processes.values().fold(Numbers::default(), |sum, numbers| sum.and(*numbers))
+    }
+}
+
+/// Looks at pods, at all at once.
+pub fn look_at_all(pods: &[Pod]) -> Result<Vec<Look>, InspectError> {
+    let mut builder = tokio::runtime::Builder::new_current_thread();
+    let runtime = builder.enable_io().enable_time().build().map_err(InspectError::Events)?;
+    let mut answers = runtime.block_on(async {
+        let mut asked = JoinSet::new();
+        for (index, pod) in pods.iter().enumerate() {
+            // One that ends while we look answers nothing.
+            if let Ok(directory) = pod.first.pod() {
+                asked.spawn(async move { (index, ask(directory).await) });
+            }
+        }
+        let mut answers = BTreeMap::new();
+        while let Some(answer) = asked.join_next().await {
+            answers.extend(answer);
+        }
+        answers
+    });
+    let looks = pods.iter().enumerate().map(|(index, pod)| {
+        let (machine, guest) = answers.remove(&index).unwrap_or_default();
+        let calls = pod.first.pod().ok().and_then(|directory| Calls::open(directory.as_fd()).ok());
+        let calls = calls.map(|calls| calls.so_far()).unwrap_or_default();
+        Look { processes: processes::of(pod), machine, guest, calls }
+    });
+    Ok(looks.collect())
+}
+
+/// What a pod's machine and agent say, as far as they do.
+async fn ask(pod: OwnedFd) -> (Option<Measured>, Option<PodStatsResponse>) {
+    let machine = async {
+        let asked = async { Control::dial(pod.as_fd())?.measure().await };
+        tokio::time::timeout(DEADLINE, asked).await.ok()?.ok()
+    };
+    let guest = async {
+        let asked = async { Agent::dial_in_loop(pod.as_fd()).await?.pod_stats().await };
+        tokio::time::timeout(DEADLINE, asked).await.ok()?.ok()
+    };
+    tokio::join!(machine, guest)
+}

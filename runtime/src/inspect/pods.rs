@@ -1,0 +1,120 @@
+//! The pods that there are.
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use crate::cli::ROOT;
+use crate::config;
+use crate::shim;
+use crate::state::{self, Known, StateError, Status};
+
+/// Annotations by which CRI's runtimes name a pod: its namespace, and its name. Those of containerd and of CRI-O.
+const NAMES: [[&str; 2]; 2] = [
+    ["io.kubernetes.cri.sandbox-namespace", "io.kubernetes.cri.sandbox-name"],
+    ["io.kubernetes.pod.namespace", "io.kubernetes.pod.name"],
+];
+
+/// Ticks of a second in `/proc` (`USER_HZ` is 100 on every architecture that has KVM).
+pub const TICKS: u64 = 100;
+
+/// Why a pod cannot be looked at.
+#[derive(Debug, thiserror::Error)]
+pub enum InspectError {
+    /// What is written under a state root.
+    #[error(transparent)]
+    State(#[from] StateError),
+    /// None of that name.
+    #[error("pod {0:?} is not running: see `podhull pods`")]
+    Missing(String),
+    /// No event loop.
+    #[error("cannot set up event handling: {0}")]
+    Events(#[source] std::io::Error),
+}
+
+/// A machine that runs, and the containers in it.
+pub struct Pod {
+    /// The state root it is under.
+    pub root: PathBuf,
+    /// The container that the machine was made for; the pod has its id.
+    pub first: Known,
+    /// The others.
+    pub members: Vec<Known>,
+}
+
+impl Pod {
+    /// Its id.
+    pub fn id(&self) -> &str {
+        &self.first.state.id
+    }
+
+    /// The first container and the others.
+    pub fn containers(&self) -> impl Iterator<Item = &Known> {
+        std::iter::once(&self.first).chain(&self.members)
+    }
+
+    /// Its namespace and name, if it is Kubernetes'.
+    pub fn name(&self) -> Option<(&str, &str)> {
+        let annotations = self.first.state.annotations.as_ref()?;
+        NAMES.iter().find_map(|names| {
+            let [namespace, name] = names.map(|name| annotations.get(name));
+            Some((namespace?.as_str(), name?.as_str()))
+        })
+    }
+
+    /// How many of its containers have not ended; what holds a pod of Kubernetes' open is none of them.
+    pub fn count(&self) -> usize {
+        let counts = |known: &&Known| {
+            let holds = known.state.annotations.as_ref().is_some_and(config::is_sandbox);
+            !holds && known.status() != Status::Stopped
+        };
+        self.containers().filter(counts).count()
+    }
+
+    /// How long its machine's process has been there.
+    pub fn uptime(&self) -> Duration {
+        let ticks = self.first.state.machine.map_or(0, |machine| machine.0.start_time);
+        let now = rustix::time::clock_gettime(rustix::time::ClockId::Boottime);
+        let now = Duration::new(now.tv_sec.cast_unsigned(), u32::try_from(now.tv_nsec).unwrap_or(0));
+        now.saturating_sub(Duration::from_millis(ticks * 1000 / TICKS))
+    }
+}
+
+/// Where pods are: below this root, and if it is the one that commands have by default, below those of shims too.
+fn roots(root: &Path) -> Vec<PathBuf> {
+    let shims = if root == Path::new(ROOT) { shim::state_roots() } else { Vec::new() };
+    std::iter::once(root.to_owned()).chain(shims).collect()
+}
+
+/// All that run under a root, by id.
+fn under(root: &Path) -> Result<Vec<Pod>, InspectError> {
+    let (own, mut members): (Vec<_>, Vec<_>) =
+        state::list(root)?.into_iter().partition(|known| known.state.member_of.is_none());
+    let mut pods = Vec::new();
+    for first in own {
+        let (Some(pod), true) = (first.state.pod(), first.status() != Status::Stopped) else { continue };
+        let its = members.extract_if(.., |known| known.state.member_of.as_ref() == Some(&pod)).collect();
+        pods.push(Pod { root: root.to_owned(), first, members: its });
+    }
+    Ok(pods)
+}
+
+/// The one with this id under a root.
+pub fn chosen_under(root: &Path, id: &str) -> Result<Vec<Pod>, InspectError> {
+    let pods: Vec<_> = under(root)?.into_iter().filter(|pod| pod.id() == id).collect();
+    if pods.is_empty() { Err(InspectError::Missing(id.into())) } else { Ok(pods) }
+}
+
+/// Those with these ids, or names as `namespace/name`; all if there are none.
+pub fn chosen(root: &Path, names: &[String]) -> Result<Vec<Pod>, InspectError> {
+    let mut pods = Vec::new();
+    for root in roots(root) {
+        pods.extend(under(&root)?);
+    }
+    let is = |pod: &Pod, name: &String| {
+        pod.id() == name || pod.name().is_some_and(|(namespace, own)| name.split_once('/') == Some((namespace, own)))
+    };
+    if let Some(missing) = names.iter().find(|name| !pods.iter().any(|pod| is(pod, name))) {
+        return Err(InspectError::Missing(missing.clone()));
+    }
+    Ok(pods.into_iter().filter(|pod| names.is_empty() || names.iter().any(|name| is(pod, name))).collect())
+}
