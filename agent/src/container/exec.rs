@@ -125,6 +125,7 @@ impl Container {
             rootfs: self.rootfs.clone(),
             spec: serde_json::from_slice(&self.spec).map_err(ContainerError::Spec)?,
             process: Some(serde_json::from_slice(request.process).map_err(ContainerError::ProcessJson)?),
+            holds_pod: false,
             shared_flags: 0,
             window,
         };

@@ -67,6 +67,7 @@ impl Container {
             console_socket: self.console_socket.is_some(),
             cgroups: context.cgroups,
             oom_score_adj: None,
+            holds_pod: false,
             root: &context.root,
             log: &context.log,
         }

@@ -15,6 +15,7 @@ use containerd_shim_protos::events::task::{
 };
 use containerd_shim_protos::protobuf::MessageField;
 use containerd_shim_protos::shim::oci::ProcessDetails;
+use podhull_protocol::ContainerStatsResponse;
 use rustix::process::{Signal, pidfd_send_signal};
 use serde_json::Value;
 use ttrpc::{Code, Result};
@@ -24,7 +25,7 @@ use super::events::{Event, Publisher, any, timestamp};
 use super::io::{Io, Names, Owner};
 use super::options::Options;
 use super::process::{Phase, Process};
-use super::{metrics, process, rootfs};
+use super::{process, rootfs};
 use crate::bundle;
 use crate::cgroup::Manager;
 use crate::log::Log;
@@ -55,6 +56,8 @@ pub struct Container {
     bundle: PathBuf,
     surroundings: Arc<Surroundings>,
     cgroups: Manager,
+    /// Whether it is what holds a pod open, which containerd knows as a sandbox and not as a container: no event is of it.
+    holds_pod: bool,
     /// Its first process.
     pub init: Arc<Process>,
     executed: Mutex<HashMap<String, Arc<Process>>>,
@@ -63,13 +66,23 @@ pub struct Container {
 }
 
 /// Does what waits, beside everything else.
-async fn beside<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Result<T> {
+pub async fn beside<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Result<T> {
     tokio::task::spawn_blocking(work).await.map_err(failed)
 }
 
 impl Container {
     /// Makes it, up to its program's start.
     pub async fn create(surroundings: Arc<Surroundings>, request: CreateTaskRequest) -> Result<Arc<Self>> {
+        Self::make(surroundings, request, false).await
+    }
+
+    /// Makes one without a program, which holds a pod open.
+    pub async fn hold_pod(surroundings: Arc<Surroundings>, id: &str, bundle: &Path) -> Result<Arc<Self>> {
+        let bundle = bundle.to_string_lossy().into_owned();
+        Self::make(surroundings, CreateTaskRequest { id: id.into(), bundle, ..Default::default() }, true).await
+    }
+
+    async fn make(surroundings: Arc<Surroundings>, request: CreateTaskRequest, holds_pod: bool) -> Result<Arc<Self>> {
         if !request.checkpoint.is_empty() {
             return Err(error(
                 Code::UNIMPLEMENTED,
@@ -101,6 +114,7 @@ impl Container {
             id: request.id.clone(),
             bundle,
             surroundings,
+            holds_pod,
             init: Arc::new(Process::new("", Vec::new(), names)),
             executed: Mutex::default(),
             ending: AtomicBool::new(false),
@@ -121,6 +135,7 @@ impl Container {
                 cgroups: this.cgroups,
                 // Not this process's own, which the host spares as it does containerd.
                 oom_score_adj: Some(0),
+                holds_pod,
                 root: &this.surroundings.root,
                 log: &this.surroundings.log,
             };
@@ -185,7 +200,9 @@ impl Container {
     }
 
     fn publish(&self, event: &Event) {
-        self.surroundings.publisher.publish(event);
+        if !self.holds_pod {
+            self.surroundings.publisher.publish(event);
+        }
     }
 
     fn executed(&self) -> std::sync::MutexGuard<'_, HashMap<String, Arc<Process>>> {
@@ -391,10 +408,9 @@ impl Container {
     }
 
     /// What it uses.
-    pub async fn stats(self: &Arc<Self>) -> Result<containerd_shim_protos::protobuf::well_known_types::any::Any> {
+    pub async fn stats(self: &Arc<Self>) -> Result<ContainerStatsResponse> {
         let this = self.clone();
-        let stats = beside(move || pod::stats(&this.surroundings.root, &this.id)).await?.map_err(of_stats)?;
-        Ok(any(&metrics::of(stats)))
+        beside(move || pod::stats(&this.surroundings.root, &this.id)).await?.map_err(of_stats)
     }
 
     /// The processes of the host that stand for it and for what is executed in it. The first one is among them when it has ended,
@@ -499,6 +515,7 @@ impl Container {
             id: id.into(),
             bundle: surroundings.root.join(id),
             surroundings,
+            holds_pod: false,
             init: Arc::new(Process::new("", Vec::new(), Names::default())),
             executed: Mutex::default(),
             ending: AtomicBool::new(false),
