@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use k8s_cri::v1 as api;
 use k8s_cri::v1::runtime_service_client::RuntimeServiceClient;
+use rustix::process::Pid;
 use tonic::transport::{Channel, Endpoint};
 use tonic::{Response, Status};
 
@@ -67,21 +68,21 @@ impl Cri {
         fs::create_dir(&network)?;
         fs::write(network.join("10-test.conflist"), plugins(&directory))?;
         let (handler, shim) = if scene.runtime.is_virtual() { ("kata", Shim::Podhull) } else { ("runc", Shim::Runc) };
-        let (service, runtime, image) = match containerd::major()? {
+        let (service, runtime, image, programs) = match containerd::major()? {
             1 => {
                 let service = "plugins.\"io.containerd.grpc.v1.cri\"";
-                (service, service, format!("sandbox_image = {PAUSE:?}"))
+                (service, service, format!("sandbox_image = {PAUSE:?}"), "bin_dir = \"/usr/lib/cni\"")
             }
             _ => {
                 let (service, plugins) = ("plugins.\"io.containerd.grpc.v1.cri\"", "plugins.\"io.containerd.cri.v1");
                 let image = format!("[{plugins}.images\".pinned_images]\nsandbox = {PAUSE:?}");
-                (service, "plugins.\"io.containerd.cri.v1.runtime\"", image)
+                (service, "plugins.\"io.containerd.cri.v1.runtime\"", image, "bin_dirs = [\"/usr/lib/cni\"]")
             }
         };
         let more = format!(
             "[{service}]\nstream_server_address = \"127.0.0.1\"\nstream_server_port = \"0\"\n{image}\n\
              [{runtime}.containerd.runtimes.runc]\nruntime_type = \"io.containerd.runc.v2\"\n\
-             [{runtime}.cni]\nbin_dir = \"/usr/lib/cni\"\nconf_dir = {:?}\n{}",
+             [{runtime}.cni]\n{programs}\nconf_dir = {:?}\n{}",
             network.display().to_string(),
             documented()?,
         );
@@ -175,6 +176,22 @@ impl Cri {
         let request = api::PodSandboxStatusRequest { pod_sandbox_id: pod.id.clone(), verbose: false };
         let answer = self.call(async |mut client| client.pod_sandbox_status(request).await)?;
         Ok(answer.status.ok_or("no status")?)
+    }
+
+    /// The process that stands for it.
+    pub fn pod_process(&self, pod: &Pod) -> Outcome<Pid> {
+        let request = api::PodSandboxStatusRequest { pod_sandbox_id: pod.id.clone(), verbose: true };
+        let answer = self.call(async |mut client| client.pod_sandbox_status(request).await)?;
+        let info: serde_json::Value = serde_json::from_str(answer.info.get("info").ok_or("no information")?)?;
+        let pid = info["pid"].as_i64().and_then(|pid| Pid::from_raw(pid.try_into().ok()?));
+        Ok(pid.ok_or_else(|| format!("no process in {info}"))?)
+    }
+
+    /// Kills containerd, and starts it again.
+    pub fn restart_daemon(&mut self) -> Outcome {
+        self.containerd.kill_daemon()?;
+        self.containerd.start_daemon()?;
+        self.ready()
     }
 
     /// Stops and removes it, and looks that nothing is left of its containers.
