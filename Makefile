@@ -46,6 +46,7 @@ host-packages: packages
 # The software host. Not needed before the tests run, so that under -j it is made beside what is built.
 image: host-packages
 	@tests/host/build-image >/dev/null
+	@tests/host/build-image forky >/dev/null
 
 kernel: packages
 	@mkdir -p $(dist)

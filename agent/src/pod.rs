@@ -287,7 +287,9 @@ impl Pod {
         let rootfs = self.share.join(rootfs);
         let volumes = self.volumes.make(&id, request.volumes, &self.share).await?;
         let spec = self.with_disks(&request.spec, &request.disks).await?;
-        let asked = container::Request { id, spec: &spec, rootfs, streams, descriptors, shared: &shared, network };
+        let holds_pod = request.holds_pod;
+        let asked =
+            container::Request { id, spec: &spec, rootfs, streams, descriptors, shared: &shared, network, holds_pod };
         let (container, lease) = tokio::join!(Container::create(asked, self.surroundings()), lease);
         let container = Arc::new(container?);
         container.keep(Some((sockets, volumes, directories)));

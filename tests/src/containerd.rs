@@ -42,6 +42,15 @@ pub enum Shim {
     Podhull,
 }
 
+/// The first number of the version of containerd on this host. From 2 on its plugins for pods have other names, and its configuration a
+/// version of its own, which is 3.
+pub fn major() -> Outcome<u32> {
+    let said = Running::start(&["containerd", "--version"].map(OsString::from), &[])?.wait()?.output()?;
+    let version = said.split(' ').find(|word| word.starts_with(|c: char| c.is_ascii_digit()));
+    let major = version.and_then(|version| version.split('.').next()?.parse().ok());
+    Ok(major.ok_or_else(|| format!("no version in {said:?}"))?)
+}
+
 /// A daemon of its own, with all its directories in the test's. Dropping it ends it.
 pub struct Containerd {
     daemon: Option<Running>,
@@ -56,7 +65,12 @@ impl Containerd {
     /// Starts it, and gives it the image of [`image::WHOLE_NAME`].
     pub fn start(scene: &Scene, shim: Shim) -> Outcome<Self> {
         // What is for Kubernetes takes its time.
-        let disabled = ["io.containerd.grpc.v1.cri", "io.containerd.internal.v1.opt"];
+        let disabled = [
+            "io.containerd.grpc.v1.cri",
+            "io.containerd.cri.v1.images",
+            "io.containerd.cri.v1.runtime",
+            "io.containerd.internal.v1.opt",
+        ];
         let containerd = Self::with_config(scene, shim, &disabled, "", None)?;
         let archive = image::busybox(scene)?;
         containerd.call(&["image", "import", &archive.to_string_lossy()])?.output()?;
@@ -83,7 +97,8 @@ impl Containerd {
             .chain(storage.iter().map(String::as_str))
             .collect();
         let config = format!(
-            "version = 2\nroot = {:?}\nstate = {:?}\ndisabled_plugins = {disabled:?}\n[grpc]\naddress = {:?}\n{more}",
+            "version = {}\nroot = {:?}\nstate = {:?}\ndisabled_plugins = {disabled:?}\n[grpc]\naddress = {:?}\n{more}",
+            if major()? < 2 { 2 } else { 3 },
             path("root"),
             path("state"),
             path("socket"),

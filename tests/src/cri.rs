@@ -6,10 +6,11 @@ use std::time::{Duration, Instant};
 
 use k8s_cri::v1 as api;
 use k8s_cri::v1::runtime_service_client::RuntimeServiceClient;
+use rustix::process::Pid;
 use tonic::transport::{Channel, Endpoint};
 use tonic::{Response, Status};
 
-use crate::containerd::{Containerd, Shim, check};
+use crate::containerd::{self, Containerd, Shim, check};
 use crate::leaks::Leaks;
 use crate::netns::Netns;
 use crate::run::DEADLINE;
@@ -67,11 +68,21 @@ impl Cri {
         fs::create_dir(&network)?;
         fs::write(network.join("10-test.conflist"), plugins(&directory))?;
         let (handler, shim) = if scene.runtime.is_virtual() { ("kata", Shim::Podhull) } else { ("runc", Shim::Runc) };
-        let prefix = "plugins.\"io.containerd.grpc.v1.cri\"";
+        let (service, runtime, image, programs) = match containerd::major()? {
+            1 => {
+                let service = "plugins.\"io.containerd.grpc.v1.cri\"";
+                (service, service, format!("sandbox_image = {PAUSE:?}"), "bin_dir = \"/usr/lib/cni\"")
+            }
+            _ => {
+                let (service, plugins) = ("plugins.\"io.containerd.grpc.v1.cri\"", "plugins.\"io.containerd.cri.v1");
+                let image = format!("[{plugins}.images\".pinned_images]\nsandbox = {PAUSE:?}");
+                (service, "plugins.\"io.containerd.cri.v1.runtime\"", image, "bin_dirs = [\"/usr/lib/cni\"]")
+            }
+        };
         let more = format!(
-            "[{prefix}]\nsandbox_image = {PAUSE:?}\nstream_server_address = \"127.0.0.1\"\nstream_server_port = \"0\"\n\
-             [{prefix}.containerd.runtimes.runc]\nruntime_type = \"io.containerd.runc.v2\"\n\
-             [{prefix}.cni]\nbin_dir = \"/usr/lib/cni\"\nconf_dir = {:?}\n{}",
+            "[{service}]\nstream_server_address = \"127.0.0.1\"\nstream_server_port = \"0\"\n{image}\n\
+             [{runtime}.containerd.runtimes.runc]\nruntime_type = \"io.containerd.runc.v2\"\n\
+             [{runtime}.cni]\n{programs}\nconf_dir = {:?}\n{}",
             network.display().to_string(),
             documented()?,
         );
@@ -227,6 +238,22 @@ impl Cri {
         Ok(answer.status.ok_or("no status")?)
     }
 
+    /// The process that stands for it.
+    pub fn pod_process(&self, pod: &Pod) -> Outcome<Pid> {
+        let request = api::PodSandboxStatusRequest { pod_sandbox_id: pod.id.clone(), verbose: true };
+        let answer = self.call(async |mut client| client.pod_sandbox_status(request).await)?;
+        let info: serde_json::Value = serde_json::from_str(answer.info.get("info").ok_or("no information")?)?;
+        let pid = info["pid"].as_i64().and_then(|pid| Pid::from_raw(pid.try_into().ok()?));
+        Ok(pid.ok_or_else(|| format!("no process in {info}"))?)
+    }
+
+    /// Kills containerd, and starts it again.
+    pub fn restart_daemon(&mut self) -> Outcome {
+        self.containerd.kill_daemon()?;
+        self.containerd.start_daemon()?;
+        self.ready()
+    }
+
     /// Stops and removes it, and looks that nothing is left of its containers.
     pub fn remove_pod(&self, pod: &Pod) -> Outcome {
         let pod_sandbox_id = pod.id.clone();
@@ -377,11 +404,29 @@ pub fn resources(config: &mut api::ContainerConfig) -> &mut api::LinuxContainerR
     config.linux.get_or_insert_default().resources.get_or_insert_default()
 }
 
-/// The runtime class, as the page for users says it is told to containerd.
-fn documented() -> Outcome<&'static str> {
+/// Who makes pods, by containerd's name of that: with `shim` in `$PODHULL_TEST_SANDBOXER` it is podhull's shim by itself, else
+/// containerd with a container of its own in each.
+fn sandboxer() -> Outcome<Option<String>> {
+    match std::env::var("PODHULL_TEST_SANDBOXER") {
+        Ok(name) if name == "shim" => Ok(Some(name)),
+        Ok(name) => Err(format!("PODHULL_TEST_SANDBOXER={name}: only shim is known").into()),
+        Err(_) => Ok(None),
+    }
+}
+
+/// The runtime class, as the page for users says it is told to the containerd that is here.
+fn documented() -> Outcome<String> {
     let page = include_str!("../../docs/kubernetes.md");
-    let block = page.split_once("```toml\n").and_then(|(_, rest)| rest.split_once("```"));
-    Ok(block.ok_or("no configuration on the page")?.0)
+    let blocks = page.split("```toml\n").skip(1).filter_map(|rest| rest.split_once("```"));
+    let [first, second, third] = blocks.map(|(block, _)| block).collect::<Vec<_>>()[..] else {
+        return Err("not three configurations on the page".into());
+    };
+    match (containerd::major()?, sandboxer()?) {
+        (1, None) => Ok(first.into()),
+        (1, Some(_)) => Err("containerd 1 has no sandboxer".into()),
+        (_, None) => Ok(second.into()),
+        (_, Some(_)) => Ok(format!("{second}{third}")),
+    }
 }
 
 /// What the plugins make for each pod: an interface on a bridge, addresses of both kinds, and ports of the host.

@@ -132,6 +132,7 @@ impl Container {
             rootfs: if request.in_guest { "/".into() } else { self.rootfs.clone() },
             spec: serde_json::from_slice(document).map_err(ContainerError::Spec)?,
             process: Some(serde_json::from_slice(request.process).map_err(ContainerError::ProcessJson)?),
+            holds_pod: false,
             shared_flags: 0,
             window,
         };

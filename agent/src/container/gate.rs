@@ -9,6 +9,7 @@ use rustix::io::Errno;
 use rustix::net::{RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags};
 
 use super::capabilities::{self, Capabilities};
+use super::hold::hold;
 use super::init::{InitError, Places};
 use super::process::{self, ProcessError, Program};
 use super::report::Report;
@@ -32,13 +33,15 @@ pub struct Gate<'a> {
     pub filter: Option<&'a Filter>,
     pub personality: Option<&'a Personality>,
     pub terminal: Option<Terminal>,
+    /// Whether there is no program.
+    pub holds_pod: bool,
 }
 
 impl Gate<'_> {
     /// Gives up every privilege, reports, waits for the agent's word, and becomes the program. `last` is done in between the
     /// word and the program.
     pub fn pass(self, last: impl FnOnce() -> Result<(), InitError>) -> Result<std::convert::Infallible, InitError> {
-        let Self { socket, places, process, env, capabilities, filter, personality, terminal } = self;
+        let Self { socket, places, process, env, capabilities, filter, personality, terminal, holds_pod } = self;
         let master = terminal.map(take_terminal).transpose()?;
         if let Some(personality) = personality {
             scheduling::set_personality(personality)?;
@@ -68,7 +71,7 @@ impl Gate<'_> {
             Err(ProcessError::Cwd { source: Errno::ACCESS, .. }) => process::enter_cwd(&process.cwd)?,
             entered => entered?,
         }
-        let program = Program::find(process, env)?;
+        let program = if holds_pod { None } else { Some(Program::find(process, env)?) };
 
         report_created(socket, master)?;
         wait_for_start(socket)?;
@@ -84,7 +87,10 @@ impl Gate<'_> {
             // SAFETY: restores a default; no handler is involved.
             unsafe { libc::signal(signal, libc::SIG_DFL) };
         }
-        Err(program.exec().into())
+        match program {
+            Some(program) => Err(program.exec().into()),
+            None => hold(places).map_err(InitError::Hold),
+        }
     }
 }
 

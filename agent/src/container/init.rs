@@ -77,6 +77,8 @@ pub struct Config<'a> {
     /// The process to execute in the container that is there; none: the container is to be made.
     #[serde(borrow)]
     pub process: Option<&'a RawValue>,
+    /// There is no program: this process stays, see [`super::hold`].
+    pub holds_pod: bool,
     /// Namespaces of the specification that are another container's, as flags of `clone`.
     pub shared_flags: u64,
     pub window: Window,
@@ -147,6 +149,8 @@ pub enum InitError {
     CloseDescriptors(Errno),
     #[error("report to the agent: {0}")]
     Report(Errno),
+    #[error("hold the pod open: {0}")]
+    Hold(Errno),
     #[error("wait for the start: {0}")]
     Wait(Errno),
     #[error(transparent)]
@@ -259,6 +263,7 @@ fn run(socket: &OwnedFd, places: Places) -> Result<std::convert::Infallible, Ini
         filter: filter.as_ref(),
         personality: spec.linux.personality.as_ref(),
         terminal,
+        holds_pod: config.holds_pod,
     };
     gate.pass(|| Ok(hooks::run(&spec, &config.id)?))
 }

@@ -53,6 +53,7 @@ pub fn run(
         filter: filter.as_ref(),
         personality: spec.linux.personality.as_ref(),
         terminal,
+        holds_pod: false,
     };
     gate.pass(|| Ok(()))
 }

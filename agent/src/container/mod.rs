@@ -6,6 +6,7 @@ pub mod copy_up;
 mod devices;
 pub mod exec;
 mod gate;
+mod hold;
 mod hooks;
 pub mod init;
 mod join;
@@ -227,6 +228,8 @@ pub struct Request<'a> {
     pub descriptors: Wanted,
     pub shared: &'a [Shared],
     pub network: Network<'a>,
+    /// Whether it has no program, and holds the pod open.
+    pub holds_pod: bool,
 }
 
 /// The network of a container.
@@ -353,6 +356,7 @@ impl Container {
             rootfs: request.rootfs,
             spec: serde_json::from_slice(request.spec).map_err(ContainerError::Spec)?,
             process: None,
+            holds_pod: request.holds_pod,
             shared_flags: namespaces.shared_flags,
             window,
         };

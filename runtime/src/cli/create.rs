@@ -68,6 +68,7 @@ impl Container {
             cgroups: context.cgroups,
             oom_score_adj: None,
             began: pod::command_began(),
+            holds_pod: false,
             root: &context.root,
             log: &context.log,
         }

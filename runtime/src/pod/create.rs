@@ -46,6 +46,8 @@ pub struct Create<'a> {
     pub oom_score_adj: Option<i32>,
     /// When it was asked for; see [`super::Timeline`].
     pub began: u64,
+    /// Whether it has no program, and holds its pod open for others. It is made in the background.
+    pub holds_pod: bool,
     /// Root of all state.
     pub root: &'a Path,
     /// Where to say what happens.
@@ -148,7 +150,7 @@ pub struct Created {
 /// Makes a container, which waits for `start`; it is its shadow's from then on, and so is what its program is to inherit.
 pub fn create(create: &Create<'_>, launch: Launch, handed: Handed) -> Result<Created, CreateError> {
     let (bundle, wanted) = create.check()?;
-    let begin = Begin { kept: true, ..Begin::default() };
+    let begin = Begin { kept: true, holds_pod: create.holds_pod, ..Begin::default() };
     let mut pod = Pod::begin(create, &bundle, wanted, begin, launch, handed)?;
     loop {
         match pod.shadow.news() {

@@ -73,6 +73,8 @@ pub struct Begin {
     /// listening sockets that it is to be told of.
     pub descriptors: usize,
     pub listening: usize,
+    /// Whether the container has no program, and holds its pod open for others.
+    pub holds_pod: bool,
     /// Whether a service manager waits for the program to say that it is ready.
     pub notify: bool,
 }

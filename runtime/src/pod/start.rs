@@ -222,6 +222,7 @@ pub fn run(run: &Run<'_>) -> Result<u8, RunError> {
     let container = request.container.mut_or_insert_default();
     (container.disks, container.descriptors) = (disks.told, descriptors.told);
     container.volumes = mounts.volumes.told();
+    container.holds_pod = begin.holds_pod;
     let view = View {
         root: mounts.root,
         places: mounts.places,

@@ -15,6 +15,7 @@ use containerd_shim_protos::events::task::{
 };
 use containerd_shim_protos::protobuf::MessageField;
 use containerd_shim_protos::shim::oci::ProcessDetails;
+use podhull_protocol::ContainerStatsResponse;
 use rustix::process::{Signal, pidfd_send_signal};
 use serde_json::Value;
 use tokio::task::AbortHandle;
@@ -25,7 +26,7 @@ use super::events::{Event, Publisher, any, timestamp};
 use super::io::{Io, Names, Owner};
 use super::options::Options;
 use super::process::{Phase, Process};
-use super::{metrics, process, rootfs, scrape};
+use super::{process, rootfs, scrape};
 use crate::bundle;
 use crate::cgroup::Manager;
 use crate::log::Log;
@@ -58,6 +59,8 @@ pub struct Container {
     /// Where to say what is done with it.
     log: Log,
     cgroups: Manager,
+    /// Whether it is what holds a pod open, which containerd knows as a sandbox and not as a container: no event is of it.
+    holds_pod: bool,
     /// Its first process.
     pub init: Arc<Process>,
     executed: Mutex<HashMap<String, Arc<Process>>>,
@@ -77,13 +80,23 @@ impl Drop for Serving {
 }
 
 /// Does what waits, beside everything else.
-async fn beside<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Result<T> {
+pub async fn beside<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Result<T> {
     tokio::task::spawn_blocking(work).await.map_err(failed)
 }
 
 impl Container {
     /// Makes it, up to its program's start.
     pub async fn create(surroundings: Arc<Surroundings>, request: CreateTaskRequest) -> Result<Arc<Self>> {
+        Self::make(surroundings, request, false).await
+    }
+
+    /// Makes one without a program, which holds a pod open.
+    pub async fn hold_pod(surroundings: Arc<Surroundings>, id: &str, bundle: &Path) -> Result<Arc<Self>> {
+        let bundle = bundle.to_string_lossy().into_owned();
+        Self::make(surroundings, CreateTaskRequest { id: id.into(), bundle, ..Default::default() }, true).await
+    }
+
+    async fn make(surroundings: Arc<Surroundings>, request: CreateTaskRequest, holds_pod: bool) -> Result<Arc<Self>> {
         let began = pod::monotonic_now();
         if !request.checkpoint.is_empty() {
             return Err(error(
@@ -117,6 +130,7 @@ impl Container {
             bundle,
             log: surroundings.log.clone().of_container(&request.id),
             surroundings,
+            holds_pod,
             init: Arc::new(Process::new("", Vec::new(), names)),
             executed: Mutex::default(),
             ending: AtomicBool::new(false),
@@ -139,6 +153,7 @@ impl Container {
                 // Not this process's own, which the host spares as it does containerd.
                 oom_score_adj: Some(0),
                 began,
+                holds_pod,
                 root: &this.surroundings.root,
                 log: &this.log,
             };
@@ -218,7 +233,9 @@ impl Container {
     }
 
     fn publish(&self, event: &Event) {
-        self.surroundings.publisher.publish(event);
+        if !self.holds_pod {
+            self.surroundings.publisher.publish(event);
+        }
     }
 
     fn executed(&self) -> std::sync::MutexGuard<'_, HashMap<String, Arc<Process>>> {
@@ -424,10 +441,9 @@ impl Container {
     }
 
     /// What it uses.
-    pub async fn stats(self: &Arc<Self>) -> Result<containerd_shim_protos::protobuf::well_known_types::any::Any> {
+    pub async fn stats(self: &Arc<Self>) -> Result<ContainerStatsResponse> {
         let this = self.clone();
-        let stats = beside(move || pod::stats(&this.surroundings.root, &this.id)).await?.map_err(of_stats)?;
-        Ok(any(&metrics::of(stats)))
+        beside(move || pod::stats(&this.surroundings.root, &this.id)).await?.map_err(of_stats)
     }
 
     /// The processes of the host that stand for it and for what is executed in it. The first one is among them when it has ended,
@@ -533,6 +549,7 @@ impl Container {
             bundle: surroundings.root.join(id),
             log: surroundings.log.clone().of_container(id),
             surroundings,
+            holds_pod: false,
             init: Arc::new(Process::new("", Vec::new(), Names::default())),
             executed: Mutex::default(),
             ending: AtomicBool::new(false),

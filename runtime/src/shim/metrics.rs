@@ -55,6 +55,32 @@ pub fn of(stats: ContainerStatsResponse) -> Metrics {
     }
 }
 
+/// What the containers of a pod use together; there is no limit if one of them has none.
+pub fn together(all: impl IntoIterator<Item = ContainerStatsResponse>) -> ContainerStatsResponse {
+    let mut sum = ContainerStatsResponse::new();
+    let add = |sum: &mut u64, more: u64| *sum = sum.saturating_add(more);
+    for stats in all {
+        let (cpu, more) = (sum.cpu.mut_or_insert_default(), stats.cpu.unwrap_or_default());
+        add(&mut cpu.usage_usec, more.usage_usec);
+        add(&mut cpu.user_usec, more.user_usec);
+        add(&mut cpu.system_usec, more.system_usec);
+        let (memory, more) = (sum.memory.mut_or_insert_default(), stats.memory.unwrap_or_default());
+        add(&mut memory.usage, more.usage);
+        add(&mut memory.limit, more.limit);
+        add(&mut memory.swap_usage, more.swap_usage);
+        add(&mut memory.swap_limit, more.swap_limit);
+        for (name, value) in more.stat.into_iter().take(MOST) {
+            if memory.stat.len() < MOST || memory.stat.contains_key(&name) {
+                add(memory.stat.entry(name).or_default(), value);
+            }
+        }
+        let (pids, more) = (sum.pids.mut_or_insert_default(), stats.pids.unwrap_or_default());
+        add(&mut pids.current, more.current);
+        add(&mut pids.limit, more.limit);
+    }
+    sum
+}
+
 fn cpu(cpu: &CpuStats) -> CPUStat {
     CPUStat {
         usage_usec: cpu.usage_usec,

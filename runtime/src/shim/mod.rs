@@ -17,6 +17,7 @@ mod metrics;
 mod options;
 mod process;
 mod rootfs;
+mod sandbox;
 mod scrape;
 mod serve;
 mod service;

@@ -68,6 +68,21 @@ pub fn of(bundle: &Path) -> PathBuf {
     bundle.join("rootfs")
 }
 
+/// Where that of a sandbox has the memory that its containers share.
+pub fn memory_of(bundle: &Path) -> PathBuf {
+    bundle.join("shm")
+}
+
+/// Mounts an empty file system in memory there, as containerd does for pods with a container of their own: it is what containers
+/// of a pod bind at `/dev/shm`, and in the guest it is memory of the guest's.
+pub fn mount_memory(bundle: &Path) -> Result<(), RootfsError> {
+    let target = memory_of(bundle);
+    std::fs::create_dir(&target).map_err(|error| RootfsError::Directory(target.clone(), error))?;
+    let flags = MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC;
+    mount("shm", &target, "tmpfs", flags, Some(c"mode=1777,size=64m"))
+        .map_err(|errno| RootfsError::Mount("tmpfs shm".into(), target, errno))
+}
+
 /// Mounts all of it, or nothing.
 pub fn mount_all(bundle: &Path, mounts: &[Mount]) -> Result<(), RootfsError> {
     if mounts.is_empty() {
@@ -85,9 +100,12 @@ pub fn mount_all(bundle: &Path, mounts: &[Mount]) -> Result<(), RootfsError> {
     })
 }
 
-/// Unmounts whatever is mounted there.
+/// Unmounts whatever is mounted in a bundle.
 pub fn unmount_all(bundle: &Path) -> Result<(), RootfsError> {
-    let target = of(bundle);
+    [memory_of(bundle), of(bundle)].into_iter().try_for_each(unmount_at)
+}
+
+fn unmount_at(target: PathBuf) -> Result<(), RootfsError> {
     loop {
         match unmount(&target, UnmountFlags::DETACH | UnmountFlags::NOFOLLOW) {
             Ok(()) => {}

@@ -1,7 +1,9 @@
-//! `containerd.task.v2.Task` and `containerd.task.v3.Task`, which are the same under two names.
+//! `containerd.task.v2.Task` and `containerd.task.v3.Task`, which are the same under two names; and the pod they are of, if
+//! containerd knows it as one.
 
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
+use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
@@ -13,6 +15,7 @@ use containerd_shim_protos::api::{
     StatsRequest, StatsResponse, UpdateTaskRequest, WaitRequest, WaitResponse,
 };
 use containerd_shim_protos::protobuf::MessageField;
+use containerd_shim_protos::sandbox_async::create_sandbox;
 use containerd_shim_protos::shim_async::{Task, create_task};
 use tokio::sync::Notify;
 use ttrpc::r#async::TtrpcContext;
@@ -20,15 +23,19 @@ use ttrpc::{Code, Result};
 
 use super::container::{Container, Surroundings};
 use super::error::{error, failed, not_found};
-use super::events::timestamp;
+use super::events::{any, timestamp};
+use super::metrics;
+use super::sandbox::{self, Sandbox};
 
 /// Names of the service: that of the version that containerd has spoken since 1.3, and of 2.0.
 const NAMES: [&str; 2] = ["containerd.task.v2.Task", "containerd.task.v3.Task"];
 
 /// The containers of a pod.
 pub struct Tasks {
-    surroundings: Arc<Surroundings>,
+    pub surroundings: Arc<Surroundings>,
     containers: Mutex<HashMap<String, Arc<Place>>>,
+    /// The pod, if it was made for itself: while it is there, it is what keeps this process.
+    sandbox: OnceLock<Arc<Sandbox>>,
     /// Whether containerd has asked for the end while it waited for no container any more, but one was still being made or removed.
     asked: AtomicBool,
     /// That there is nothing more to do.
@@ -50,7 +57,8 @@ struct Service(Arc<Tasks>);
 impl Tasks {
     /// None yet.
     pub fn new(surroundings: Arc<Surroundings>, over: Arc<Notify>) -> Arc<Self> {
-        Arc::new(Self { surroundings, containers: Mutex::default(), asked: AtomicBool::new(false), over })
+        let (containers, sandbox, asked) = (Mutex::default(), OnceLock::new(), AtomicBool::new(false));
+        Arc::new(Self { surroundings, containers, sandbox, asked, over })
     }
 
     /// To be registered with a server.
@@ -59,7 +67,37 @@ impl Tasks {
         let named = |name: &str| {
             create_task(service.clone()).into_values().map(move |service| (name.to_owned(), service)).next()
         };
-        NAMES.iter().filter_map(|name| named(name)).collect()
+        let sandbox = create_sandbox(Arc::new(sandbox::Service(self.clone())));
+        NAMES.iter().filter_map(|name| named(name)).chain(sandbox).collect()
+    }
+
+    /// The pod, if it was made for itself.
+    pub fn sandbox(&self) -> Option<Arc<Sandbox>> {
+        self.sandbox.get().cloned()
+    }
+
+    /// Whether there is neither a pod nor a container yet.
+    pub fn is_free(&self) -> bool {
+        self.sandbox.get().is_none() && self.containers().is_empty()
+    }
+
+    /// Takes a pod, if there is none.
+    pub fn give(&self, sandbox: &Arc<Sandbox>) -> bool {
+        self.sandbox.set(sandbox.clone()).is_ok()
+    }
+
+    /// Containers that are there.
+    pub fn made(&self) -> Vec<Arc<Container>> {
+        self.containers().values().filter_map(|place| place.container.get().cloned()).collect()
+    }
+
+    /// The pod is over: so is this process, with the last container.
+    pub fn end(&self) {
+        let containers = self.containers();
+        self.asked.store(true, Ordering::Relaxed);
+        if containers.is_empty() {
+            self.over.notify_one();
+        }
     }
 
     fn containers(&self) -> MutexGuard<'_, HashMap<String, Arc<Place>>> {
@@ -84,8 +122,13 @@ impl Tasks {
             }
             Entry::Vacant(free) => drop(free.insert(place.clone())),
         }
-        let container =
-            Container::create(self.surroundings.clone(), request).await.inspect_err(|_| self.remove(&id))?;
+        let make = async {
+            if let Some(sandbox) = self.sandbox() {
+                sandbox.complete(Path::new(&request.bundle)).await?;
+            }
+            Container::create(self.surroundings.clone(), request).await
+        };
+        let container = make.await.inspect_err(|_| self.remove(&id))?;
         let pid = container.init.pid_u32();
         let _ = place.container.set(container);
         Ok(CreateTaskResponse { pid, ..Default::default() })
@@ -113,6 +156,9 @@ impl Tasks {
     }
 
     fn shutdown(&self, id: &str) {
+        if self.sandbox.get().is_some() {
+            return;
+        }
         // It is asked for each container; the last one counts.
         let containers = self.containers();
         if containers.is_empty() {
@@ -129,7 +175,7 @@ fn missing(id: &str) -> ttrpc::Error {
 
 /// Does what was asked for to its end. The server drops what it waits for when the connection ends, or when who asked has waited
 /// long enough; what is half done by then, nobody would finish.
-async fn whole<T: Send + 'static>(work: impl Future<Output = Result<T>> + Send + 'static) -> Result<T> {
+pub async fn whole<T: Send + 'static>(work: impl Future<Output = Result<T>> + Send + 'static) -> Result<T> {
     tokio::spawn(work).await.unwrap_or_else(|failure| Err(error(Code::INTERNAL, failure.to_string())))
 }
 
@@ -214,8 +260,8 @@ impl Task for Service {
     }
 
     async fn stats(&self, _: &TtrpcContext, request: StatsRequest) -> Result<StatsResponse> {
-        let stats = MessageField::some(self.0.container(&request.id)?.stats().await?);
-        Ok(StatsResponse { stats, ..Default::default() })
+        let stats = any(&metrics::of(self.0.container(&request.id)?.stats().await?));
+        Ok(StatsResponse { stats: MessageField::some(stats), ..Default::default() })
     }
 
     async fn connect(&self, _: &TtrpcContext, request: ConnectRequest) -> Result<ConnectResponse> {

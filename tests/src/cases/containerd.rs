@@ -45,7 +45,7 @@ fn tasks(scene: &Scene, shim: Shim) -> Outcome {
         tmux.type_line(&format!("clear; {}; echo status $?", shell_line(&run)))?;
         tmux.expect("inside> ")?;
         tmux.type_line("stty size; exit 5")?;
-        tmux.expect("\n30 100\n")?;
+        tmux.expect("30 100\n")?;
         tmux.expect("\nstatus 5\n")?;
     }
 

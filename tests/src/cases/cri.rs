@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use k8s_cri::v1 as api;
 
-use super::oci;
+use super::{oci, podhull};
 use crate::cri::{Cri, container, resources};
 use crate::run::DEADLINE;
 use crate::suite::{Case, Scene};
@@ -18,6 +18,9 @@ pub const CASES: &[Case] = &[
     oci("cri::what_is_executed_too_long", what_is_executed_too_long),
     oci("cri::limits_and_statistics", limits_and_statistics),
     oci("cri::a_log_is_rotated", a_log_is_rotated),
+    oci("cri::names_of_a_pod", names_of_a_pod),
+    oci("cri::containerd_killed_meanwhile", containerd_killed_meanwhile),
+    podhull("cri::a_pod_that_is_killed", a_pod_that_is_killed),
 ];
 
 /// Waits until it is told to end, and then exits with 3.
@@ -222,6 +225,64 @@ fn a_log_is_rotated(scene: &Scene) -> Outcome {
     };
     ensure_eq!(numbers("main.1")?, (0..20).collect::<Vec<_>>(), "the log before");
     ensure_eq!(numbers("main")?, (20..40).collect::<Vec<_>>(), "the log after");
+    cri.remove_pod(&pod)?;
+    cri.end()
+}
+
+/// Its own, and those of others that it knows.
+fn names_of_a_pod(scene: &Scene) -> Outcome {
+    let cri = Cri::start(scene)?;
+    let mut config = cri.pod_config("names")?;
+    config.hostname = "names-0".into();
+    let words = |words: &[&str]| words.iter().map(|word| (*word).to_owned()).collect();
+    config.dns_config = Some(api::DnsConfig {
+        servers: words(&["10.96.0.10", "10.96.0.11"]),
+        searches: words(&["default.svc.cluster.local", "cluster.local"]),
+        options: words(&["ndots:5"]),
+    });
+    let pod = cri.run(config)?;
+    let resolver = "search default.svc.cluster.local cluster.local\nnameserver 10.96.0.10\nnameserver 10.96.0.11\n\
+                    options ndots:5\n";
+    for name in ["one", "two"] {
+        let id = patient(&cri, &pod, container(name, PATIENT))?;
+        ensure_eq!(cri.shell(&id, "cat /etc/resolv.conf")?, resolver, "resolv.conf of {name}");
+        ensure_eq!(cri.shell(&id, "cat /etc/hostname; hostname")?, "names-0\nnames-0\n", "name of the host of {name}");
+        ensure_eq!(cri.shell(&id, "cat /etc/hosts")?, fs::read_to_string("/etc/hosts")?, "hosts of {name}");
+    }
+    cri.remove_pod(&pod)?;
+    cri.end()
+}
+
+/// The pod goes on, and what ends meanwhile is known afterwards.
+fn containerd_killed_meanwhile(scene: &Scene) -> Outcome {
+    let mut cri = Cri::start(scene)?;
+    let pod = cri.run(cri.pod_config("lasting")?)?;
+    let lasting = patient(&cri, &pod, container("lasting", PATIENT))?;
+    let ending =
+        cri.launch(&pod, container("ending", &["sh", "-c", "until [ -e /dev/shm/end ]; do sleep 0.1; done; exit 7"]))?;
+    cri.restart_daemon()?;
+    ensure_eq!(cri.pod_status(&pod)?.state(), api::PodSandboxState::SandboxReady, "state of the pod");
+    ensure_eq!(cri.shell(&lasting, "touch /dev/shm/end; echo here")?, "here\n", "what is executed afterwards");
+    ensure_eq!(cri.ended(&ending)?.exit_code, 7, "exit status of one that ended afterwards");
+    let id = patient(&cri, &pod, container("later", PATIENT))?;
+    cri.stop(&id, 30)?;
+    cri.remove_pod(&pod)?;
+    cri.end()
+}
+
+/// With its machine everything in it ends; who looks is told.
+fn a_pod_that_is_killed(scene: &Scene) -> Outcome {
+    let cri = Cri::start(scene)?;
+    let pod = cri.run(cri.pod_config("killed")?)?;
+    let id = patient(&cri, &pod, container("main", PATIENT))?;
+    let process = cri.pod_process(&pod)?;
+    rustix::process::kill_process(process, rustix::process::Signal::KILL)?;
+    ensure_eq!(cri.ended(&id)?.exit_code, 137, "exit status of its container");
+    let until = Instant::now() + DEADLINE;
+    while cri.pod_status(&pod)?.state() != api::PodSandboxState::SandboxNotready {
+        ensure!(Instant::now() < until, "the pod does not end");
+        std::thread::sleep(Duration::from_millis(100));
+    }
     cri.remove_pod(&pod)?;
     cri.end()
 }

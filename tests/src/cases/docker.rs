@@ -92,7 +92,7 @@ fn in_a_terminal(scene: &Scene, docker: &Docker) -> Outcome {
     tmux.type_line(&format!("clear; {}; echo status $?", shell_line(&docker.words(&run))))?;
     tmux.expect("inside> ")?;
     tmux.type_line("clear; stty size")?;
-    tmux.expect("\n30 100\n")?;
+    tmux.expect("30 100\n")?;
     let exec = ["exec", "-t", "terminal", "sh", "-c", "tty; exit 6"];
     let ended = docker.call(&exec)?.expect_status(6)?;
     ensure_eq!(ended.stdout, "/dev/pts/1\r\n", "terminal of what was executed");
