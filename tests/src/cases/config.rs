@@ -29,17 +29,18 @@ pub const CASES: &[Case] = &[
 const DIRECTORY: &str = "/etc/podhull";
 
 /// The host's configuration, for as long as it is there.
-struct Configuration;
+pub struct Configuration;
 
 impl Configuration {
     /// There must be none yet.
-    fn new() -> Outcome<Self> {
+    pub fn new() -> Outcome<Self> {
         ensure!(!Path::new(DIRECTORY).exists(), "{DIRECTORY} is there already: this test would remove it");
         fs::create_dir_all(Path::new(DIRECTORY).join("config.d"))?;
         Ok(Self)
     }
 
-    fn write(&self, name: &str, text: &str) -> Outcome<PathBuf> {
+    /// A file of it.
+    pub fn write(&self, name: &str, text: &str) -> Outcome<PathBuf> {
         let path = Path::new(DIRECTORY).join(name);
         fs::write(&path, text)?;
         fs::set_permissions(&path, Permissions::from_mode(0o644))?;

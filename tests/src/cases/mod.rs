@@ -11,9 +11,12 @@ mod config;
 mod containerd;
 mod crashes;
 mod cri;
+mod cri_many;
+mod cri_outages;
 mod cri_security;
 mod cri_streams;
 mod cri_volumes;
+mod cri_workload;
 mod descriptors;
 mod disks;
 mod docker;
@@ -40,6 +43,7 @@ mod process;
 mod programs;
 mod races;
 mod resources;
+mod rogue;
 mod shim;
 mod sockets;
 mod stdio;
@@ -75,6 +79,7 @@ pub const ALL: &[&[Case]] = &[
     broken::CASES,
     races::CASES,
     crashes::CASES,
+    rogue::CASES,
     resources::CASES,
     growth::CASES,
     config::CASES,
@@ -87,6 +92,9 @@ pub const ALL: &[&[Case]] = &[
     containerd::CASES,
     shim::CASES,
     cri::CASES,
+    cri_outages::CASES,
+    cri_many::CASES,
+    cri_workload::CASES,
     cri_security::CASES,
     cri_streams::CASES,
     cri_volumes::CASES,
