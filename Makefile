@@ -72,11 +72,12 @@ install: all
 
 # What the software host gets: the installed files as a package would have them, and the tests.
 stage: all host-packages
-	@cargo build --release -p podhull-tests
+	@cargo build --release -p podhull-tests -p podhull-rogue
 	@rm -rf $(staged)
 	$(call install_into,$(staged)/usr)
 	@install -D -t $(staged)$(installed_tests) $(programs)/podhull-e2e $(programs)/podhull-bench \
 		$(programs)/podhull-conformance tests/host/demo
+	@$(programs)/podhull-rootfs-builder --agent $(programs)/podhull-rogue --output $(staged)$(installed_tests)/rogue.img
 
 # And the agent's native tests.
 stage-native: stage

@@ -1,5 +1,7 @@
 //! The agent's client. Every call has a deadline, and every answer is checked: the guest is hostile.
 
+mod frames;
+
 use std::io;
 use std::os::fd::BorrowedFd;
 use std::os::unix::net::UnixStream;
@@ -19,6 +21,7 @@ use ttrpc::context::{Context, with_duration};
 
 use crate::calls::Calls;
 use crate::pod::GuestTimes;
+use frames::{Frames, Waiting};
 
 /// For calls that the agent answers at once, on a host that is very busy.
 const PROMPT: Duration = Duration::from_secs(30);
@@ -28,6 +31,12 @@ const WORK: Duration = Duration::from_secs(120);
 
 /// Longest text of the agent that is shown, in characters.
 const MAX_TEXT: usize = 1000;
+
+/// How ttrpc says that a call was not answered by its deadline.
+const LATE: &str = "Request deadline elapsed";
+
+/// How it says that it cannot read what came.
+const UNREADABLE: [&str; 2] = ["npack", "malformed packet"];
 
 /// What went wrong with the agent.
 #[derive(Debug, thiserror::Error)]
@@ -54,14 +63,27 @@ pub enum AgentError {
 
 impl AgentError {
     fn of(call: &'static str, error: ttrpc::Error) -> Self {
-        let text = |text: &str| text.chars().take(MAX_TEXT).collect::<String>();
+        // It is printed where its user reads it.
+        let shown = |c: char| if c.is_control() { ' ' } else { c };
+        let text = |text: &str| text.chars().take(MAX_TEXT).map(shown).collect::<String>();
         match error {
             ttrpc::Error::RpcStatus(status) if status.code() == ttrpc::Code::DEADLINE_EXCEEDED => Self::Silent(call),
             ttrpc::Error::RpcStatus(status) if status.code() == ttrpc::Code::FAILED_PRECONDITION => {
                 Self::NotNow(text(status.message()))
             }
             ttrpc::Error::RpcStatus(status) => Self::Refused(text(status.message())),
-            other => Self::Gone(text(&other.to_string())),
+            ttrpc::Error::Others(said) if said == LATE => Self::Silent(call),
+            ttrpc::Error::Others(said) if UNREADABLE.iter().any(|what| said.contains(what)) => {
+                Self::Nonsense("no message of its protocol")
+            }
+            other => {
+                let said = other.to_string();
+                let too_much = [frames::LONG_ANSWER, frames::LONG_EVENT, frames::FLOOD];
+                match too_much.into_iter().find(|what| said.ends_with(what)) {
+                    Some(what) => Self::Nonsense(what),
+                    None => Self::Gone(text(&said)),
+                }
+            }
         }
     }
 }
@@ -101,6 +123,8 @@ pub struct Agent {
     client: AgentClient,
     /// Where it is noted how long calls took.
     calls: Option<Arc<Calls>>,
+    /// Events of this connection.
+    waiting: Waiting,
 }
 
 impl Agent {
@@ -108,7 +132,9 @@ impl Agent {
     pub fn new(stream: UnixStream) -> Result<Self, AgentError> {
         stream.set_nonblocking(true).map_err(AgentError::Connect)?;
         let stream = tokio::net::UnixStream::from_std(stream).map_err(AgentError::Connect)?;
-        Ok(Self { client: AgentClient::new(ttrpc::r#async::Client::new(Socket::new(stream))), calls: None })
+        let waiting = Waiting::default();
+        let stream = Socket::new(Frames::new(stream, waiting.clone()));
+        Ok(Self { client: AgentClient::new(ttrpc::r#async::Client::new(stream)), calls: None, waiting })
     }
 
     /// Notes how long calls take among those of the pod with this directory. What cannot be noted is no reason not to call.
@@ -220,7 +246,10 @@ impl Agent {
 
     /// Executes a further program in a container.
     pub async fn exec(&self, request: &ExecProcessRequest) -> Result<(), AgentError> {
-        self.call("ExecProcess", self.client.exec_process(with_duration(WORK), request)).await.map(drop)
+        match self.call("ExecProcess", self.client.exec_process(with_duration(WORK), request)).await?.pid {
+            ..=1 => Err(AgentError::Nonsense("the process id of the executed program")),
+            _ => Ok(()),
+        }
     }
 
     /// Sends a signal to an executed program.
@@ -265,7 +294,9 @@ impl Agent {
     pub async fn watch(&self, id: &str) -> Result<Events, AgentError> {
         let request = EventsRequest { container_id: id.into(), watch: true, ..Default::default() };
         let receiver = self.client.events(Context::default(), &request).await;
-        receiver.map(|receiver| Events { receiver }).map_err(|e| AgentError::of("Events", e))
+        receiver
+            .map(|receiver| Events { receiver, waiting: self.waiting.clone() })
+            .map_err(|e| AgentError::of("Events", e))
     }
 
     /// Events of the pod from now on, and those nobody received yet.
@@ -273,13 +304,16 @@ impl Agent {
         // Without a deadline: it lasts as long as the pod, and ends with the connection.
         let request = EventsRequest { container_id: id.into(), exec_id: exec.into(), ..Default::default() };
         let receiver = self.client.events(Context::default(), &request).await;
-        receiver.map(|receiver| Events { receiver }).map_err(|e| AgentError::of("Events", e))
+        receiver
+            .map(|receiver| Events { receiver, waiting: self.waiting.clone() })
+            .map_err(|e| AgentError::of("Events", e))
     }
 }
 
 /// The stream of events.
 pub struct Events {
     receiver: ClientStreamReceiver<Event>,
+    waiting: Waiting,
 }
 
 /// What happens to a container.
@@ -319,7 +353,9 @@ impl Events {
     }
 
     async fn receive(&mut self) -> Result<Event, AgentError> {
-        match self.receiver.recv().await {
+        let received = self.receiver.recv().await;
+        self.waiting.take();
+        match received {
             Ok(Some(event)) => Ok(event),
             Ok(None) => Err(AgentError::Gone("its events ended".into())),
             Err(error) => Err(AgentError::of("Events", error)),

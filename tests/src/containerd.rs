@@ -154,6 +154,13 @@ impl Containerd {
         daemon.wait().map(drop)
     }
 
+    /// Ends the daemon as who restarts it does, and waits for that.
+    pub fn stop_daemon(&mut self) -> Outcome {
+        let Some(daemon) = self.daemon.take() else { return Ok(()) };
+        daemon.signal(Signal::TERM)?;
+        daemon.wait()?.expect_status(0).map(drop)
+    }
+
     /// The whole command line of its client.
     pub fn words(&self, words: &[&str]) -> Vec<OsString> {
         let mut all: Vec<OsString> = vec!["ctr".into(), "--address".into(), self.socket().into()];
@@ -184,8 +191,6 @@ impl Containerd {
 
     /// Ends the daemon, and waits for that.
     pub fn end(mut self) -> Outcome {
-        let Some(daemon) = self.daemon.take() else { return Ok(()) };
-        daemon.signal(Signal::TERM)?;
-        daemon.wait()?.expect_status(0).map(drop)
+        self.stop_daemon()
     }
 }

@@ -13,7 +13,7 @@ use tonic::{Response, Status};
 use crate::containerd::{self, Containerd, Shim, check};
 use crate::leaks::Leaks;
 use crate::netns::Netns;
-use crate::run::DEADLINE;
+use crate::run::{DEADLINE, Running};
 use crate::suite::Scene;
 use crate::{Outcome, ensure, ensure_eq, image};
 
@@ -25,6 +25,9 @@ const PAUSE: &str = "podhull.test/pause:latest";
 
 /// Group of all pods, as kubelet has one.
 const PODS: &str = "/sys/fs/cgroup/kubepods";
+
+/// Where podhull knows its containers.
+const STATE: &str = "/run/containerd/podhull/k8s.io";
 
 /// What answers when pods are made.
 pub struct Cri {
@@ -89,14 +92,40 @@ impl Cri {
         fs::create_dir_all(PODS)?;
         let containerd = Containerd::with_config(scene, shim, &[], &more, Some(&netns))?;
         let tokio = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-        let endpoint = Endpoint::try_from(format!("unix://{}", containerd.socket().display()))?;
-        let channel = tokio.block_on(endpoint.connect())?;
+        let channel = connect(&tokio, &containerd)?;
         let cri = Self { containerd, tokio, channel, directory, handler, netns, before };
         for archive in [image::busybox(scene)?, image::pause(scene, PAUSE)?] {
             cri.import(&archive)?;
         }
         cri.ready()?;
         Ok(cri)
+    }
+
+    /// Ends containerd, asked to or killed; does something without it, and starts it again.
+    pub fn without_containerd(&mut self, killed: bool, meanwhile: impl FnOnce() -> Outcome) -> Outcome {
+        if killed {
+            self.containerd.kill_daemon()?
+        } else {
+            self.containerd.stop_daemon()?
+        }
+        meanwhile()?;
+        self.containerd.start_daemon()?;
+        self.channel = connect(&self.tokio, &self.containerd)?;
+        self.ready()
+    }
+
+    /// containerd's own client on what is made here, running.
+    pub fn client(&self, words: &[&str]) -> Outcome<Running> {
+        Running::start(&self.containerd.words(&[&["--namespace", "k8s.io"], words].concat()), &[])
+    }
+
+    /// The process of the host that stands for a container.
+    pub fn process(&self, id: &str) -> Outcome<i32> {
+        let request = api::ContainerStatusRequest { container_id: id.into(), verbose: true };
+        let answer = self.call(async |mut client| client.container_status(request).await)?;
+        let info: serde_json::Value = serde_json::from_str(answer.info.get("info").ok_or("no information")?)?;
+        let pid = info["pid"].as_i64().and_then(|pid| pid.try_into().ok());
+        Ok(pid.filter(|pid| *pid > 0).ok_or_else(|| format!("no process of {id}: {info}"))?)
     }
 
     /// Gives it a further image.
@@ -266,7 +295,20 @@ impl Cri {
         let group = Path::new(PODS).join(format!("pod-{name}"));
         fs::remove_dir(&group).map_err(|error| {
             let entries = fs::read_dir(&group).into_iter().flatten().flatten();
-            let left: Vec<_> = entries.filter(|entry| entry.path().is_dir()).map(|entry| entry.path()).collect();
+            let left: Vec<_> = entries
+                .map(|entry| entry.path())
+                .filter(|path| path.is_dir())
+                .map(|path| {
+                    let read = |file| fs::read_to_string(path.join(file)).unwrap_or_default();
+                    let known = path.file_name().is_some_and(|id| Path::new(STATE).join(id).exists());
+                    format!(
+                        "{} (processes {:?}, {:?}, known: {known})",
+                        path.display(),
+                        read("cgroup.procs"),
+                        read("cgroup.events")
+                    )
+                })
+                .collect();
             let complaints = self.containerd.complaints();
             format!("control group of pod {name}: {error}: {left:?}; containerd says {complaints}")
         })?;
@@ -364,6 +406,11 @@ impl Cri {
         }
         check(&self.before)
     }
+}
+
+fn connect(tokio: &tokio::runtime::Runtime, containerd: &Containerd) -> Outcome<Channel> {
+    let endpoint = Endpoint::try_from(format!("unix://{}", containerd.socket().display()))?;
+    Ok(tokio.block_on(endpoint.connect())?)
 }
 
 /// As pods have them that ask for nothing: one network, one IPC, and processes apart.

@@ -37,6 +37,11 @@ impl Netns {
         Ok(netns)
     }
 
+    /// One that others keep, at a path.
+    pub fn at(path: &Path) -> Self {
+        Self { path: path.into(), mounted: false }
+    }
+
     /// That of a process.
     pub fn of(pid: i32) -> Self {
         Self { path: format!("/proc/{pid}/ns/net").into(), mounted: false }

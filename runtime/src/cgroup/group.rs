@@ -130,13 +130,21 @@ impl Cgroup {
             return Ok(());
         }
         let directory = self.place.directory();
-        kill(&directory)?;
-        if !wait_until_empty(&directory, patience)? {
-            return Err(CgroupError::StillThere { path: directory, seconds: patience.as_secs() });
+        let until = Instant::now() + patience;
+        let mut stopped = None;
+        loop {
+            kill(&directory)?;
+            if !wait_until_empty(&directory, until)? {
+                return Err(CgroupError::StillThere { path: directory, seconds: patience.as_secs() });
+            }
+            let stopped = stopped.get_or_insert_with(|| self.place.unit.as_deref().map_or(Ok(()), systemd::stop));
+            match remove_tree(&directory) {
+                // What is being executed at this moment came between: it is killed, and waited for, too.
+                Err(CgroupError::Remove(_, error))
+                    if error.kind() == io::ErrorKind::ResourceBusy && Instant::now() < until => {}
+                removed => return removed.and(std::mem::replace(stopped, Ok(()))),
+            }
         }
-        let stopped = self.place.unit.as_deref().map_or(Ok(()), systemd::stop);
-        remove_tree(&directory)?;
-        stopped
     }
 }
 
@@ -208,11 +216,10 @@ fn kill(group: &Path) -> Result<(), CgroupError> {
     }
 }
 
-/// Waits until no process is in the group and those below it; false if some still are when `patience` is at its end.
-fn wait_until_empty(group: &Path, patience: Duration) -> Result<bool, CgroupError> {
+/// Waits until no process is in the group and those below it; false if some still are at that time.
+fn wait_until_empty(group: &Path, until: Instant) -> Result<bool, CgroupError> {
     let path = group.join("cgroup.events");
     let failed = |error| CgroupError::Read(path.clone(), error);
-    let until = Instant::now() + patience;
     let mut file = match File::open(&path) {
         Ok(file) => file,
         Err(error) if is_gone(&error) => return Ok(true),

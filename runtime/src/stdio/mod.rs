@@ -305,12 +305,15 @@ impl Flow {
     }
 
     /// Waits until every output has ended and was written. To be called when the container has ended: a guest that sends
-    /// nothing more and closes nothing is given up, and so is who is connected to the container and does not read.
+    /// nothing more and closes nothing is given up, as is one that sends more than can be on its way, and who is connected to the
+    /// container and does not read.
     pub async fn drained(&mut self) -> Result<(), StdioError> {
+        let ended = self.progress.moved();
         while self.outputs > 0 || self.sockets > 0 {
             let before = self.progress.moved();
             match tokio::time::timeout(pump::PATIENCE, self.report()).await {
                 Ok(report) => report?,
+                Err(_) if self.progress.moved() - ended > pump::MOST_LEFT => return Err(StdioError::NeverEnds),
                 // A slow reader of ours is not the guest's fault.
                 Err(_) if self.progress.writing() || self.progress.moved() != before => {}
                 Err(_) if self.outputs == 0 => return Ok(()),

@@ -20,6 +20,10 @@ pub const STACK: usize = 64 * 1024;
 /// How long a guest may take to end the output of a container that has ended, while nobody holds it up.
 pub const PATIENCE: Duration = Duration::from_secs(30);
 
+/// Most bytes that may still be on their way when a container has ended: more than all of its streams can have in buffers of
+/// kernels and of the machine.
+pub const MOST_LEFT: u64 = 64 << 20;
+
 /// What the outputs of a container are doing, seen from outside their threads.
 #[derive(Debug, Default)]
 pub struct Progress {
@@ -28,7 +32,7 @@ pub struct Progress {
 }
 
 impl Progress {
-    /// Count of chunks written so far.
+    /// Bytes written so far.
     pub fn moved(&self) -> u64 {
         self.moved.load(Ordering::Relaxed)
     }
@@ -43,10 +47,10 @@ impl Progress {
 /// container's next write fails as it would on a broken pipe.
 pub fn output(stream: &UnixStream, to: BorrowedFd<'_>, progress: &Progress) {
     let mut buffer = Vec::with_capacity(CHUNK);
-    while let Ok(1..) = read(stream.as_fd(), &mut buffer) {
+    while let Ok(length @ 1..) = read(stream.as_fd(), &mut buffer) {
         progress.writing.fetch_add(1, Ordering::Relaxed);
         let written = write_all(to, &buffer);
-        progress.moved.fetch_add(1, Ordering::Relaxed);
+        progress.moved.fetch_add(length as u64, Ordering::Relaxed);
         progress.writing.fetch_sub(1, Ordering::Relaxed);
         if written.is_err() {
             break;
@@ -110,9 +114,9 @@ pub fn from_socket(from: &OwnedFd, stream: &UnixStream) {
 /// One that was closed in the guest stays open for others that have it.
 pub fn to_socket(stream: &UnixStream, to: BorrowedFd<'_>, progress: &Progress) {
     let mut buffer = Vec::with_capacity(CHUNK);
-    while let Ok(1..) = read(stream.as_fd(), &mut buffer) {
+    while let Ok(length @ 1..) = read(stream.as_fd(), &mut buffer) {
         let written = write_all(to, &buffer);
-        progress.moved.fetch_add(1, Ordering::Relaxed);
+        progress.moved.fetch_add(length as u64, Ordering::Relaxed);
         if written.is_err() {
             // The other side may have closed it already.
             let _ = stream.shutdown(Shutdown::Both);
@@ -221,7 +225,7 @@ mod tests {
         guest.write_all(b"abc").unwrap();
         guest.shutdown(Shutdown::Write).unwrap();
         output(&ours, writer.as_fd(), &progress);
-        assert_eq!((progress.moved(), progress.writing()), (1, false));
+        assert_eq!((progress.moved(), progress.writing()), (3, false));
         drop(writer);
         let mut text = String::new();
         reader.read_to_string(&mut text).unwrap();

@@ -21,7 +21,7 @@ pub const CASES: &[Case] = &[
 ];
 
 /// Every command that takes the id of a container; it goes in the place of `ID`.
-const COMMANDS: [&[&str]; 13] = [
+pub const COMMANDS: [&[&str]; 13] = [
     &["state", "ID"],
     &["start", "ID"],
     &["kill", "ID", "TERM"],
@@ -37,7 +37,7 @@ const COMMANDS: [&[&str]; 13] = [
     &["delete", "ID"],
 ];
 
-fn words(command: &[&str], id: &str) -> Vec<String> {
+pub fn words(command: &[&str], id: &str) -> Vec<String> {
     command.iter().map(|word| if *word == "ID" { id } else { word }.to_owned()).collect()
 }
 

@@ -3,7 +3,7 @@
 use super::{oci, podhull};
 use crate::containerd::{Containerd, Shim, check};
 use crate::leaks::Leaks;
-use crate::run::DEADLINE;
+use crate::run::{DEADLINE, Running};
 use crate::suite::{Case, Scene};
 use crate::terminal::{Tmux, shell_line};
 use crate::{Outcome, ensure, ensure_eq};
@@ -75,6 +75,15 @@ fn tasks(scene: &Scene, shim: Shim) -> Outcome {
     let deleted = containerd.call(&["task", "delete", "second"])?;
     ensure!(deleted.stderr.contains("non-zero exit code 3"), "exit status: {:?}", deleted.stderr);
     containerd.call(&["container", "delete", "second"])?.output()?;
+    // Who comes later speaks to it, too.
+    containerd.run(&["-d"], "third", &["sh", "-c", "read line; echo got $line; exit 6"])?.output()?;
+    let mut attached = Running::start(&containerd.words(&["task", "attach", "third"]), &[])?;
+    attached.send(b"something\n")?;
+    attached.expect_line("got something")?;
+    ensure_eq!(attached.wait_open(DEADLINE)?.status, 6, "exit status of who attached");
+    stopped(&containerd, "third")?;
+    containerd.call(&["task", "delete", "third"])?;
+    containerd.call(&["container", "delete", "third"])?.output()?;
     ensure_eq!(containerd.call(&["container", "list", "-q"])?.output()?, "", "containers");
     containerd.end()?;
     check(&before)

@@ -24,10 +24,10 @@ pub const CASES: &[Case] = &[
 ];
 
 /// Waits until it is told to end, and then exits with 3.
-const PATIENT: &[&str] = &["sh", "-c", "trap 'exit 3' TERM; touch /ready; while :; do sleep 0.1; done"];
+pub const PATIENT: &[&str] = &["sh", "-c", "trap 'exit 3' TERM; touch /ready; while :; do sleep 0.1; done"];
 
 /// Starts one that is [`PATIENT`], and waits until it listens to signals.
-fn patient(cri: &Cri, pod: &crate::cri::Pod, config: api::ContainerConfig) -> Outcome<String> {
+pub fn patient(cri: &Cri, pod: &crate::cri::Pod, config: api::ContainerConfig) -> Outcome<String> {
     let id = cri.launch(pod, config)?;
     cri.shell(&id, "until [ -e /ready ]; do sleep 0.1; done")?;
     Ok(id)

@@ -12,9 +12,12 @@ mod containerd;
 mod crashes;
 mod cri;
 mod cri_disks;
+mod cri_many;
+mod cri_outages;
 mod cri_security;
 mod cri_streams;
 mod cri_volumes;
+mod cri_workload;
 mod deploy;
 mod descriptors;
 mod disks;
@@ -43,6 +46,7 @@ mod process;
 mod programs;
 mod races;
 mod resources;
+mod rogue;
 mod shim;
 mod sockets;
 mod stdio;
@@ -79,6 +83,7 @@ pub const ALL: &[&[Case]] = &[
     broken::CASES,
     races::CASES,
     crashes::CASES,
+    rogue::CASES,
     resources::CASES,
     growth::CASES,
     config::CASES,
@@ -95,6 +100,9 @@ pub const ALL: &[&[Case]] = &[
     shim::CASES,
     cri::CASES,
     cri_disks::CASES,
+    cri_outages::CASES,
+    cri_many::CASES,
+    cri_workload::CASES,
     cri_security::CASES,
     cri_streams::CASES,
     cri_volumes::CASES,

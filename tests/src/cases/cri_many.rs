@@ -1,0 +1,88 @@
+//! Many pods: at once, and one after the other; and nothing grows with them.
+
+use std::collections::HashMap;
+use std::fs;
+use std::thread;
+
+use k8s_cri::v1 as api;
+
+use super::cri::PATIENT;
+use super::{long, oci};
+use crate::cri::{Cri, container};
+use crate::leaks::Totals;
+use crate::suite::{Case, Scene};
+use crate::{Outcome, ensure, ensure_eq, processes};
+
+pub const CASES: &[Case] = &[
+    oci("cri_many::at_once", at_once),
+    oci("cri_many::one_after_the_other", one_after_the_other),
+    long(oci("cri_many::three_hundred", |scene| sequence(scene, 300))),
+];
+
+/// What is there of containerd and its shims: open files and KiB of resident memory, by process.
+fn held() -> HashMap<i32, (usize, u64)> {
+    let ours = processes::all().into_iter().filter(|process| process.command.contains("containerd"));
+    ours.map(|process| {
+        let files = fs::read_dir(format!("/proc/{}/fd", process.pid)).map_or(0, Iterator::count);
+        let status = fs::read_to_string(format!("/proc/{}/status", process.pid)).unwrap_or_default();
+        let memory = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
+        let memory = memory.and_then(|line| line.trim().trim_end_matches(" kB").parse().ok()).unwrap_or_default();
+        (process.pid, (files, memory))
+    })
+    .collect()
+}
+
+/// One with a container in it, from its beginning to its end.
+fn one(cri: &Cri, name: &str) -> Outcome {
+    let pod = cri.run(cri.pod_config(name)?)?;
+    let id = cri.launch(&pod, container("main", PATIENT))?;
+    ensure_eq!(cri.shell(&id, "echo here")?, "here\n", "what is executed in {name}");
+    cri.remove_pod(&pod)
+}
+
+/// As many as an emulated host has room for, or the thirty that are asked for.
+fn at_once(scene: &Scene) -> Outcome {
+    let started = Cri::start(scene)?;
+    let cri = &started;
+    let count = if scene.is_soak() { 30 } else { 5 };
+    for round in 0..scene.repeat.min(3) {
+        let ended: Vec<Outcome> = thread::scope(|scope| {
+            let begin = |index| scope.spawn(move || one(cri, &format!("r{round}-{index}")));
+            let threads: Vec<_> = (0..count).map(begin).collect();
+            threads.into_iter().map(|thread| thread.join().unwrap_or_else(|_| Err("it panicked".into()))).collect()
+        });
+        ended.into_iter().collect::<Outcome<Vec<()>>>()?;
+        let pods = cri.call(async |mut client| client.list_pod_sandbox(api::ListPodSandboxRequest::default()).await)?;
+        ensure_eq!(pods.items.len(), 0, "pods that are left");
+    }
+    started.end()
+}
+
+fn one_after_the_other(scene: &Scene) -> Outcome {
+    sequence(scene, scene.repeat.min(10))
+}
+
+/// The first ones make what is made once.
+fn sequence(scene: &Scene, count: usize) -> Outcome {
+    let cri = Cri::start(scene)?;
+    for number in 0..3 {
+        one(&cri, &format!("first{number}"))?;
+    }
+    let (totals, before) = (Totals::now()?, held());
+    for number in 0..count {
+        one(&cri, &format!("n{number}")).map_err(|error| format!("pod {number}: {error}"))?;
+    }
+    let (later, after) = (Totals::now()?, held());
+    for (pid, (files, memory)) in &after {
+        let Some((files_before, memory_before)) = before.get(pid) else {
+            return Err(format!("process {pid} was not there before").into());
+        };
+        ensure!(*files <= files_before + 10, "{files} open files of containerd's, {files_before} before");
+        // It is a program with a garbage collector.
+        ensure!(*memory <= memory_before + (32 << 10), "{memory} KiB of containerd's, {memory_before} before");
+    }
+    ensure!(later.files <= totals.files + 200, "{} open files, {} before", later.files, totals.files);
+    let lost = totals.available_kib - later.available_kib;
+    ensure!(lost <= (96 << 10), "{lost} KiB of memory are gone");
+    cri.end()
+}

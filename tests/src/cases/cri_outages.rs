@@ -1,0 +1,248 @@
+//! What goes away under pods, and what is known of them then: containerd, a shim, a machine.
+//!
+//! Each is done PODHULL_TEST_REPEAT times, at most [`MOST`].
+
+use std::collections::HashMap;
+use std::fs;
+use std::path::Path;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use k8s_cri::v1 as api;
+use rustix::process::{Pid, Signal, kill_process};
+use serde_json::Value;
+
+use super::cri::{PATIENT, patient};
+use super::{oci, podhull};
+use crate::cri::{Cri, Pod, container, resources, volume};
+use crate::run::{DEADLINE, Running};
+use crate::suite::{Case, Scene};
+use crate::{Outcome, ensure, ensure_eq, processes};
+
+pub const CASES: &[Case] = &[
+    oci("cri_outages::containerd_goes_and_comes_back", containerd_goes_and_comes_back),
+    podhull("cri_outages::a_killed_shim", a_killed_shim),
+    podhull("cri_outages::a_killed_machine", a_killed_machine),
+];
+
+const MOST: usize = 50;
+
+/// Counts in its log, until a file with its name appears; by its name it exits, or uses more memory than it may.
+const COUNTING: &str = "
+n=0
+while :; do
+    echo $n; n=$((n + 1)); sleep 0.2
+    [ ! -e /volume/exit-$NAME ] || exit 7
+    [ ! -e /volume/starve-$NAME ] || exec tail -c 200000000 /dev/zero
+done";
+
+/// A pod with a container that counts.
+struct Counting {
+    pod: Pod,
+    name: String,
+    id: String,
+    attempt: u32,
+}
+
+impl Counting {
+    fn launch(&mut self, cri: &Cri, directory: &Path) -> Outcome {
+        self.attempt += 1;
+        let mut config = container("main", &["sh", "-c", COUNTING]);
+        config.metadata.get_or_insert_default().attempt = self.attempt;
+        config.log_path = self.log();
+        config.envs = vec![api::KeyValue { key: "NAME".into(), value: format!("{}-{}", self.name, self.attempt) }];
+        config.mounts.push(volume(directory, "/volume", true));
+        resources(&mut config).memory_limit_in_bytes = 32 << 20;
+        self.id = cri.launch(&self.pod, config)?;
+        Ok(())
+    }
+
+    fn log(&self) -> String {
+        format!("main.{}", self.attempt)
+    }
+
+    fn lines(&self, cri: &Cri) -> usize {
+        cri.log(&self.pod, &self.log()).map_or(0, |log| log.lines().count())
+    }
+
+    /// It counts on, and executes what it is asked to.
+    fn check(&self, cri: &Cri) -> Outcome {
+        ensure_eq!(cri.status(&self.id)?.state(), api::ContainerState::ContainerRunning, "state of {}", self.name);
+        ensure_eq!(cri.shell(&self.id, "echo fine")?, "fine\n", "what is executed in {}", self.name);
+        let before = self.lines(cri);
+        wait(&format!("{} does not count on from {before}", self.name), || Ok(self.lines(cri) > before + 2))
+    }
+}
+
+fn wait(what: &str, mut done: impl FnMut() -> Outcome<bool>) -> Outcome {
+    let until = Instant::now() + DEADLINE;
+    while !done()? {
+        ensure!(Instant::now() < until, "{what}");
+        thread::sleep(Duration::from_millis(100));
+    }
+    Ok(())
+}
+
+/// Its pods go on, their logs too, and what ended without it is known with its status.
+fn containerd_goes_and_comes_back(scene: &Scene) -> Outcome {
+    let mut cri = Cri::start(scene)?;
+    let directory = scene.make_directory("volume")?;
+    let mut all = Vec::new();
+    for number in 0..if scene.is_soak() { 10 } else { 3 } {
+        let name = format!("p{number}");
+        let pod = cri.run(cri.pod_config(&name)?)?;
+        let mut counting = Counting { pod, name, id: String::new(), attempt: 0 };
+        counting.launch(&cri, &directory)?;
+        all.push(counting);
+    }
+    for round in 0..scene.repeat.min(MOST) {
+        for counting in &all {
+            counting.check(&cri)?;
+        }
+        // Of two pods the containers end meanwhile: one by itself, and one that is killed for lack of memory.
+        let (one, other) = (round % all.len(), (round + 1) % all.len());
+        let ends = [(one, "exit", 7), (other, "starve", 137)];
+        let pids = ends.iter().map(|(index, ..)| cri.process(&all[*index].id)).collect::<Outcome<Vec<_>>>()?;
+        cri.without_containerd(round % 2 == 1, || {
+            for (index, how, _) in ends {
+                let Counting { name, attempt, .. } = &all[index];
+                fs::write(directory.join(format!("{how}-{name}-{attempt}")), "")?;
+            }
+            wait("what is to end does not", || Ok(pids.iter().all(|pid| has_ended(*pid))))
+        })?;
+        for (index, how, status) in ends {
+            let Counting { id, name, .. } = &all[index];
+            ensure_eq!(cri.ended(id)?.exit_code, status, "round {round}: status of {name} ({how})");
+        }
+        for (index, ..) in ends {
+            let old = all[index].id.clone();
+            all[index].launch(&cri, &directory)?;
+            cri.remove(&old)?;
+        }
+    }
+    for counting in &all {
+        counting.check(&cri)?;
+        ensure_eq!(cri.pod_status(&counting.pod)?.state(), api::PodSandboxState::SandboxReady, "state of the pod");
+    }
+    for counting in &all {
+        cri.remove_pod(&counting.pod)?;
+    }
+    cri.end()
+}
+
+/// Nobody but its shim takes the end of one, which may be another process's child.
+fn has_ended(pid: i32) -> bool {
+    !processes::all().iter().any(|process| process.pid == pid && !matches!(process.state, 'Z' | 'X'))
+}
+
+/// A pod of two containers.
+struct Two {
+    pod: Pod,
+    ids: Vec<String>,
+}
+
+impl Two {
+    fn run(cri: &Cri, name: &str) -> Outcome<Self> {
+        let pod = cri.run(cri.pod_config(name)?)?;
+        let ids =
+            ["a", "b"].iter().map(|name| patient(cri, &pod, container(name, PATIENT))).collect::<Outcome<Vec<_>>>()?;
+        Ok(Self { pod, ids })
+    }
+
+    /// Its containers have ended as if they had been killed, it is not ready any more, and can be removed.
+    fn check_killed(&self, cri: &Cri) -> Outcome {
+        for id in &self.ids {
+            ensure_eq!(cri.ended(id)?.exit_code, 137, "exit status");
+        }
+        wait("the pod is still ready", || {
+            Ok(cri.pod_status(&self.pod)?.state() == api::PodSandboxState::SandboxNotready)
+        })?;
+        cri.remove_pod(&self.pod)?;
+        let left: Vec<_> =
+            processes::all().into_iter().filter(|process| process.command.contains(&self.pod.id)).collect();
+        ensure!(left.is_empty(), "processes that are left: {left:?}");
+        Ok(())
+    }
+}
+
+/// Kills the one process that this is true of.
+fn kill_one(what: &str, is_it: impl Fn(&processes::Process) -> bool) -> Outcome {
+    let found: Vec<_> = processes::all().into_iter().filter(is_it).collect();
+    let [process] = &found[..] else { return Err(format!("{what}: {found:?}").into()) };
+    kill_process(Pid::from_raw(process.pid).ok_or("no pid")?, Signal::KILL)?;
+    Ok(())
+}
+
+fn a_killed_shim(scene: &Scene) -> Outcome {
+    let cri = Cri::start(scene)?;
+    for round in 0..scene.repeat.min(MOST) {
+        let two = Two::run(&cri, &format!("s{round}"))?;
+        kill_one("shims", |process| {
+            let mut words = process.command.split(' ');
+            words.next().is_some_and(|name| name.contains("containerd-shim-"))
+                && process.command.contains(&two.pod.id)
+                && words.all(|word| !["start", "delete"].contains(&word))
+        })?;
+        two.check_killed(&cri).map_err(|error| format!("round {round}: {error}"))?;
+    }
+    cri.end()
+}
+
+/// All of its containers exit, and who listens is told so in order.
+fn a_killed_machine(scene: &Scene) -> Outcome {
+    let cri = Cri::start(scene)?;
+    for round in 0..scene.repeat.min(MOST) {
+        let mut events = cri.client(&["events"])?;
+        let two = Two::run(&cri, &format!("m{round}"))?;
+        let id = &two.ids[0];
+        let executed = cri.client(&["task", "exec", "--exec-id", "long", id, "sh", "-c", "touch /long; sleep 1000"])?;
+        cri.shell(id, "until [ -e /long ]; do sleep 0.1; done")?;
+        let group = format!("/pod-m{round}/");
+        kill_one("machines", |process| {
+            let of = fs::read_to_string(format!("/proc/{}/cgroup", process.pid)).unwrap_or_default();
+            process.command.starts_with("podhull vmm") && of.contains(&group)
+        })?;
+        ensure!(executed.wait()?.status != 0, "what was executed has succeeded");
+        two.check_killed(&cri).map_err(|error| format!("round {round}: {error}"))?;
+        check_order(&mut events, &two).map_err(|error| format!("round {round}: {error}"))?;
+        // Its end is of no interest.
+        events.signal(Signal::KILL)?;
+        events.wait()?;
+    }
+    cri.end()
+}
+
+/// The end of each process comes once, of a container's first one last, and the end of a container before it is deleted.
+fn check_order(events: &mut Running, two: &Two) -> Outcome {
+    let mut ended: HashMap<String, Vec<String>> = HashMap::new();
+    let mut deleted = Vec::new();
+    let all = [&two.ids[..], std::slice::from_ref(&two.pod.id)].concat();
+    while !all.iter().all(|id| deleted.contains(id)) {
+        let line = events.line()?;
+        let Some((_, rest)) = line.split_once(" /tasks/") else { continue };
+        let (topic, text) = rest.split_once(' ').ok_or_else(|| format!("no event: {line}"))?;
+        let event: Value = serde_json::from_str(text)?;
+        let word = |name: &str| event[name].as_str().unwrap_or_default().to_owned();
+        let id = word("container_id");
+        match topic {
+            "exit" => {
+                ensure!(!deleted.contains(&id), "it ends after it was deleted: {line}");
+                let processes = ended.entry(id.clone()).or_default();
+                ensure!(!processes.contains(&word("id")), "it ends twice: {line}");
+                ensure!(!processes.contains(&id), "a process ends after the first one of its container: {line}");
+                processes.push(word("id"));
+            }
+            "delete" if word("id").is_empty() || word("id") == id => {
+                ensure!(
+                    ended.get(&id).is_some_and(|processes| processes.contains(&id)),
+                    "deleted before its end: {line}"
+                );
+                deleted.push(id);
+            }
+            _ => {}
+        }
+    }
+    let processes = ended.get(&two.ids[0]).cloned().unwrap_or_default();
+    ensure!(processes.contains(&"long".to_owned()), "the end of what was executed is not told: {processes:?}");
+    Ok(())
+}

@@ -1,0 +1,300 @@
+//! A guest that misbehaves on purpose: its agent is `tests/rogue`, in the same machine and behind the same callers as any other. What
+//! it does costs an error that says what was wrong, at most, and in time; no memory without bounds, no panic, and nothing stays.
+
+use std::collections::HashMap;
+use std::fs;
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
+
+use serde_json::json;
+
+use super::config::Configuration;
+use super::containerd::stopped;
+use super::podhull;
+use crate::bundle::Bundle;
+use crate::container::Container;
+use crate::containerd::{Containerd, Shim, check};
+use crate::leaks::Leaks;
+use crate::run::{DEADLINE, Ended, Running};
+use crate::suite::{Case, Scene};
+use crate::{Outcome, ensure, ensure_eq, processes};
+
+pub const CASES: &[Case] = &[
+    podhull("rogue::a_start", a_start),
+    podhull("rogue::a_container_that_runs", a_container_that_runs),
+    podhull("rogue::what_has_no_end", what_has_no_end),
+    podhull("rogue::commands", commands),
+    podhull("rogue::behind_containerd", behind_containerd),
+];
+
+/// The image with the agent that misbehaves.
+const IMAGE: &str = "/opt/podhull-tests/rogue.img";
+
+/// The annotation that says how.
+const PARAMS: &str = "io.podhull.machine.kernel_params";
+
+/// Most memory that a process of ours may ever have, but the one with the guest's in it.
+const MOST: u64 = 64 << 20;
+
+/// The same of that one, for a container that may have 64 MiB.
+const MOST_OF_MACHINE: u64 = 400 << 20;
+
+/// Longest that anything may take: the agent has two minutes for what is work, and output that does not end is looked at every
+/// half a minute.
+const LATEST: Duration = Duration::from_secs(240);
+
+/// Has machines start from the image, for as long as it is there.
+fn configuration() -> Outcome<Configuration> {
+    ensure!(Path::new(IMAGE).is_file(), "no {IMAGE}: `make stage` makes it");
+    let host = Configuration::new()?;
+    let text = format!("[machine]\nimage = {IMAGE:?}\n[annotations]\nallow = [\"machine.kernel_params\"]\n");
+    host.write("config.toml", &text)?;
+    Ok(host)
+}
+
+fn bundle(scene: &Scene, fault: &str) -> Outcome<Bundle> {
+    let limits = json!({ "memory": { "limit": 64 << 20 } });
+    let bundle = scene.debian()?.sh("true").set("/linux/resources", limits);
+    Ok(bundle.set("/annotations", json!({ PARAMS: format!("rogue={fault}") })))
+}
+
+/// The most memory that each descendant of the suite ever had.
+struct Peaks {
+    over: Arc<AtomicBool>,
+    watcher: JoinHandle<HashMap<(i32, String), u64>>,
+}
+
+impl Peaks {
+    fn watch() -> Self {
+        let over = Arc::new(AtomicBool::new(false));
+        let end = over.clone();
+        let watcher = thread::spawn(move || {
+            let mut peaks = HashMap::new();
+            while !end.load(Ordering::Relaxed) {
+                for process in processes::descendants(std::process::id().cast_signed()) {
+                    let status = fs::read_to_string(format!("/proc/{}/status", process.pid)).unwrap_or_default();
+                    let peak = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));
+                    let peak = peak.and_then(|peak| peak.trim().trim_end_matches(" kB").parse::<u64>().ok());
+                    if let Some(peak) = peak {
+                        // The most there ever was only grows.
+                        peaks.insert((process.pid, process.command), peak * 1024);
+                    }
+                }
+                thread::sleep(Duration::from_millis(200));
+            }
+            peaks
+        });
+        Self { over, watcher }
+    }
+
+    /// None was too much; some are there.
+    fn check(self) -> Outcome {
+        self.over.store(true, Ordering::Relaxed);
+        let peaks = self.watcher.join().map_err(|_| "the watcher panicked")?;
+        let ours = |command: &str| command.contains("podhull");
+        let mut count = 0;
+        for ((_, command), peak) in peaks.iter().filter(|((_, command), _)| ours(command)) {
+            let most = if command.starts_with("podhull vmm") { MOST_OF_MACHINE } else { MOST };
+            ensure!(*peak <= most, "{peak} bytes of memory of {command}");
+            count += 1;
+        }
+        ensure!(count > 0, "no process was seen");
+        Ok(())
+    }
+}
+
+/// What a program of ours says of a guest like that: a line, and not the guest's own.
+fn check_words(fault: &str, ended: &Ended) -> Outcome {
+    // What it writes without end is of this.
+    let said = ended.stderr.trim_start_matches('x');
+    ensure!(ended.signal.is_none(), "{fault}: signal {:?}, stderr {said:.300?}", ended.signal);
+    ensure!(!said.contains("panicked"), "{fault}: {said}");
+    ensure!(said.lines().count() <= 1 && said.len() < 4096, "{fault}: {} bytes of {said:.300?}", said.len());
+    ensure!(!said.trim_end().contains(char::is_control), "{fault}: {said:.300?}");
+    Ok(())
+}
+
+/// Runs a container that fails with these words, or ends with 0 if there are none.
+fn check_end(fault: &str, words: &[&str], ended: &Ended) -> Outcome {
+    check_words(fault, ended)?;
+    if words.is_empty() {
+        ensure_eq!(ended.status, 0, "{fault}: stderr {:.300?}", ended.stderr);
+        return Ok(());
+    }
+    ensure!(ended.status != 0, "{fault}: it succeeded");
+    let said = ended.stderr.trim_start_matches('x');
+    ensure!(words.iter().any(|word| said.contains(word)), "{fault}: none of {words:?} in {said:.300?}");
+    Ok(())
+}
+
+/// Runs one container for each kind, those of `slow` beside the others.
+fn run_all(scene: &Scene, slow: &[(&str, &[&str])], quick: &[(&str, &[&str])]) -> Outcome {
+    let _host = configuration()?;
+    let before = Leaks::watch();
+    let peaks = Peaks::watch();
+    let start = |fault: &str| -> Outcome<Running> {
+        let bundle = bundle(scene, fault)?;
+        bundle.write()?;
+        let run = crate::terminal::shell_line(&scene.runtime.run_words(&bundle.directory, &scene.id()));
+        // What it has to say without end must not be kept here.
+        Running::start(&["sh".into(), "-c".into(), format!("exec {run} >/dev/null").into()], &[])
+    };
+    let waiting = slow.iter().map(|(fault, _)| start(fault)).collect::<Outcome<Vec<_>>>()?;
+    for (fault, words) in quick {
+        check_end(fault, words, &start(fault)?.wait_within(LATEST)?)?;
+    }
+    for ((fault, words), run) in slow.iter().zip(waiting) {
+        check_end(fault, words, &run.wait_within(LATEST)?)?;
+    }
+    peaks.check()?;
+    before.check()
+}
+
+fn a_start(scene: &Scene) -> Outcome {
+    let slow: &[(&str, &[&str])] = &[("mute", &["did not answer CreatePod in time"])];
+    let quick: &[(&str, &[&str])] = &[
+        ("none", &[]),
+        ("garbage", &["nonsense: an answer that is too long", "nonsense: an event that is too long"]),
+        ("huge-frame", &["nonsense: an answer that is too long"]),
+        ("wrong-type", &["nonsense: no message of its protocol"]),
+        ("no-message", &["nonsense: no message of its protocol"]),
+        ("many-fields", &["nonsense: an answer that is too long"]),
+        ("hangs-up", &["the agent in the guest is gone"]),
+        ("version", &["the versions differ"]),
+        ("absurd-pid", &["nonsense: the process id of the container"]),
+        ("no-streams", &["cannot connect the container's"]),
+        ("vanishes", &["reset", "agent", "machine"]),
+        ("wrong-ids", &[]),
+        ("storm", &[]),
+    ];
+    run_all(scene, slow, quick)
+}
+
+fn a_container_that_runs(scene: &Scene) -> Outcome {
+    let slow: &[(&str, &[&str])] = &[("output-after-exit", &["the container has ended, but its output has not"])];
+    let quick: &[(&str, &[&str])] = &[
+        ("absurd-exit", &["nonsense: the exit status of the container"]),
+        ("dies", &["panic"]),
+        ("foreign-events", &[]),
+        ("long-event", &["nonsense: an event that is too long"]),
+        ("events-after-exit", &[]),
+    ];
+    run_all(scene, slow, quick)
+}
+
+/// It is ended from outside.
+fn what_has_no_end(scene: &Scene) -> Outcome {
+    let _host = configuration()?;
+    for fault in ["endless-output", "flood-of-events", "starves-for-ever"] {
+        let before = Leaks::watch();
+        let peaks = Peaks::watch();
+        let bundle = bundle(scene, fault)?;
+        bundle.write()?;
+        let id = scene.id();
+        let run = crate::terminal::shell_line(&scene.runtime.run_words(&bundle.directory, &id));
+        let run = Running::start(&["sh".into(), "-c".into(), format!("exec {run} >/dev/null").into()], &[])?;
+        let until = Instant::now() + DEADLINE;
+        while !Path::new("/run/podhull").join(&id).join("state.json").exists() {
+            ensure!(Instant::now() < until, "{fault}: it does not begin: {}", run.stderr());
+            thread::sleep(Duration::from_millis(50));
+        }
+        // Long enough for what is kept to be seen.
+        thread::sleep(Duration::from_secs(10));
+        scene.call(&["delete", "--force", &id])?.expect_status(0)?;
+        let ended = run.wait_within(LATEST)?;
+        ensure!(ended.status != 0 && !ended.stderr.contains("panicked"), "{fault}: {:.300?}", ended.stderr);
+        peaks.check().map_err(|error| format!("{fault}: {error}"))?;
+        before.check().map_err(|error| format!("{fault}: {error}"))?;
+    }
+    Ok(())
+}
+
+/// Every command on such a container ends, whatever it is told; one that ends the container needs nothing of the guest.
+fn commands(scene: &Scene) -> Outcome {
+    let _host = configuration()?;
+    for fault in ["lies", "deaf"] {
+        let before = Leaks::watch();
+        let peaks = Peaks::watch();
+        let container = Container::create(scene, &bundle(scene, fault)?)?;
+        let mut running = Vec::new();
+        for command in super::broken::COMMANDS {
+            if matches!(command, ["delete", ..] | ["events", "ID"]) {
+                continue;
+            }
+            let words = super::broken::words(command, &container.id);
+            let mut all = vec![scene.runtime.program().into()];
+            all.extend(words.iter().map(Into::into));
+            running.push((words, Running::start(&all, &[])?));
+        }
+        for (words, run) in running {
+            let ended = run.wait_within(LATEST)?;
+            check_words(&format!("{fault}: {words:?}"), &ended)?;
+        }
+        ensure!(["created", "running", "paused"].contains(&&*container.status()?), "status {}", container.status()?);
+        scene.call(&["delete", "--force", &container.id])?.output()?;
+        ensure_eq!(container.wait()?, 137, "{fault}: exit status");
+        peaks.check().map_err(|error| format!("{fault}: {error}"))?;
+        before.check().map_err(|error| format!("{fault}: {error}"))?;
+    }
+    Ok(())
+}
+
+/// The shim serves containerd all the same, and what is removed is gone.
+fn behind_containerd(scene: &Scene) -> Outcome {
+    let _host = configuration()?;
+    let before = Leaks::watch();
+    let peaks = Peaks::watch();
+    let containerd = Containerd::start(scene, Shim::Podhull)?;
+    let run = |fault: &str| {
+        let annotation = format!("{PARAMS}=rogue={fault}");
+        let options = ["-d", "--null-io", "--memory-limit", "67108864", "--annotation", &annotation];
+        Running::start(&containerd.run_words(&options, fault, &["true"]), &[])?.wait_within(LATEST)
+    };
+    for fault in ["garbage", "hangs-up", "absurd-pid", "version"] {
+        let failed = run(fault)?.expect_status(1)?;
+        ensure!(failed.stderr.contains("agent") || failed.stderr.contains("versions"), "{fault}: {:?}", failed.stderr);
+        let _ = containerd.call(&["container", "delete", fault])?;
+    }
+    for fault in ["starves-for-ever", "lies"] {
+        run(fault)?.output()?;
+    }
+    for question in ["metrics", "ps", "pause", "resume"] {
+        // Whatever the answer is.
+        let ended = containerd.call(&["task", question, "lies"])?;
+        ensure!(!ended.stderr.contains("panicked"), "{question}: {:?}", ended.stderr);
+    }
+    run("absurd-exit")?.output()?;
+    stopped(&containerd, "absurd-exit")?;
+    // The agent gone is the machine gone.
+    for _ in 0..scene.repeat.min(50) {
+        run("dies")?.output()?;
+        stopped(&containerd, "dies")?;
+        let deleted = containerd.call(&["task", "delete", "dies"])?;
+        ensure!(deleted.stderr.contains("non-zero exit code"), "exit status: {:?}", deleted.stderr);
+        containerd.call(&["container", "delete", "dies"])?.output()?;
+    }
+    // It says that it does, and does not: in the end its shadow is killed.
+    for fault in ["starves-for-ever", "lies"] {
+        containerd.call(&["task", "kill", "--signal", "SIGKILL", fault])?.output()?;
+    }
+    for fault in ["absurd-exit", "starves-for-ever", "lies"] {
+        stopped_within(&containerd, fault)?;
+        containerd.call(&["task", "delete", fault])?;
+        containerd.call(&["container", "delete", fault])?.output()?;
+    }
+    peaks.check()?;
+    containerd.end()?;
+    check(&before)
+}
+
+fn stopped_within(containerd: &Containerd, id: &str) -> Outcome {
+    let until = Instant::now() + LATEST;
+    while super::containerd::status(containerd, id)? != "STOPPED" {
+        ensure!(Instant::now() < until, "{id} does not stop");
+        thread::sleep(Duration::from_millis(500));
+    }
+    Ok(())
+}
