@@ -131,10 +131,13 @@ impl Agent {
     /// Speaks on this stream; needs a runtime.
     pub fn new(stream: UnixStream) -> Result<Self, AgentError> {
         stream.set_nonblocking(true).map_err(AgentError::Connect)?;
-        let stream = tokio::net::UnixStream::from_std(stream).map_err(AgentError::Connect)?;
+        Ok(Self::speak(tokio::net::UnixStream::from_std(stream).map_err(AgentError::Connect)?))
+    }
+
+    fn speak(stream: tokio::net::UnixStream) -> Self {
         let waiting = Waiting::default();
         let stream = Socket::new(Frames::new(stream, waiting.clone()));
-        Ok(Self { client: AgentClient::new(ttrpc::r#async::Client::new(stream)), calls: None, waiting })
+        Self { client: AgentClient::new(ttrpc::r#async::Client::new(stream)), calls: None, waiting }
     }
 
     /// Notes how long calls take among those of the pod with this directory. What cannot be noted is no reason not to call.
@@ -152,8 +155,7 @@ impl Agent {
     pub async fn dial_in_loop(pod: BorrowedFd<'_>) -> Result<Self, AgentError> {
         let stream =
             crate::stdio::dial_in_loop(pod, podhull_protocol::AGENT_PORT).await.map_err(AgentError::Connect)?;
-        let client = AgentClient::new(ttrpc::r#async::Client::new(Socket::new(stream)));
-        Ok(Self { client, calls: None }.counted(pod))
+        Ok(Self::speak(stream).counted(pod))
     }
 
     /// Makes a call, and notes how long it took.
