@@ -138,13 +138,14 @@ impl Cri {
     fn ready(&self) -> Outcome {
         let until = Instant::now() + DEADLINE;
         loop {
-            let status = self.call(async |mut client| client.status(api::StatusRequest::default()).await)?;
-            let conditions = status.status.unwrap_or_default().conditions;
+            // It listens before it answers.
+            let status = self.call(async |mut client| client.status(api::StatusRequest::default()).await);
+            let conditions = status.map(|answer| answer.status.unwrap_or_default().conditions).unwrap_or_default();
             let images = self.containerd.call(&["--namespace", "k8s.io", "image", "list"])?.output()?;
             let known = [PAUSE, image::WHOLE_NAME].iter().all(|name| {
                 images.lines().any(|line| line.starts_with(name) && line.contains("io.cri-containerd.image=managed"))
             });
-            if known && conditions.iter().all(|condition| condition.status) {
+            if known && !conditions.is_empty() && conditions.iter().all(|condition| condition.status) {
                 return Ok(());
             }
             ensure!(Instant::now() < until, "not ready: {conditions:?}, images {images}");

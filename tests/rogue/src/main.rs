@@ -1,7 +1,7 @@
 //! PID 1 of a guest that misbehaves on purpose: the other side of what podhull may rely on. The word `rogue=NAME` of the kernel's
 //! command line, which the kernel makes a variable, says how ([`Fault`]). In all else it is as good an agent as podhull needs to take
 //! it for one: it answers each call, takes streams, and says after a moment that the container has ended with 0.
-#![cfg_attr(not(test), no_main)]
+#![no_main]
 
 mod fault;
 mod frame;
@@ -24,7 +24,6 @@ pub const LIFE: Duration = Duration::from_secs(3);
 static STREAMS: Mutex<Vec<File>> = Mutex::new(Vec::new());
 
 /// In place of Rust's: its runtime wants `/dev/null`, which PID 1 does not have.
-#[cfg(not(test))]
 #[unsafe(no_mangle)]
 extern "C" fn main(_argc: libc::c_int, _argv: *const *const libc::c_char) -> libc::c_int {
     // SAFETY: ignores a signal; no handler is involved.
@@ -32,7 +31,6 @@ extern "C" fn main(_argc: libc::c_int, _argv: *const *const libc::c_char) -> lib
     serve(Fault::named(&std::env::var("rogue").unwrap_or_default()))
 }
 
-#[cfg_attr(test, allow(dead_code))]
 fn serve(fault: Fault) -> ! {
     let Ok(calls) = vsock::listen(AGENT_PORT) else { reset() };
     if fault != Fault::NoStreams {

@@ -233,6 +233,8 @@ fn every_thread(calls: &mut Calls) {
 fn vcpu(calls: &mut Calls) {
     calls.ioctls(&[KVM_RUN, KVM_SIGNAL_MSI, KVM_IOEVENTFD]).ioctls(&VCPU_STATE);
     calls.any(&[libc::SYS_eventfd2, libc::SYS_epoll_create1, libc::SYS_epoll_ctl, libc::SYS_timerfd_create]);
+    // A driver that resets its device, as a guest that reboots does, ends the connections there are.
+    calls.any(&[libc::SYS_shutdown, libc::SYS_recvfrom]);
     copies(calls);
 }
 
