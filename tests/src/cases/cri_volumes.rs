@@ -413,7 +413,8 @@ fn of_the_host_s_special_files(scene: &Scene) -> Outcome {
     cri.end()
 }
 
-/// What is mounted below a volume stays writable in an ordinary read-only one.
+/// What is mounted below a volume stays writable in an ordinary read-only one with runc, and in a machine nothing does: its kernel
+/// mounts it as the volume is.
 fn read_only_with_what_is_below(scene: &Scene) -> Outcome {
     let host = scene.make_directory("host")?;
     fs::create_dir(host.join("below"))?;
@@ -423,7 +424,8 @@ fn read_only_with_what_is_below(scene: &Scene) -> Outcome {
         scene.run(&scene.debian()?.bind(&host, "/mnt", options).sh(script))
     };
     let ordinary = run(&["rbind", "ro"])?;
-    ensure_eq!(ordinary.stdout, "written\n", "what is below one that is read-only");
+    let expected = if scene.runtime.is_virtual() { "" } else { "written\n" };
+    ensure_eq!(ordinary.stdout, expected, "what is below one that is read-only: {:?}", ordinary.stderr);
     let all = run(&["rbind", "rro"])?;
     ensure_eq!(all.stdout, "", "what is below one that is read-only with all below");
     ensure_eq!(all.stderr.matches("Read-only file system").count(), 2, "errors: {:?}", all.stderr);
