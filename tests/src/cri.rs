@@ -89,8 +89,7 @@ impl Cri {
         fs::create_dir_all(PODS)?;
         let containerd = Containerd::with_config(scene, shim, &[], &more, Some(&netns))?;
         let tokio = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-        let endpoint = Endpoint::try_from(format!("unix://{}", containerd.socket().display()))?;
-        let channel = tokio.block_on(endpoint.connect())?;
+        let channel = connect(&tokio, &containerd)?;
         let cri = Self { containerd, tokio, channel, directory, handler, netns, before };
         for archive in [image::busybox(scene)?, image::pause(scene, PAUSE)?] {
             cri.import(&archive)?;
@@ -168,6 +167,13 @@ impl Cri {
         let request =
             api::RunPodSandboxRequest { config: Some(config.clone()), runtime_handler: self.handler.to_owned() };
         let id = self.call(async |mut client| client.run_pod_sandbox(request).await)?.pod_sandbox_id;
+        let containers = self.containerd.call(&["--namespace", "k8s.io", "container", "list", "-q"])?.output()?;
+        let of_containerd = self.handler == "runc" || sandboxer()?.is_none();
+        ensure_eq!(
+            containers.lines().any(|line| line == id),
+            of_containerd,
+            "whether the pod has a container of its own"
+        );
         Ok(Pod { id, config })
     }
 
@@ -191,6 +197,7 @@ impl Cri {
     pub fn restart_daemon(&mut self) -> Outcome {
         self.containerd.kill_daemon()?;
         self.containerd.start_daemon()?;
+        self.channel = connect(&self.tokio, &self.containerd)?;
         self.ready()
     }
 
@@ -304,6 +311,11 @@ impl Cri {
         }
         check(&self.before)
     }
+}
+
+fn connect(tokio: &tokio::runtime::Runtime, containerd: &Containerd) -> Outcome<Channel> {
+    let endpoint = Endpoint::try_from(format!("unix://{}", containerd.socket().display()))?;
+    Ok(tokio.block_on(endpoint.connect())?)
 }
 
 /// As pods have them that ask for nothing: one network, one IPC, and processes apart.

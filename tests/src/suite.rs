@@ -160,7 +160,9 @@ fn run(filters: &[String]) -> Outcome<bool> {
              too, which otherwise have to be named in full."
         );
         println!("PODHULL_TEST_TRACE: if set, how long each program took that a test waited for.");
-        println!("PODHULL_TEST_SANDBOXER: shim: who makes pods in tests of Kubernetes' interface, instead of containerd 2 itself.");
+        println!(
+            "PODHULL_TEST_SANDBOXER: shim: who makes pods in tests of Kubernetes' interface, instead of containerd 2 itself."
+        );
         println!("PODHULL_TEST_PART: K/N, only every Nth test from the Kth on, to share them among hosts.");
         return Ok(true);
     }
