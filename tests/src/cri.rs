@@ -209,6 +209,13 @@ impl Cri {
         let request =
             api::RunPodSandboxRequest { config: Some(config.clone()), runtime_handler: self.handler.to_owned() };
         let id = self.call(async |mut client| client.run_pod_sandbox(request).await)?.pod_sandbox_id;
+        let containers = self.containerd.call(&["--namespace", "k8s.io", "container", "list", "-q"])?.output()?;
+        let of_containerd = self.handler == "runc" || sandboxer()?.is_none();
+        ensure_eq!(
+            containers.lines().any(|line| line == id),
+            of_containerd,
+            "whether the pod has a container of its own"
+        );
         Ok(Pod { id, config })
     }
 
@@ -281,6 +288,7 @@ impl Cri {
     pub fn restart_daemon(&mut self) -> Outcome {
         self.containerd.kill_daemon()?;
         self.containerd.start_daemon()?;
+        self.channel = connect(&self.tokio, &self.containerd)?;
         self.ready()
     }
 
