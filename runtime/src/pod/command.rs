@@ -96,12 +96,20 @@ pub fn start(root: &Path, id: &str, log: &Log) -> Result<(), CommandError> {
     let waiting = Waiting::of(&known).map_err(|error| in_time(CommandError::Notify(error)))?;
     let mut timeline = known.state.timeline.clone();
     timeline.end(Phase::Wait);
-    ask(&known, async |agent| agent.start_container(id).await).map_err(in_time)?;
+    let started = async |agent: Agent| match agent.start_container(id).await {
+        // The answer went with the machine: the program has ended already, or was killed in the same moment.
+        Err(AgentError::Gone(_)) if known.status() == Status::Stopped => Ok(()),
+        answer => answer,
+    };
+    ask(&known, started).map_err(in_time)?;
     timeline.end(Phase::Start);
     known.state.timeline = timeline;
     log.debug(|| format!("{id}: container started"));
     known.state.status = Status::Running;
-    known.write()?;
+    match known.write() {
+        Err(_) if known.status() == Status::Stopped => return Err(CommandError::Ended(id.into())),
+        written => written?,
+    }
     // A hook may be another command on the same container.
     known.release();
     if let Some(hooks) = &known.state.hooks {
