@@ -53,10 +53,10 @@ pub fn read(max_bytes: usize) -> io::Result<Vec<LogLine>> {
             Ok(0) => break,
             Ok(length) => {
                 let Some(line) = parse(&record[..length]) else { continue };
-                bytes += line.text.len();
+                bytes += size(&line);
                 lines.push_back(line);
                 while bytes > max_bytes {
-                    bytes -= lines.pop_front().map_or(0, |line: LogLine| line.text.len());
+                    bytes -= lines.pop_front().as_ref().map_or(0, size);
                 }
             }
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
@@ -67,6 +67,11 @@ pub fn read(max_bytes: usize) -> io::Result<Vec<LogLine>> {
         }
     }
     Ok(lines.into())
+}
+
+/// Most that a line takes in a message.
+fn size(line: &LogLine) -> usize {
+    line.text.len() + 32
 }
 
 /// A record: `priority,sequence,microseconds,flags[,...];text`, a newline, and lines of a dictionary.

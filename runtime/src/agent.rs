@@ -243,6 +243,7 @@ impl Agent {
     /// The end of the guest kernel's log.
     pub async fn read_log(&self, max_bytes: u32) -> Result<Vec<LogLine>, AgentError> {
         let request = ReadLogRequest { max_bytes, ..Default::default() };
+        let _long = self.waiting.for_long();
         Ok(self.call("ReadLog", self.client.read_log(with_duration(PROMPT), &request)).await?.lines)
     }
 

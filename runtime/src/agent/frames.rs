@@ -4,7 +4,7 @@
 use std::io;
 use std::pin::Pin;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
 use std::task::{Context, Poll};
 
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
@@ -12,6 +12,9 @@ use ttrpc::proto::{MESSAGE_HEADER_LENGTH, MESSAGE_TYPE_DATA, MessageHeader};
 
 /// Longest answer: numbers of a container with a thousand block devices are half of that.
 const MOST_ANSWER: u32 = 128 << 10;
+
+/// Longest answer to who has asked for one that is long: a log, whose lines the agent counts with what surrounds them.
+const MOST_LONG_ANSWER: u32 = podhull_protocol::MAX_LOG as u32 + (4 << 10);
 
 /// Longest event: two ids, of 1 024 bytes each, and some numbers.
 const MOST_EVENT: u32 = 8 << 10;
@@ -28,15 +31,36 @@ pub const LONG_EVENT: &str = "an event that is too long";
 /// What is said of too many events.
 pub const FLOOD: &str = "more events than anybody can take";
 
-/// Events that came, and were not taken yet.
-#[derive(Debug, Clone, Default)]
-pub struct Waiting(Arc<AtomicUsize>);
+/// Events that came, and were not taken yet; and how long answers may be at the moment.
+#[derive(Debug, Clone)]
+pub struct Waiting(Arc<(AtomicUsize, AtomicU32)>);
+
+impl Default for Waiting {
+    fn default() -> Self {
+        Self(Arc::new((AtomicUsize::new(0), AtomicU32::new(MOST_ANSWER))))
+    }
+}
+
+/// As long as this lives, answers may be long.
+pub struct Long(Waiting);
+
+impl Drop for Long {
+    fn drop(&mut self) {
+        self.0.0.1.store(MOST_ANSWER, Ordering::Relaxed);
+    }
+}
 
 impl Waiting {
     /// One was taken.
     pub fn take(&self) {
         // There are none but those that came.
-        let _ = self.0.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |count| count.checked_sub(1));
+        let _ = self.0.0.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |count| count.checked_sub(1));
+    }
+
+    /// A long answer has been asked for.
+    pub fn for_long(&self) -> Long {
+        self.0.1.store(MOST_LONG_ANSWER, Ordering::Relaxed);
+        Long(self.clone())
     }
 }
 
@@ -82,12 +106,12 @@ impl<S> Frames<S> {
     fn begin(&mut self, header: MessageHeader) -> Result<(), &'static str> {
         self.left = header.length;
         if header.type_ != MESSAGE_TYPE_DATA {
-            return if header.length > MOST_ANSWER { Err(LONG_ANSWER) } else { Ok(()) };
+            return if header.length > self.waiting.0.1.load(Ordering::Relaxed) { Err(LONG_ANSWER) } else { Ok(()) };
         }
         if header.length > MOST_EVENT {
             return Err(LONG_EVENT);
         }
-        if self.waiting.0.fetch_add(1, Ordering::Relaxed) >= MOST_WAITING { Err(FLOOD) } else { Ok(()) }
+        if self.waiting.0.0.fetch_add(1, Ordering::Relaxed) >= MOST_WAITING { Err(FLOOD) } else { Ok(()) }
     }
 }
 
@@ -141,7 +165,11 @@ mod tests {
             for part in bytes.chunks(size) {
                 frames.see(part).unwrap();
             }
-            assert_eq!((waiting.0.load(Ordering::Relaxed), frames.left, frames.have), (2, 0, 0), "in parts of {size}");
+            assert_eq!(
+                (waiting.0.0.load(Ordering::Relaxed), frames.left, frames.have),
+                (2, 0, 0),
+                "in parts of {size}"
+            );
         }
     }
 
@@ -156,6 +184,11 @@ mod tests {
             assert_eq!(frames().0.see(&header(type_, length)), Err(said));
         }
         assert_eq!(frames().0.see(&frame(MESSAGE_TYPE_RESPONSE, MOST_ANSWER)), Ok(()));
+        let (mut frames, waiting) = frames();
+        let long = waiting.for_long();
+        assert_eq!(frames.see(&frame(MESSAGE_TYPE_RESPONSE, MOST_LONG_ANSWER)), Ok(()));
+        drop(long);
+        assert_eq!(frames.see(&frame(MESSAGE_TYPE_RESPONSE, MOST_LONG_ANSWER)), Err(LONG_ANSWER));
     }
 
     #[test]
