@@ -38,7 +38,22 @@ impl Docker {
         Ok(docker)
     }
 
+    /// The same with the shim of the program under test in place of containerd's for runc.
+    pub fn start_by_shim(scene: &Scene, netns: &Netns) -> Outcome<Self> {
+        let docker = Self::by_shim(scene, netns, &[])?;
+        let archive = image::busybox(scene)?;
+        docker.call(&["load", "-q", "-i", &archive.to_string_lossy()])?.output()?;
+        Ok(docker)
+    }
+
     /// The same with further options, and without an image.
+    pub fn by_shim(scene: &Scene, netns: &Netns, options: &[&str]) -> Outcome<Self> {
+        let shim = if scene.runtime.is_virtual() { "io.containerd.kata.v2" } else { "io.containerd.runc.v2" };
+        let config = serde_json::json!({ "default-runtime": "shim", "runtimes": { "shim": { "runtimeType": shim } } });
+        Self::with_config(scene, netns, &config.to_string(), options)
+    }
+
+    /// As [`Self::start`], with further options, and without an image.
     pub fn start_with(scene: &Scene, netns: &Netns, options: &[&str]) -> Outcome<Self> {
         let runtime = scene.runtime.name();
         let added = format!("{runtime}={}", scene.runtime.program().display());

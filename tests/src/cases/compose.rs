@@ -13,8 +13,10 @@ use crate::netns::Netns;
 use crate::suite::{Case, Scene};
 use crate::{Outcome, ensure, ensure_eq};
 
-pub const CASES: &[Case] =
-    &[long(oci("compose::web_server_application_and_database", web_server_application_and_database))];
+pub const CASES: &[Case] = &[
+    long(oci("compose::web_server_application_and_database", by_path)),
+    long(oci("compose::by_the_shim", by_the_shim)),
+];
 
 /// The image has no programs: they are this host's, so that there is less to load.
 const SERVICES: &str = r#"
@@ -83,13 +85,24 @@ while True:
     server.sendto(question[:2] + b'\\x81\\x80\\0\\x01\\0' + bytes([answers]) + b'\\0\\0\\0\\0' + question[12:end] + answer, asker)
 ";
 
-fn web_server_application_and_database(scene: &Scene) -> Outcome {
+fn by_path(scene: &Scene) -> Outcome {
+    web_server_application_and_database(scene, Docker::start_with)
+}
+
+fn by_the_shim(scene: &Scene) -> Outcome {
+    web_server_application_and_database(scene, Docker::by_shim)
+}
+
+fn web_server_application_and_database(
+    scene: &Scene,
+    start: fn(&Scene, &Netns, &[&str]) -> Outcome<Docker>,
+) -> Outcome {
     let host = Netns::new(scene, "host")?;
     host.ip("address add 10.92.0.53/32 dev lo")?;
     let mut names = host.start(&["python3", "-c", NAME_SERVER])?;
     names.expect_line("ready")?;
     let before = Leaks::watch();
-    let docker = Docker::start_with(scene, &host, &["--dns", "10.92.0.53"])?;
+    let docker = start(scene, &host, &["--dns", "10.92.0.53"])?;
     let archive = image::of_services(scene, &[("web.conf", WEB), ("app.py", APP)])?;
     docker.call(&["load", "-q", "-i", &archive.to_string_lossy()])?.output()?;
     fill_volume(&docker)?;

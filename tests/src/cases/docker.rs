@@ -1,31 +1,41 @@
-//! Docker calls the runtime by its path, through containerd's shim for runc. Its daemon is in a network namespace that stands
-//! for the host's.
+//! Docker calls the runtime by its path, through containerd's shim for runc, or has the runtime's own shim. Its daemon is in a network
+//! namespace that stands for the host's.
 
 use std::fs;
+use std::time::{Duration, Instant};
 
 use super::oci;
 use crate::docker::{Docker, check};
 use crate::image;
 use crate::leaks::Leaks;
 use crate::netns::Netns;
-use crate::run::Running;
+use crate::run::{DEADLINE, Running};
 use crate::suite::{Case, Scene};
 use crate::terminal::{Tmux, shell_line};
 use crate::{Outcome, ensure, ensure_eq};
 
-pub const CASES: &[Case] = &[oci("docker::containers", containers)];
+pub const CASES: &[Case] = &[oci("docker::containers", by_path), oci("docker::containers_by_the_shim", by_the_shim)];
 
 /// Serves files of the container, and ends when it is asked to.
 const SERVE: &str =
     "trap 'echo bye; exit 3' TERM; echo hello; echo data > /file; httpd -p 80 -h /; while :; do sleep 0.1; done";
 
-fn containers(scene: &Scene) -> Outcome {
+fn by_path(scene: &Scene) -> Outcome {
+    containers(scene, Docker::start)
+}
+
+fn by_the_shim(scene: &Scene) -> Outcome {
+    containers(scene, Docker::start_by_shim)
+}
+
+fn containers(scene: &Scene, start: fn(&Scene, &Netns) -> Outcome<Docker>) -> Outcome {
     let host = Netns::new(scene, "host")?;
     let before = Leaks::watch();
-    let docker = Docker::start(scene, &host)?;
+    let docker = start(scene, &host)?;
     in_the_foreground(&docker)?;
     in_the_background(scene, &host, &docker)?;
     in_a_terminal(scene, &docker)?;
+    by_their_names(&docker)?;
     built(scene, &docker)?;
     docker.end()?;
     check(&before)
@@ -98,6 +108,27 @@ fn in_a_terminal(scene: &Scene, docker: &Docker) -> Outcome {
     ensure_eq!(ended.stdout, "/dev/pts/1\r\n", "terminal of what was executed");
     tmux.type_line("exit 5")?;
     tmux.expect("\nstatus 5\n")
+}
+
+/// In a network of their own containers find each other by their names; and one is asked how it is.
+fn by_their_names(docker: &Docker) -> Outcome {
+    docker.call(&["network", "create", "friends"])?.output()?;
+    let health = ["--health-cmd", "wget -q -O /dev/null http://127.0.0.1/file", "--health-interval", "1s"];
+    let serve = [&["run", "-d", "--name", "server", "--network", "friends"], &health[..]].concat();
+    docker.call(&[&serve[..], &[image::NAME, "sh", "-c", SERVE]].concat())?.output()?;
+    let until = Instant::now() + DEADLINE;
+    loop {
+        let health = docker.call(&["inspect", "-f", "{{.State.Health.Status}}", "server"])?.output()?;
+        if health == "healthy\n" {
+            break;
+        }
+        ensure!(health == "starting\n" && Instant::now() < until, "health {health:?}");
+        std::thread::sleep(Duration::from_millis(200));
+    }
+    let fetch = ["run", "--rm", "--network", "friends", image::NAME, "wget", "-q", "-O", "-", "http://server/file"];
+    ensure_eq!(docker.call(&fetch)?.output()?, "data\n", "what a neighbour serves");
+    docker.call(&["rm", "-f", "server"])?.output()?;
+    docker.call(&["network", "rm", "friends"])?.output().map(drop)
 }
 
 /// With the builder that runs each step as a container.
