@@ -95,6 +95,10 @@ enum Stop {
 /// Runs a machine over the channel at [`CONTROL_FD`]; returns the process's exit status. Must be called by a process that
 /// has one thread and nothing else open that it should not keep.
 pub fn main() -> i32 {
+    // One arena for all threads: memory of another's the C library gives back only after a look into /proc, which no thread may
+    // open, and a guest can have it allocate and free as much as that takes.
+    // SAFETY: nothing else runs yet.
+    unsafe { libc::mallopt(libc::M_ARENA_MAX, 1) };
     // SAFETY: whoever starts this process gives it the channel at this number, and nothing else here has it open.
     let channel = unsafe { OwnedFd::from_raw_fd(CONTROL_FD) };
     let (config, fds) = match control::receive(&channel) {
