@@ -16,7 +16,16 @@ use crate::{Outcome, ensure, image};
 
 /// Nothing is left but what Docker makes once for itself; if that is not empty it stays, and is an error.
 pub fn check(before: &Leaks) -> Outcome {
-    for own in ["run/docker/plugins", "run/docker", "run/containerd/s", "run/containerd", "sys/fs/cgroup/docker"] {
+    for own in [
+        "run/docker/plugins",
+        "run/docker",
+        "run/containerd/podhull/moby/pods",
+        "run/containerd/podhull/moby",
+        "run/containerd/podhull",
+        "run/containerd/s",
+        "run/containerd",
+        "sys/fs/cgroup/docker",
+    ] {
         let _ = fs::remove_dir(std::path::Path::new("/").join(own));
     }
     before.check()

@@ -80,9 +80,8 @@ fn tasks(scene: &Scene, shim: Shim) -> Outcome {
     let mut attached = Running::start(&containerd.words(&["task", "attach", "third"]), &[])?;
     attached.send(b"something\n")?;
     attached.expect_line("got something")?;
+    // Which deletes the task, too.
     ensure_eq!(attached.wait_open(DEADLINE)?.status, 6, "exit status of who attached");
-    stopped(&containerd, "third")?;
-    containerd.call(&["task", "delete", "third"])?;
     containerd.call(&["container", "delete", "third"])?.output()?;
     ensure_eq!(containerd.call(&["container", "list", "-q"])?.output()?, "", "containers");
     containerd.end()?;

@@ -1,5 +1,7 @@
 //! containerd with podhull's own shim, when something goes wrong, and often.
 
+use std::time::Duration;
+
 use rustix::process::{Pid, Signal, kill_process};
 
 use super::containerd::{status, stopped};
@@ -7,7 +9,7 @@ use super::podhull;
 use crate::containerd::{Containerd, Shim, check};
 use crate::leaks::Leaks;
 use crate::processes;
-use crate::run::DEADLINE;
+use crate::run::{DEADLINE, Running};
 use crate::suite::{Case, Scene};
 use crate::{Outcome, ensure, ensure_eq};
 
@@ -91,6 +93,19 @@ fn is_shim(process: &processes::Process) -> bool {
 fn killed(scene: &Scene) -> Outcome {
     let before = Leaks::watch();
     let containerd = Containerd::start(scene, Shim::Podhull)?;
+    let mut events = Running::start(&containerd.words(&["events"]), &[])?;
+    // It listens when it has heard of something.
+    let until = std::time::Instant::now() + DEADLINE;
+    let mut heard = String::new();
+    for number in 0.. {
+        ensure!(std::time::Instant::now() < until, "no event");
+        containerd.call(&["namespace", "label", "default", &format!("round={number}")])?.output()?;
+        if let Ok(line) = events.line_within(Duration::from_millis(500)) {
+            heard = line;
+            break;
+        }
+    }
+    ensure!(heard.contains("/namespaces/update"), "first event {heard:?}");
     for number in 0..scene.repeat.min(50) {
         let id = format!("c{number}");
         // What its client makes for streams, nobody but its client removes.
@@ -104,7 +119,17 @@ fn killed(scene: &Scene) -> Outcome {
             ensure!(std::time::Instant::now() < until, "containerd still has it");
         }
         containerd.call(&["container", "delete", &id])?.output()?;
+        let exit = loop {
+            let line = events.line()?;
+            if line.contains("/tasks/exit") {
+                break line;
+            }
+        };
+        let told = exit.contains(&format!("\"container_id\":\"{id}\"")) && exit.contains("\"exit_status\":137");
+        ensure!(told, "{id}: what containerd was told: {exit}");
     }
+    events.signal(Signal::TERM)?;
+    events.wait()?;
     containerd.end()?;
     check(&before)
 }
