@@ -13,7 +13,7 @@ use serde_json::json;
 
 use super::config::Configuration;
 use super::containerd::stopped;
-use super::podhull;
+use super::{long, podhull};
 use crate::bundle::Bundle;
 use crate::container::Container;
 use crate::containerd::{Containerd, Shim, check};
@@ -26,7 +26,7 @@ pub const CASES: &[Case] = &[
     podhull("rogue::a_start", a_start),
     podhull("rogue::a_container_that_runs", a_container_that_runs),
     podhull("rogue::what_has_no_end", what_has_no_end),
-    podhull("rogue::commands", commands),
+    long(podhull("rogue::commands", commands)),
     podhull("rogue::behind_containerd", behind_containerd),
 ];
 
