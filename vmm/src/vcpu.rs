@@ -270,6 +270,16 @@ impl Loop {
                             return Stop::Ended;
                         }
                         VcpuExit::Intr => return Stop::Interrupted,
+                        VcpuExit::InternalError => {
+                            // SAFETY: this exit's reason says which member of the union is meant (KVM API, 5: `internal`).
+                            let internal = unsafe { self.fd.get_kvm_run().__bindgen_anon_1.internal };
+                            let length = internal.data.len().min(internal.ndata as usize);
+                            let (kind, data) = (internal.suberror, &internal.data[..length]);
+                            let what =
+                                format!("KVM cannot go on: internal error {kind}, data {data:#x?}").replace('\n', "");
+                            ended(End::Crash(format!("{what}; {}", self.location())));
+                            return Stop::Ended;
+                        }
                         other => {
                             let what = format!("unexpected exit {other:?}");
                             ended(End::Crash(format!("{what}; {}", self.location())));
