@@ -28,6 +28,9 @@ const DESCRIPTORS: u64 = 16384;
 /// How long the last answers and events may take.
 const LAST: Duration = Duration::from_secs(3);
 
+/// More turns of the event loop than an answer needs to be written.
+const ANSWER_TURNS: usize = 32;
+
 /// Why it cannot serve.
 #[derive(Debug, thiserror::Error)]
 pub enum ServeError {
@@ -74,6 +77,11 @@ pub fn serve(arguments: &Arguments) -> Result<(), ServeError> {
         let mut server = server.map_err(ServeError::Server)?.register_service(tasks.services());
         server.start().await.map_err(ServeError::Server)?;
         over.notified().await;
+        // ttrpc drops what it has not written yet. This is the one thread: whoever can go on does at each turn, and an answer takes a
+        // few from who gives it to who writes it.
+        for _ in 0..ANSWER_TURNS {
+            tokio::task::yield_now().await;
+        }
         // Nobody finds it from here on.
         if let Some(socket) = &socket {
             let _ = std::fs::remove_file(socket);
