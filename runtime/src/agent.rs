@@ -21,7 +21,7 @@ use ttrpc::context::{Context, with_duration};
 
 use crate::calls::Calls;
 use crate::pod::GuestTimes;
-use frames::{Frames, Waiting};
+use frames::{Bounds, Frames};
 
 /// For calls that the agent answers at once, on a host that is very busy.
 const PROMPT: Duration = Duration::from_secs(30);
@@ -123,8 +123,8 @@ pub struct Agent {
     client: AgentClient,
     /// Where it is noted how long calls took.
     calls: Option<Arc<Calls>>,
-    /// Events of this connection.
-    waiting: Waiting,
+    /// What holds for this connection.
+    bounds: Bounds,
 }
 
 impl Agent {
@@ -135,9 +135,9 @@ impl Agent {
     }
 
     fn speak(stream: tokio::net::UnixStream) -> Self {
-        let waiting = Waiting::default();
-        let stream = Socket::new(Frames::new(stream, waiting.clone()));
-        Self { client: AgentClient::new(ttrpc::r#async::Client::new(stream)), calls: None, waiting }
+        let bounds = Bounds::default();
+        let stream = Socket::new(Frames::new(stream, bounds.clone()));
+        Self { client: AgentClient::new(ttrpc::r#async::Client::new(stream)), calls: None, bounds }
     }
 
     /// Notes how long calls take among those of the pod with this directory. What cannot be noted is no reason not to call.
@@ -243,7 +243,7 @@ impl Agent {
     /// The end of the guest kernel's log.
     pub async fn read_log(&self, max_bytes: u32) -> Result<Vec<LogLine>, AgentError> {
         let request = ReadLogRequest { max_bytes, ..Default::default() };
-        let _long = self.waiting.for_long();
+        let _long = self.bounds.for_long();
         Ok(self.call("ReadLog", self.client.read_log(with_duration(PROMPT), &request)).await?.lines)
     }
 
@@ -298,7 +298,7 @@ impl Agent {
         let request = EventsRequest { container_id: id.into(), watch: true, ..Default::default() };
         let receiver = self.client.events(Context::default(), &request).await;
         receiver
-            .map(|receiver| Events { receiver, waiting: self.waiting.clone() })
+            .map(|receiver| Events { receiver, bounds: self.bounds.clone() })
             .map_err(|e| AgentError::of("Events", e))
     }
 
@@ -308,7 +308,7 @@ impl Agent {
         let request = EventsRequest { container_id: id.into(), exec_id: exec.into(), ..Default::default() };
         let receiver = self.client.events(Context::default(), &request).await;
         receiver
-            .map(|receiver| Events { receiver, waiting: self.waiting.clone() })
+            .map(|receiver| Events { receiver, bounds: self.bounds.clone() })
             .map_err(|e| AgentError::of("Events", e))
     }
 }
@@ -316,7 +316,7 @@ impl Agent {
 /// The stream of events.
 pub struct Events {
     receiver: ClientStreamReceiver<Event>,
-    waiting: Waiting,
+    bounds: Bounds,
 }
 
 /// What happens to a container.
@@ -357,7 +357,7 @@ impl Events {
 
     async fn receive(&mut self) -> Result<Event, AgentError> {
         let received = self.receiver.recv().await;
-        self.waiting.take();
+        self.bounds.take();
         match received {
             Ok(Some(event)) => Ok(event),
             Ok(None) => Err(AgentError::Gone("its events ended".into())),

@@ -31,43 +31,49 @@ pub const LONG_EVENT: &str = "an event that is too long";
 /// What is said of too many events.
 pub const FLOOD: &str = "more events than anybody can take";
 
-/// Events that came, and were not taken yet; and how long answers may be at the moment.
+/// What holds for a connection: how many events came and were not taken yet, and how long answers may be at the moment.
 #[derive(Debug, Clone)]
-pub struct Waiting(Arc<(AtomicUsize, AtomicU32)>);
+pub struct Bounds(Arc<State>);
 
-impl Default for Waiting {
+#[derive(Debug)]
+struct State {
+    waiting: AtomicUsize,
+    longest: AtomicU32,
+}
+
+impl Default for Bounds {
     fn default() -> Self {
-        Self(Arc::new((AtomicUsize::new(0), AtomicU32::new(MOST_ANSWER))))
+        Self(Arc::new(State { waiting: AtomicUsize::new(0), longest: AtomicU32::new(MOST_ANSWER) }))
     }
 }
 
-/// As long as this lives, answers may be long.
-pub struct Long(Waiting);
-
-impl Drop for Long {
-    fn drop(&mut self) {
-        self.0.0.1.store(MOST_ANSWER, Ordering::Relaxed);
-    }
-}
-
-impl Waiting {
-    /// One was taken.
+impl Bounds {
+    /// An event was taken.
     pub fn take(&self) {
         // There are none but those that came.
-        let _ = self.0.0.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |count| count.checked_sub(1));
+        let _ = self.0.waiting.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |count| count.checked_sub(1));
     }
 
     /// A long answer has been asked for.
     pub fn for_long(&self) -> Long {
-        self.0.1.store(MOST_LONG_ANSWER, Ordering::Relaxed);
+        self.0.longest.store(MOST_LONG_ANSWER, Ordering::Relaxed);
         Long(self.clone())
+    }
+}
+
+/// As long as this lives, answers may be long.
+pub struct Long(Bounds);
+
+impl Drop for Long {
+    fn drop(&mut self) {
+        self.0.0.longest.store(MOST_ANSWER, Ordering::Relaxed);
     }
 }
 
 /// A stream of ttrpc's frames to and from an agent.
 pub struct Frames<S> {
     stream: S,
-    waiting: Waiting,
+    bounds: Bounds,
     /// The header of the frame that comes next, and how much of it is there.
     header: [u8; MESSAGE_HEADER_LENGTH],
     have: usize,
@@ -76,9 +82,9 @@ pub struct Frames<S> {
 }
 
 impl<S> Frames<S> {
-    /// Looks at what comes from a stream; `waiting` counts events.
-    pub fn new(stream: S, waiting: Waiting) -> Self {
-        Self { stream, waiting, header: [0; MESSAGE_HEADER_LENGTH], have: 0, left: 0 }
+    /// Looks at what comes from a stream; `bounds` counts events.
+    pub fn new(stream: S, bounds: Bounds) -> Self {
+        Self { stream, bounds, header: [0; MESSAGE_HEADER_LENGTH], have: 0, left: 0 }
     }
 
     /// These bytes come next.
@@ -106,12 +112,16 @@ impl<S> Frames<S> {
     fn begin(&mut self, header: MessageHeader) -> Result<(), &'static str> {
         self.left = header.length;
         if header.type_ != MESSAGE_TYPE_DATA {
-            return if header.length > self.waiting.0.1.load(Ordering::Relaxed) { Err(LONG_ANSWER) } else { Ok(()) };
+            return if header.length > self.bounds.0.longest.load(Ordering::Relaxed) {
+                Err(LONG_ANSWER)
+            } else {
+                Ok(())
+            };
         }
         if header.length > MOST_EVENT {
             return Err(LONG_EVENT);
         }
-        if self.waiting.0.0.fetch_add(1, Ordering::Relaxed) >= MOST_WAITING { Err(FLOOD) } else { Ok(()) }
+        if self.bounds.0.waiting.fetch_add(1, Ordering::Relaxed) >= MOST_WAITING { Err(FLOOD) } else { Ok(()) }
     }
 }
 
@@ -151,9 +161,9 @@ mod tests {
         [header, vec![7; length as usize]].concat()
     }
 
-    fn frames() -> (Frames<()>, Waiting) {
-        let waiting = Waiting::default();
-        (Frames::new((), waiting.clone()), waiting)
+    fn frames() -> (Frames<()>, Bounds) {
+        let bounds = Bounds::default();
+        (Frames::new((), bounds.clone()), bounds)
     }
 
     #[test]
@@ -161,12 +171,12 @@ mod tests {
         let bytes =
             [frame(MESSAGE_TYPE_RESPONSE, 5), frame(MESSAGE_TYPE_DATA, 0), frame(MESSAGE_TYPE_DATA, 300)].concat();
         for size in [1, 3, 10, 11, bytes.len()] {
-            let (mut frames, waiting) = frames();
+            let (mut frames, bounds) = frames();
             for part in bytes.chunks(size) {
                 frames.see(part).unwrap();
             }
             assert_eq!(
-                (waiting.0.0.load(Ordering::Relaxed), frames.left, frames.have),
+                (bounds.0.waiting.load(Ordering::Relaxed), frames.left, frames.have),
                 (2, 0, 0),
                 "in parts of {size}"
             );
@@ -184,8 +194,8 @@ mod tests {
             assert_eq!(frames().0.see(&header(type_, length)), Err(said));
         }
         assert_eq!(frames().0.see(&frame(MESSAGE_TYPE_RESPONSE, MOST_ANSWER)), Ok(()));
-        let (mut frames, waiting) = frames();
-        let long = waiting.for_long();
+        let (mut frames, bounds) = frames();
+        let long = bounds.for_long();
         assert_eq!(frames.see(&frame(MESSAGE_TYPE_RESPONSE, MOST_LONG_ANSWER)), Ok(()));
         drop(long);
         assert_eq!(frames.see(&frame(MESSAGE_TYPE_RESPONSE, MOST_LONG_ANSWER)), Err(LONG_ANSWER));
@@ -193,15 +203,15 @@ mod tests {
 
     #[test]
     fn events_that_nobody_takes_are_too_many_in_the_end() {
-        let (mut frames, waiting) = frames();
+        let (mut frames, bounds) = frames();
         for _ in 0..3 * MOST_WAITING {
             frames.see(&frame(MESSAGE_TYPE_DATA, 1)).unwrap();
-            waiting.take();
+            bounds.take();
         }
         for _ in 0..MOST_WAITING {
             frames.see(&frame(MESSAGE_TYPE_DATA, 1)).unwrap();
         }
         assert_eq!(frames.see(&frame(MESSAGE_TYPE_DATA, 1)), Err(FLOOD));
-        waiting.take();
+        bounds.take();
     }
 }

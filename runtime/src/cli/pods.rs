@@ -76,15 +76,15 @@ impl Arguments {
             print(&self.text(&rows()?)?)?;
             return Ok(0);
         }
-        let mut builder = tokio::runtime::Builder::new_current_thread();
-        let runtime = builder.enable_time().build()?;
-        let start = tokio::time::Instant::from_std(Instant::now());
-        for look in 1u32.. {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build()?;
+        // The first tick is now.
+        let mut ticks = runtime.block_on(async { tokio::time::interval(Duration::from_secs(self.interval)) });
+        ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        loop {
+            runtime.block_on(ticks.tick());
             let text = self.text(&rows()?)?;
             print(&if std::io::stdout().is_terminal() { CLEAR.to_owned() + &text } else { text })?;
-            runtime.block_on(tokio::time::sleep_until(start + Duration::from_secs(self.interval) * look));
         }
-        Ok(0)
     }
 
     fn text(&self, rows: &[Row]) -> std::io::Result<String> {

@@ -10,7 +10,7 @@ use k8s_cri::v1::{
 use serde_json::json;
 
 use super::{oci, podhull};
-use crate::cri::{Cri, container, security};
+use crate::cri::{Cri, Pod, container, security};
 use crate::suite::{Case, Scene};
 use crate::{Outcome, ensure, ensure_eq};
 
@@ -135,6 +135,16 @@ fn system_calls(scene: &Scene) -> Outcome {
     cri.end()
 }
 
+/// Launches a container that sees processes like this, of another if that is named.
+fn seeing(cri: &Cri, pod: &Pod, name: &str, mode: NamespaceMode, target: &str) -> Outcome<String> {
+    let config = with(name, |security| {
+        let namespaces = security.namespace_options.get_or_insert_default();
+        namespaces.set_pid(mode);
+        target.clone_into(&mut namespaces.target_id);
+    });
+    cri.launch(pod, config)
+}
+
 /// Those of a pod, if it is so asked, and those of one container for another that is there to look at it.
 fn processes_of_each_other(scene: &Scene) -> Outcome {
     let cri = Cri::start(scene)?;
@@ -142,16 +152,8 @@ fn processes_of_each_other(scene: &Scene) -> Outcome {
     let linux = config.linux.get_or_insert_default().security_context.get_or_insert_default();
     linux.namespace_options.get_or_insert_default().set_pid(NamespaceMode::Pod);
     let pod = cri.run(config)?;
-    let of = |name: &str, mode, target: &str| {
-        let config = with(name, |security| {
-            let namespaces = security.namespace_options.get_or_insert_default();
-            namespaces.set_pid(mode);
-            target.clone_into(&mut namespaces.target_id);
-        });
-        cri.launch(&pod, config)
-    };
-    let one = of("one", NamespaceMode::Pod, "")?;
-    let two = of("two", NamespaceMode::Pod, "")?;
+    let one = seeing(&cri, &pod, "one", NamespaceMode::Pod, "")?;
+    let two = seeing(&cri, &pod, "two", NamespaceMode::Pod, "")?;
     cri.shell(&one, "sleep 1234 >/dev/null 2>&1 &")?;
     let seen = cri.shell(&two, "ps -o args")?;
     // What holds the pod open is containerd's container, or podhull's own.
@@ -160,20 +162,12 @@ fn processes_of_each_other(scene: &Scene) -> Outcome {
     cri.remove_pod(&pod)?;
 
     let pod = cri.run(cri.pod_config("apart")?)?;
-    let of = |name: &str, mode, target: &str| {
-        let config = with(name, |security| {
-            let namespaces = security.namespace_options.get_or_insert_default();
-            namespaces.set_pid(mode);
-            target.clone_into(&mut namespaces.target_id);
-        });
-        cri.launch(&pod, config)
-    };
-    let one = of("one", NamespaceMode::Container, "")?;
-    let two = of("two", NamespaceMode::Container, "")?;
+    let one = seeing(&cri, &pod, "one", NamespaceMode::Container, "")?;
+    let two = seeing(&cri, &pod, "two", NamespaceMode::Container, "")?;
     cri.shell(&one, "sleep 1234 >/dev/null 2>&1 &")?;
     let seen = cri.shell(&two, "ps -o args")?;
     ensure!(!seen.contains("sleep 1234"), "processes of another container: {seen}");
-    let debugger = of("debugger", NamespaceMode::Target, &one)?;
+    let debugger = seeing(&cri, &pod, "debugger", NamespaceMode::Target, &one)?;
     let seen = cri.shell(&debugger, "ps -o args")?;
     ensure!(seen.contains("sleep 1234"), "processes of the container that is looked at: {seen}");
     cri.stop(&debugger, 10)?;

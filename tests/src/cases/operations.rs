@@ -7,6 +7,7 @@ use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::Instant;
 
+use rustix::process::Signal;
 use serde_json::Value;
 
 use super::config::Configuration;
@@ -15,7 +16,7 @@ use super::pods::in_the_pod_of;
 use crate::container::Container;
 use crate::containerd::{self, Containerd, Shim};
 use crate::leaks::Leaks;
-use crate::run::DEADLINE;
+use crate::run::{DEADLINE, Running};
 use crate::suite::{Case, Scene};
 use crate::{Outcome, ensure, ensure_eq};
 
@@ -67,6 +68,17 @@ fn pods_are_listed(scene: &Scene) -> Outcome {
     );
     let missing = scene.call(&["pods", "nobody"])?.expect_status(1)?;
     ensure!(missing.stderr.contains("pod \"nobody\" is not running"), "stderr {:?}", missing.stderr);
+    // Again and again, until it is ended.
+    let watch = ["pods", "--watch", "--interval", "1", "--format", "json"].map(Into::into);
+    let words = [&[scene.runtime.program().into()], &watch[..]].concat();
+    let mut watching = Running::start(&words, &[])?;
+    for look in 0..3 {
+        let line = watching.line()?;
+        let seen: Vec<Value> = serde_json::from_str(&line)?;
+        ensure!(seen.len() == 1 && seen[0]["id"] == pod["id"], "look {look}: {line}");
+    }
+    watching.signal(Signal::INT)?;
+    ensure_eq!(watching.wait()?.signal, Some(Signal::INT.as_raw()), "what ended it");
     member.end()?;
     ensure_eq!(pods(scene, &[])?[0]["containers"], 1, "containers when one is gone");
     first.end()?;
