@@ -32,6 +32,7 @@ mod starve;
 mod timeline;
 mod tree;
 mod update;
+mod user_namespace;
 mod users;
 mod view;
 mod volumes;
@@ -56,8 +57,9 @@ pub use shadow::{FLAG as SHADOW_FLAG, Launch, NAME as SHADOW_NAME};
 pub use size::{Demand, MAX_CPUS, MAX_MEMORY, Sizing, host_cpus, host_memory};
 pub use start::{Run, RunError, run};
 pub use timeline::{GuestTimes, Phase, Timeline, command_began, now as monotonic_now};
-pub use tree::{Owners, Tree, mapped_overlay, user_namespace};
+pub use tree::{Owners, Tree, mapped_overlay};
 pub use update::update;
+pub use user_namespace::user_namespace;
 pub use users::Users;
 pub use watch::{Seen, stats, watch};
 

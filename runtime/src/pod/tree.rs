@@ -1,17 +1,14 @@
 //! Files of the host as detached mounts: clones of what is mounted, with attributes and owners of their own, and overlays.
 
-use std::fs;
-use std::io::{self, Write};
+use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 
-use oci_spec::runtime::LinuxIdMapping;
 use rustix::fs::{CWD, Mode, OFlags};
 use rustix::io::Errno;
 use rustix::mount::{
     MountFlags, MountPropagationFlags, MoveMountFlags, OpenTreeFlags, mount, mount_change, move_mount, open_tree,
 };
-use rustix::process::{Pid, WaitOptions, waitpid};
 use rustix::thread::{UnshareFlags, unshare_unsafe};
 
 /// A directory that every host has, to mount an overlay on in a mount namespace that only one thread sees.
@@ -139,61 +136,12 @@ fn set(mount: BorrowedFd<'_>, flags: libc::c_int, attributes: &libc::mount_attr)
     if result == 0 { Ok(()) } else { Err(Errno::from_io_error(&io::Error::last_os_error()).unwrap_or(Errno::IO)) }
 }
 
-/// A user namespace with these mappings, which no process is in.
-pub fn user_namespace(users: &[LinuxIdMapping], groups: &[LinuxIdMapping]) -> io::Result<OwnedFd> {
-    with_user_namespace(None, |process| {
-        for (file, mappings) in [("uid_map", users), ("gid_map", groups)] {
-            let lines: String = mappings
-                .iter()
-                .map(|one| format!("{} {} {}\n", one.container_id(), one.host_id(), one.size()))
-                .collect();
-            // In one call: a second one is refused.
-            fs::OpenOptions::new().write(true).open(format!("/proc/{process}/{file}"))?.write_all(lines.as_bytes())?;
-        }
-        Ok(fs::File::open(format!("/proc/{process}/ns/user"))?.into())
-    })
-}
-
-/// Does something while a process, which does nothing, is in a user namespace that is there, or in a new one; it is given the
-/// process's number.
-pub fn with_user_namespace<T>(there: Option<&OwnedFd>, act: impl FnOnce(&str) -> io::Result<T>) -> io::Result<T> {
-    let (gone, ours) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC)?;
-    let (named, name) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC)?;
-    let flags = if there.is_none() { libc::CLONE_NEWUSER } else { 0 };
-    // SAFETY: the child makes system calls only, until it ends: it takes no lock that a thread of ours may hold.
-    let child = unsafe { libc::syscall(libc::SYS_clone, flags | libc::SIGCHLD, 0, 0, 0, 0) };
-    if child == 0 {
-        drop(ours);
-        // Its number as procfs has it, which is not the one that `clone` says if this process is in a pid namespace.
-        let mut own = [0; 16];
-        // SAFETY: the call takes no pointers.
-        let entered = there.is_none_or(|there| unsafe { libc::setns(there.as_raw_fd(), libc::CLONE_NEWUSER) } == 0);
-        if entered && let Ok(length) = rustix::fs::readlinkat_raw(CWD, "/proc/self", &mut own[..]) {
-            let _ = rustix::io::write(&name, &own[..length]);
-            let _ = rustix::io::read(&gone, &mut [0; 1]);
-        }
-        // SAFETY: ends the child, without anything that the parent has at its exit.
-        unsafe { libc::_exit(0) };
-    }
-    let child = i32::try_from(child).ok().and_then(Pid::from_raw);
-    let child = child.ok_or_else(io::Error::last_os_error)?;
-    drop((gone, name));
-    let act = || {
-        let mut number = [0; 16];
-        match rustix::io::read(&named, &mut number)? {
-            0 => Err(io::Error::other("it cannot be entered")),
-            count => act(std::str::from_utf8(&number[..count]).map_err(io::Error::other)?),
-        }
-    };
-    let done = act();
-    drop(ours);
-    waitpid(Some(child), WaitOptions::empty())?;
-    done
-}
-
 #[cfg(test)]
 mod tests {
+    use super::super::user_namespace;
     use super::*;
+    use oci_spec::runtime::LinuxIdMapping;
+    use std::fs;
     use std::os::unix::fs::MetadataExt;
 
     const PLAIN: Tree<'static> = Tree { recursive: true, read_only: false, all_read_only: false, owners: None };

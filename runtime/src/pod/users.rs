@@ -12,7 +12,7 @@ use oci_spec::runtime::{LinuxIdMapping, LinuxIdMappingBuilder, LinuxNamespaceTyp
 use rustix::fs::{Mode, OFlags};
 use serde::{Deserialize, Serialize};
 
-use super::tree::with_user_namespace;
+use super::user_namespace::with_user_namespace;
 use crate::spec::Config;
 use crate::state::Known;
 
@@ -121,7 +121,7 @@ mod tests {
             return;
         }
         let asked = mappings("0 5000 10\n").unwrap();
-        let namespace = super::super::tree::user_namespace(&asked, &asked).unwrap();
+        let namespace = super::super::user_namespace::user_namespace(&asked, &asked).unwrap();
         let users = Users::of_namespace(&namespace).unwrap();
         assert_eq!((&users.uid_mappings, &users.gid_mappings), (&asked, &asked));
         let named = Named::new(Path::new("/proc/self/ns/user"), &namespace).unwrap();
