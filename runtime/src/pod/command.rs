@@ -3,6 +3,7 @@
 
 use std::os::fd::AsFd;
 use std::path::Path;
+use std::time::Duration;
 
 use super::hooks::{self, HookError, Point};
 use super::network::{self, WireError};
@@ -14,7 +15,7 @@ use crate::agent::{Agent, AgentError};
 use crate::cgroup::CgroupError;
 use crate::log::Log;
 use crate::machine::MachineError;
-use crate::state::{self, Known, StateError, Status};
+use crate::state::{self, Known, State, StateError, Status};
 
 /// Why a command was not carried out. Callers match on some of the words.
 #[derive(Debug, thiserror::Error)]
@@ -72,6 +73,9 @@ pub enum CommandError {
     /// A service manager waits for the container.
     #[error("cannot tell the service manager at NOTIFY_SOCKET that the container is ready: {0}")]
     Notify(#[source] std::io::Error),
+    /// A guest that does not answer when a container has left it.
+    #[error("the guest has not given back within {} s what the container had", .0.as_secs())]
+    Kept(Duration),
     /// No event loop.
     #[error("cannot set up event handling: {0}")]
     Events(#[source] std::io::Error),
@@ -179,10 +183,18 @@ pub fn resume(root: &Path, id: &str) -> Result<(), CommandError> {
 
 /// Removes a container; with `force`, whatever it does, and if it is not there that is no error.
 pub fn delete(root: &Path, id: &str, force: bool, log: &Log) -> Result<(), CommandError> {
+    if let Some(state) = destroy(root, id, force, log)? {
+        resize::leave(root, &state, log);
+    }
+    Ok(())
+}
+
+/// The same, without a word to its pod's guest, which keeps the container's room. Returns what there was.
+pub fn destroy(root: &Path, id: &str, force: bool, log: &Log) -> Result<Option<State>, CommandError> {
     let known = match Known::load(root, id) {
         Ok(known) => known,
-        Err(StateError::Missing(_)) if force => return Ok(()),
-        Err(StateError::Unreadable(..)) if force => return Ok(state::remove(root, id)?),
+        Err(StateError::Missing(_)) if force => return Ok(None),
+        Err(StateError::Unreadable(..)) if force => return Ok(state::remove(root, id).map(|()| None)?),
         Err(error) => return Err(error.into()),
     };
     match known.status() {
@@ -193,15 +205,14 @@ pub fn delete(root: &Path, id: &str, force: bool, log: &Log) -> Result<(), Comma
     }
     let state = known.state.clone();
     if !known.destroy()? {
-        return if force { Ok(()) } else { Err(StateError::Missing(id.into()).into()) };
+        return if force { Ok(None) } else { Err(StateError::Missing(id.into()).into()) };
     }
-    resize::leave(root, &state, log);
     if let Some(hooks) = &state.hooks
         && let Err(error) = hooks::run(hooks, Point::Deleted, &state, None)
     {
         log.warning(&error.to_string());
     }
-    Ok(())
+    Ok(Some(state))
 }
 
 /// Asks the agent of a container's pod one thing.

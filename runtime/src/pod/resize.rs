@@ -2,6 +2,7 @@
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
+use std::time::Duration;
 
 use super::command::{CommandError, event_loop};
 use super::size::{Demand, Size, Sizing};
@@ -9,6 +10,9 @@ use crate::agent::{Agent, Growth};
 use crate::log::Log;
 use crate::machine::Control;
 use crate::state::{self, State};
+
+/// How long a guest may take to give back what a container had that is gone. Nothing depends on it, and somebody waits.
+const LEAVING: Duration = Duration::from_secs(10);
 
 /// The machine of a pod, which no other command changes meanwhile.
 pub struct Machine<'a> {
@@ -54,26 +58,37 @@ impl<'a> Machine<'a> {
         Ok(Size::of(&self.sizing, &demands)?)
     }
 
-    /// Makes room for the container, or takes its room away if it is gone.
-    fn fit(&self, before: Option<&Demand>, after: Option<&Demand>) -> Result<(), CommandError> {
-        let (before, after) = (self.size_of(before)?, self.size_of(after)?);
+    /// Makes room for a container.
+    fn fit(&self, demand: &Demand) -> Result<(), CommandError> {
+        let (before, after) = (self.size_of(None)?, self.size_of(Some(demand))?);
         if after.is(before) { Ok(()) } else { self.resize(after) }
+    }
+
+    /// Takes the room of a container away that is gone. The guest need not have given it when this returns, and one that does not
+    /// answer keeps it.
+    fn shrink(&self, before: &Demand) -> Result<(), CommandError> {
+        let (before, after) = (self.size_of(Some(before))?, self.size_of(None)?);
+        if after.is(before) {
+            return Ok(());
+        }
+        let given = async { tokio::time::timeout(LEAVING, self.give(after)).await };
+        event_loop()?.block_on(given).unwrap_or_else(|_| Err(CommandError::Kept(LEAVING)))
     }
 
     /// Gives it a size. Memory and CPUs that are more are there on return; memory that is less goes at the guest's pace, and
     /// what is in use stays.
     pub fn resize(&self, size: Size) -> Result<(), CommandError> {
-        let Size { cpus, memory, .. } = size;
+        event_loop()?.block_on(self.give(size))
+    }
+
+    async fn give(&self, Size { cpus, memory, .. }: Size) -> Result<(), CommandError> {
         let pod = state::open_pod(self.root, &self.pod)?;
-        let online = event_loop()?.block_on(async {
-            let mut control = Control::dial(pod.as_fd())?;
-            control.set_cpus(cpus).await?;
-            control.set_memory(memory).await?;
-            let online = Agent::dial(pod.as_fd())?.grow(Growth { cpus, rescan: true }).await?;
-            // Not before: the memory device may be one that the guest has to find.
-            control.await_memory().await?;
-            Ok::<_, CommandError>(online)
-        })?;
+        let mut control = Control::dial(pod.as_fd())?;
+        control.set_cpus(cpus).await?;
+        control.set_memory(memory).await?;
+        let online = Agent::dial(pod.as_fd())?.grow(Growth { cpus, rescan: true }).await?;
+        // Not before: the memory device may be one that the guest has to find.
+        control.await_memory().await?;
         self.log.debug(|| format!("pod {}: {online} CPUs, {memory} bytes of memory", self.pod));
         if online < cpus {
             let pod = &self.pod;
@@ -86,7 +101,7 @@ impl<'a> Machine<'a> {
 /// Makes room for a container that joins a pod.
 pub fn join(root: &Path, container: &State, log: &Log) -> Result<(), CommandError> {
     match Machine::of(root, container, log)? {
-        Some(machine) => machine.fit(None, Some(&container.demand)),
+        Some(machine) => machine.fit(&container.demand),
         None => Ok(()),
     }
 }
@@ -97,7 +112,7 @@ pub fn leave(root: &Path, container: &State, log: &Log) {
         return;
     }
     let left = Machine::of(root, container, log).and_then(|machine| match machine {
-        Some(machine) if !machine.others.is_empty() => machine.fit(Some(&container.demand), None),
+        Some(machine) if !machine.others.is_empty() => machine.shrink(&container.demand),
         _ => Ok(()),
     });
     if let Err(error) = left {

@@ -31,7 +31,7 @@ pub enum DeleteError {
 pub fn delete(arguments: &Arguments) -> Result<Vec<u8>, DeleteError> {
     let root = state_root(&arguments.namespace);
     let pid = Known::load(&root, &arguments.id).map_or(0, |known| known.state.process.pid.cast_unsigned());
-    pod::delete(&root, &arguments.id, true, &Log::stderr())?;
+    pod::destroy(&root, &arguments.id, true, &Log::stderr())?;
     // The working directory is the bundle, where the option is not given.
     let bundle = arguments.bundle.clone().or_else(|| std::env::current_dir().ok()).unwrap_or_default();
     rootfs::unmount_all(&bundle)?;

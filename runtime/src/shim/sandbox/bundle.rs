@@ -34,15 +34,28 @@ pub enum BundleError {
     Memory(#[from] RootfsError),
 }
 
+/// What containers write. containerd's link to its directory on a disk, which goes with the bundle; the bundle itself is in memory that
+/// the node's own services need.
+const WORK: &str = "work";
+
 /// Makes the files of a pod whose network namespace is at this path.
 pub fn make(bundle: &Path, id: &str, pod: &Pod, netns: &str) -> Result<(), BundleError> {
+    make_files(bundle, pod)?;
+    let path = bundle.join("config.json");
+    let text = specification(id, pod, netns).to_string();
+    fs::write(&path, text).map_err(|error| BundleError::File(path, error))?;
+    Ok(rootfs::mount_memory(bundle)?)
+}
+
+/// Those in common.
+pub(super) fn make_files(bundle: &Path, pod: &Pod) -> Result<(), BundleError> {
+    let work = bundle.join(WORK);
     let write = |name: &str, text: &[u8]| {
-        let path = bundle.join(name);
+        let path = work.join(name);
         fs::write(&path, text).map_err(|error| BundleError::File(path, error))
     };
     // The root of what holds the pod, with places for its mounts: it is read-only.
-    for name in ["root", "root/dev", "root/proc", "etc"] {
-        let path = bundle.join(name);
+    for path in [bundle.join("root/dev"), bundle.join("root/proc"), work.join("etc")] {
         fs::create_dir_all(&path).map_err(|error| BundleError::File(path, error))?;
     }
     let node = rustix::system::uname().nodename().to_string_lossy().into_owned();
@@ -50,11 +63,9 @@ pub fn make(bundle: &Path, id: &str, pod: &Pod, netns: &str) -> Result<(), Bundl
     write("etc/hostname", format!("{hostname}\n").as_bytes())?;
     write("etc/hosts", &of_node("/etc/hosts")?)?;
     match &pod.dns {
-        Some(dns) => write("etc/resolv.conf", resolver(dns).as_bytes())?,
-        None => write("etc/resolv.conf", &of_node("/etc/resolv.conf")?)?,
+        Some(dns) => write("etc/resolv.conf", resolver(dns).as_bytes()),
+        None => write("etc/resolv.conf", &of_node("/etc/resolv.conf")?),
     }
-    write("config.json", specification(id, pod, netns).to_string().as_bytes())?;
-    Ok(rootfs::mount_memory(bundle)?)
 }
 
 /// A file of the node's; one that is not there is empty.
@@ -194,7 +205,7 @@ fn add_mounts(spec: &mut Value, sandbox: &Path) -> bool {
         |mount: &Value, place: &str| mount["destination"].as_str().is_some_and(|at| Path::new(at) == Path::new(place));
     for place in FILES {
         if !mounts.iter().any(|mount| is_at(mount, place)) {
-            let source = sandbox.join(place.trim_start_matches('/'));
+            let source = sandbox.join(WORK).join(place.trim_start_matches('/'));
             let access = if readonly { "ro" } else { "rw" };
             mounts.push(json!({ "destination": place, "type": "bind", "source": source, "options": ["rbind", "rprivate", access] }));
         }

@@ -77,6 +77,17 @@ fn what_is_no_pod_is_refused() {
     assert!(read("runtime.v1.PodSandboxConfig", b"\x12\x01\xff").unwrap_err().to_string().contains("field 2"));
 }
 
+#[test]
+fn what_containers_write_is_where_containerd_has_a_disk() {
+    let base = tempfile::tempdir().unwrap();
+    let [bundle, disk] = ["bundle", "disk"].map(|name| base.path().join(name));
+    fs::create_dir(&bundle).and_then(|()| fs::create_dir(&disk)).unwrap();
+    std::os::unix::fs::symlink(&disk, bundle.join("work")).unwrap();
+    bundle::make_files(&bundle, &Pod { hostname: "web-0".into(), ..Pod::default() }).unwrap();
+    assert_eq!(fs::read_to_string(disk.join("etc/hostname")).unwrap(), "web-0\n");
+    assert!(disk.join("etc/hosts").exists() && disk.join("etc/resolv.conf").exists() && !bundle.join("etc").exists());
+}
+
 /// What [`bundle::make`] writes but for the mount.
 fn specification(pod: &Pod) -> Value {
     bundle::specification("pod-1", pod, "/run/netns/x")
@@ -126,7 +137,7 @@ fn a_container_has_the_files_of_its_pod_unless_it_has_its_own() {
     assert_eq!(spec["mounts"].as_array().unwrap().len(), 4);
     assert_eq!(spec["mounts"][0], hosts);
     assert_eq!(at("/dev/shm")[0]["source"], "/b/shm");
-    assert_eq!(at("/etc/resolv.conf")[0]["source"], "/b/etc/resolv.conf");
+    assert_eq!(at("/etc/resolv.conf")[0]["source"], "/b/work/etc/resolv.conf");
     assert_eq!(at("/etc/hostname")[0]["options"], json!(["rbind", "rprivate", "ro"]));
     // One that shares no IPC has shared memory of its own.
     let spec = complete(
