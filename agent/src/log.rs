@@ -17,6 +17,10 @@ const NO_LIMIT: &str = "/proc/sys/kernel/printk_devkmsg";
 /// Longest record that the kernel hands out (`PRINTKRB_RECORD_MAX` and its dictionary), with room to spare.
 const MAX_RECORD: usize = 8192;
 
+/// Most that is read for an answer: several times what the kernel keeps. A container that may write there could otherwise write as
+/// fast as it is read, and there would be no end.
+const MOST: usize = 4 << 20;
+
 /// Open if this is a virtual machine: the log of another machine is not the agent's.
 static LOG: OnceLock<File> = OnceLock::new();
 
@@ -47,11 +51,12 @@ pub fn read(max_bytes: usize) -> io::Result<Vec<LogLine>> {
     let mut log = File::options().read(true).custom_flags(libc::O_NONBLOCK).open(KMSG)?;
     let max_bytes = max_bytes.min(MAX_LOG);
     let mut lines = std::collections::VecDeque::new();
-    let (mut bytes, mut record) = (0, [0; MAX_RECORD]);
-    loop {
+    let (mut bytes, mut all, mut record) = (0, 0, [0; MAX_RECORD]);
+    while all < MOST {
         match log.read(&mut record) {
             Ok(0) => break,
             Ok(length) => {
+                all += length;
                 let Some(line) = parse(&record[..length]) else { continue };
                 bytes += size(&line);
                 lines.push_back(line);
@@ -61,7 +66,7 @@ pub fn read(max_bytes: usize) -> io::Result<Vec<LogLine>> {
             }
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
             // Overwritten before it was read; the next read is of what is there.
-            Err(error) if error.raw_os_error() == Some(libc::EPIPE) => {}
+            Err(error) if error.raw_os_error() == Some(libc::EPIPE) => all += MAX_RECORD,
             Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
             Err(error) => return Err(error),
         }

@@ -1,5 +1,6 @@
 //! The calls of `agent.proto`, each handed to the pod.
 
+use std::io;
 use std::sync::Arc;
 
 use podhull_protocol::{
@@ -121,7 +122,8 @@ impl Agent for Service {
     async fn read_log(&self, _: &TtrpcContext, request: ReadLogRequest) -> ttrpc::Result<ReadLogResponse> {
         let unreadable =
             |error| ttrpc::Error::RpcStatus(ttrpc::get_status(ttrpc::Code::INTERNAL, format!("read the log: {error}")));
-        let lines = log::read(request.max_bytes as usize).map_err(unreadable)?;
+        let read = tokio::task::spawn_blocking(move || log::read(request.max_bytes as usize));
+        let lines = read.await.map_err(io::Error::other).and_then(|lines| lines).map_err(unreadable)?;
         Ok(ReadLogResponse { lines, ..ReadLogResponse::default() })
     }
 

@@ -178,13 +178,72 @@ fn read(fd: &OwnedFd) -> io::Result<Signal> {
         if length != size_of::<libc::signalfd_siginfo>().cast_signed() {
             return Err(io::Error::last_os_error());
         }
-        Ok(info.assume_init().ssi_signo.cast_signed())
+        let info = info.assume_init();
+        let stops = (info.ssi_code, info.ssi_int) == (libc::SI_QUEUE, libc::SIGSTOP);
+        Ok(if stops { libc::SIGSTOP } else { info.ssi_signo.cast_signed() })
     }
+}
+
+/// Sends a process that takes its signals by this module one that cannot be taken: SIGSTOP, which is not for itself but for what it
+/// stands for, as the value of a SIGTSTP (sigqueue(3)).
+pub fn send_stop(process: &OwnedFd) -> io::Result<()> {
+    /// `siginfo_t` of a signal with a value, on 64-bit machines (`asm-generic/siginfo.h`).
+    #[repr(C)]
+    struct Queued {
+        signo: i32,
+        errno: i32,
+        code: i32,
+        padding: i32,
+        pid: i32,
+        uid: u32,
+        value: usize,
+        rest: [u64; 12],
+    }
+    const { assert!(size_of::<Queued>() == size_of::<libc::siginfo_t>()) };
+    let info = Queued {
+        signo: libc::SIGTSTP,
+        errno: 0,
+        code: libc::SI_QUEUE,
+        padding: 0,
+        pid: rustix::process::getpid().as_raw_nonzero().get(),
+        uid: rustix::process::getuid().as_raw(),
+        value: libc::SIGSTOP as usize,
+        rest: [0; 12],
+    };
+    // SAFETY: the kernel reads as much as `siginfo_t` has, which is what there is.
+    let sent =
+        unsafe { libc::syscall(libc::SYS_pidfd_send_signal, process.as_raw_fd(), info.signo, &raw const info, 0) };
+    if sent == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// The test is a process of its own for it: signals that are blocked are of all threads.
+    #[test]
+    fn a_stop_is_taken_as_one() {
+        use rustix::process::{PidfdFlags, WaitOptions, pidfd_open, waitpid};
+        // SAFETY: the child makes system calls only, and ends.
+        let child = unsafe { libc::fork() };
+        if child == 0 {
+            // SAFETY: as above; the set is initialized by sigfillset.
+            unsafe {
+                let mut set = MaybeUninit::uninit();
+                libc::sigfillset(set.as_mut_ptr());
+                libc::sigprocmask(libc::SIG_BLOCK, set.as_ptr(), std::ptr::null_mut());
+            }
+            let seen = Waiting::new().and_then(|waiting| {
+                send_stop(&pidfd_open(rustix::process::getpid(), PidfdFlags::empty())?)?;
+                Ok(waiting.next() == Some(libc::SIGSTOP))
+            });
+            // SAFETY: ends the child.
+            unsafe { libc::_exit(i32::from(!seen.unwrap_or(false))) };
+        }
+        let child = rustix::process::Pid::from_raw(child).unwrap();
+        let (_, status) = waitpid(Some(child), WaitOptions::empty()).unwrap().unwrap();
+        assert_eq!(status.exit_status(), Some(0));
+    }
 
     #[test]
     fn signals_are_numbers_or_names() {

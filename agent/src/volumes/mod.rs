@@ -71,9 +71,9 @@ impl Volumes {
 
     /// Makes those of a container, from what is below the share.
     pub async fn make(&self, id: &str, volumes: Vec<Volume>, share: &Path) -> Result<Copies, VolumeError> {
-        let mut copies = Copies { directory: self.directory.join(id), copies: HashMap::new() };
+        let directory = self.directory.join(id);
         if volumes.is_empty() {
-            return Ok(copies);
+            return Ok(Copies { directory, copies: HashMap::new() });
         }
         if volumes.len() > MAX_VOLUMES {
             return Err(VolumeError::TooMany(volumes.len()));
@@ -86,7 +86,10 @@ impl Volumes {
         let (above, room) = (self.directory.clone(), self.room.clone());
         let made = tokio::task::spawn_blocking(move || {
             make_directory(&above)?;
-            make_directory(&copies.directory)?;
+            // One of the same name that took too long still has it, and would take what is made here away when it is done.
+            let created = rustix::fs::mkdirat(CWD, &directory, MODE);
+            created.map_err(|source| VolumeError::Place { path: directory.clone(), source })?;
+            let mut copies = Copies { directory, copies: HashMap::new() };
             for (source, name) in checked {
                 copies.add(&source, name, &room)?;
             }
@@ -160,8 +163,10 @@ impl Drop for Copies {
 }
 
 /// A container in a user namespace goes through it.
+const MODE: Mode = Mode::from_raw_mode(0o711);
+
 fn make_directory(path: &Path) -> Result<(), VolumeError> {
-    match rustix::fs::mkdirat(CWD, path, Mode::from_raw_mode(0o711)) {
+    match rustix::fs::mkdirat(CWD, path, MODE) {
         Ok(()) | Err(Errno::EXIST) => Ok(()),
         Err(source) => Err(VolumeError::Place { path: path.into(), source }),
     }

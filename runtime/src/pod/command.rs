@@ -76,6 +76,9 @@ pub enum CommandError {
     /// A guest that does not answer when a container has left it.
     #[error("the guest has not given back within {} s what the container had", .0.as_secs())]
     Kept(Duration),
+    /// What the host goes by when it has no memory left.
+    #[error("process.oomScoreAdj: cannot set that of the pod's machine: {0}")]
+    OomScore(#[source] std::io::Error),
     /// No event loop.
     #[error("cannot set up event handling: {0}")]
     Events(#[source] std::io::Error),

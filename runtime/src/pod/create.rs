@@ -18,16 +18,15 @@ use super::join::{self, JoinError, Joined};
 use super::link::{Begin, News};
 use super::network::{self, WireError, Wiring};
 use super::notify::{self, Waiting};
-use super::resize;
 use super::shadow::{Launch, Shadow};
 use super::size::{Demand, Size, SizeError};
 use super::view::namespaces;
+use super::{resize, score};
 use crate::bundle::{Bundle, BundleError};
 use crate::cgroup::{Cgroup, CgroupError, Manager, PATIENCE, Placement};
 use crate::config::{self, ConfigError, Settings};
 use crate::log::Log;
 use crate::machine::{MachineError, PidNamespace, Process};
-use crate::oom;
 use crate::state::{self, Known, Machine, State, StateError};
 
 /// What to make, and for whom.
@@ -294,7 +293,8 @@ impl<'a> Pod<'a> {
         let made = Made { create, state, placement, hooks, begun: false };
         let pod = Self { machine, shares_network, foreground, shadow, made };
         // At once: what the machine uses before counts as ours. The shadow is as yet busy with itself.
-        match pod.made.score(score).and_then(|()| pod.made.move_machine()) {
+        match score::begin(&pod.made.state, score).map_err(CreateError::OomScore).and_then(|()| pod.made.move_machine())
+        {
             Ok(()) => Ok(pod),
             Err(error) => Err(pod.end(error)),
         }
@@ -319,6 +319,7 @@ impl<'a> Pod<'a> {
         }
         if self.made.state.member_of.is_some() {
             resize::join(self.made.create.root, &self.made.state, self.made.create.log)?;
+            score::join(self.made.create.root, &self.made.state)?;
         }
         // In the foreground nobody looks into the group when the container has ended.
         if !self.foreground
@@ -393,16 +394,6 @@ impl<'a> Pod<'a> {
 }
 
 impl Made<'_> {
-    /// Has the host go by the container's score for both processes, whatever whoever makes it has.
-    fn score(&self, score: Option<i32>) -> Result<(), CreateError> {
-        let Some(score) = score else { return Ok(()) };
-        let machine = self.state.machine.map(|machine| machine.0.pid);
-        [Some(self.state.process.pid), machine]
-            .into_iter()
-            .flatten()
-            .try_for_each(|pid| oom::set_score(pid, score).map_err(CreateError::OomScore))
-    }
-
     /// Moves the machine's process to its control group.
     fn move_machine(&self) -> Result<(), CreateError> {
         match (&self.placement, self.state.machine) {

@@ -23,6 +23,7 @@ mod notify;
 mod resize;
 mod resources;
 mod rest;
+mod score;
 mod session;
 mod shadow;
 mod size;

@@ -131,6 +131,11 @@ impl Demand {
         Self { idle: spec.annotations().as_ref().is_some_and(is_sandbox), changed: false, ..demand }
     }
 
+    /// Whether it only holds a pod open.
+    pub fn is_idle(&self) -> bool {
+        self.idle
+    }
+
     /// Of the containers of a pod together: bytes of memory, and microseconds of all CPUs in a period. What is not above 0 is no
     /// limit; none if nothing is one.
     pub fn expected(memory: i64, quota: i64, period: i64) -> Option<Self> {

@@ -31,6 +31,7 @@ use crate::bundle;
 use crate::cgroup::Manager;
 use crate::log::Log;
 use crate::pod::{self, Announce, CommandError, Create, Execution, Handed, Inherited, Launch};
+use crate::signals;
 use crate::spec::{Config, Resources};
 use crate::state::{Known, Status};
 
@@ -66,6 +67,8 @@ pub struct Container {
     executed: Mutex<HashMap<String, Arc<Process>>>,
     /// Whether its first process has ended, which is told later: nothing is executed any more.
     ending: AtomicBool,
+    /// Whether the ends of all that was executed in it have been told: its own is next, and nothing begins.
+    over: AtomicBool,
     /// Who serves its metrics.
     metrics: OnceLock<Serving>,
 }
@@ -134,6 +137,7 @@ impl Container {
             init: Arc::new(Process::new("", Vec::new(), names)),
             executed: Mutex::default(),
             ending: AtomicBool::new(false),
+            over: AtomicBool::new(false),
             metrics: OnceLock::new(),
         });
         let this = container.clone();
@@ -306,7 +310,7 @@ impl Container {
         let (this, added) = (self.clone(), process.clone());
         let executed = beside(move || {
             let known = pod::running(&this.surroundings.root, &this.id, false)?;
-            let spec: Value = serde_json::from_slice(&added.take_spec()).unwrap_or_default();
+            let spec = added.spec();
             let config = bundle::with_process(&this.bundle, |value| {
                 *value = spec;
                 value["terminal"] = added.names.terminal.into();
@@ -325,7 +329,7 @@ impl Container {
             Ok(pid) => {
                 let refused = match process::open(pid) {
                     // The end of the container was told meanwhile, and nothing comes after it.
-                    Ok(_) if matches!(self.init.phase(), Phase::Exited(_)) => self.not_running(),
+                    Ok(_) if self.over.load(Ordering::SeqCst) => self.not_running(),
                     Ok(pidfd) => {
                         process.made(pid, pidfd, ends, Phase::Running);
                         return Ok(());
@@ -403,14 +407,15 @@ impl Container {
                 killed => killed.map_err(of_kill),
             };
         }
+        let Some(shadow) = process.shadow() else { return Err(not_now("process not created")) };
         // Real-time signals have no names. What the number 0 asks for is known by now.
         let signal = match number {
             0 => return Ok(()),
+            libc::SIGSTOP => return signals::send_stop(shadow).map_err(|_| not_found("process already finished")),
             // SAFETY: whoever sends signals of the C library's own means a process of the guest.
             1..=64 => unsafe { Signal::from_raw_unchecked(number) },
             _ => return Err(error(Code::INVALID_ARGUMENT, format!("there is no signal {signal}"))),
         };
-        let Some(shadow) = process.shadow() else { return Err(not_now("process not created")) };
         pidfd_send_signal(shadow, signal).map_err(|_| not_found("process already finished"))
     }
 
@@ -553,6 +558,7 @@ impl Container {
             init: Arc::new(Process::new("", Vec::new(), Names::default())),
             executed: Mutex::default(),
             ending: AtomicBool::new(false),
+            over: AtomicBool::new(false),
             metrics: OnceLock::new(),
         });
         container.init.made(pid, process::open(pid).unwrap(), super::io::Ends::default(), Phase::Running);

@@ -11,6 +11,7 @@ use containerd_shim_protos::protobuf::{EnumOrUnknown, MessageField};
 use rustix::process::{
     Pid, PidfdFlags, Signal, WaitId, WaitIdOptions, kill_process, pidfd_open, pidfd_send_signal, waitid,
 };
+use serde_json::Value;
 use tokio::io::unix::AsyncFd;
 use tokio::sync::{Mutex, watch};
 
@@ -45,7 +46,7 @@ pub struct Exit {
 pub struct Process {
     /// Of the executed one; empty: the first.
     pub exec: String,
-    /// What to execute, as `process` of `config.json`, until it was; of the first one nothing.
+    /// What to execute, as `process` of `config.json`, until it was made; of the first one nothing.
     spec: std::sync::Mutex<Vec<u8>>,
     /// Where its streams go.
     pub names: Names,
@@ -83,6 +84,7 @@ impl Process {
 
     /// It was made; `pid` is a child of this process that was not waited for.
     pub fn made(&self, pid: i32, pidfd: OwnedFd, ends: Ends, phase: Phase) {
+        drop(std::mem::take(&mut *self.spec.lock().unwrap_or_else(PoisonError::into_inner)));
         let _ = self.shadow.set((pid, pidfd));
         let _ = self.ends.set(ends);
         if self.closed.load(Ordering::SeqCst) {
@@ -95,9 +97,9 @@ impl Process {
         self.phase.send_replace(phase);
     }
 
-    /// What to execute. It is asked for once.
-    pub fn take_spec(&self) -> Vec<u8> {
-        std::mem::take(&mut *self.spec.lock().unwrap_or_else(PoisonError::into_inner))
+    /// What to execute, of one that was not made yet.
+    pub fn spec(&self) -> Value {
+        serde_json::from_slice(&self.spec.lock().unwrap_or_else(PoisonError::into_inner)).unwrap_or_default()
     }
 
     /// Sets rows and columns of its terminal, if it has one; before it is there they wait for it.

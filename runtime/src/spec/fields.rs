@@ -86,7 +86,7 @@ pub const FIELDS: &[(&str, Fate)] = &[
     ("process.capabilities.ambient", Enforced),
     ("process.capabilities.ambient[]", Enforced),
     ("process.noNewPrivileges", Enforced),
-    ("process.oomScoreAdj", Enforced),
+    ("process.oomScoreAdj", Host),
     ("process.scheduler", Enforced),
     ("process.scheduler.policy", Enforced),
     ("process.scheduler.nice", Enforced),

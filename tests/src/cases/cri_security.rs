@@ -10,9 +10,9 @@ use k8s_cri::v1::{
 use serde_json::json;
 
 use super::{oci, podhull};
-use crate::cri::{Cri, Pod, container, security};
+use crate::cri::{Cri, Pod, container, resources, security};
 use crate::suite::{Case, Scene};
-use crate::{Outcome, ensure, ensure_eq};
+use crate::{Outcome, ensure, ensure_eq, processes};
 
 pub const CASES: &[Case] = &[
     oci("cri_security::users_and_rights", users_and_rights),
@@ -24,6 +24,7 @@ pub const CASES: &[Case] = &[
     oci("cri_security::groups", groups),
     oci("cri_security::proc_is_masked_or_not", proc_is_masked_or_not),
     podhull("cri_security::what_is_the_node_s", what_is_the_node_s),
+    podhull("cri_security::who_goes_first_without_memory", who_goes_first_without_memory),
 ];
 
 /// Waits until it is told to end.
@@ -311,5 +312,28 @@ fn what_is_the_node_s(scene: &Scene) -> Outcome {
     ensure!(seen.contains("agent") && !seen.contains("containerd"), "processes of the machine: {seen}");
     cri.remove_pod(&pod)?;
     fs::remove_dir("/sys/fs/cgroup/kubepods/pod-network")?;
+    cri.end()
+}
+
+/// The node's kernel goes by the container that is to stay longest, for the machine that all of them are in.
+fn who_goes_first_without_memory(scene: &Scene) -> Outcome {
+    let cri = Cri::start(scene)?;
+    let pod = cri.run(cri.pod_config("score")?)?;
+    let score =
+        |pid: i32| -> Outcome<i32> { Ok(fs::read_to_string(format!("/proc/{pid}/oom_score_adj"))?.trim().parse()?) };
+    let of = |process: &processes::Process| {
+        let group = fs::read_to_string(format!("/proc/{}/cgroup", process.pid)).unwrap_or_default();
+        process.command.starts_with("podhull vmm") && group.contains("/pod-score/")
+    };
+    let machine = processes::all().into_iter().find(of).ok_or("no machine")?.pid;
+    for (name, own, both) in [("burstable", 700, 700), ("besteffort", 1000, 700), ("guaranteed", -997, -997)] {
+        let mut config = container(name, PATIENT);
+        resources(&mut config).oom_score_adj = own;
+        let id = cri.launch(&pod, config)?;
+        ensure_eq!(cri.shell(&id, "cat /proc/1/oom_score_adj")?, format!("{own}\n"), "score inside of {name}");
+        ensure_eq!(score(cri.process(&id)?)?, i32::try_from(own)?, "score of what stands for {name}");
+        ensure_eq!(score(machine)?, both, "score of the machine with {name}");
+    }
+    cri.remove_pod(&pod)?;
     cri.end()
 }

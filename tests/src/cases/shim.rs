@@ -17,6 +17,7 @@ pub const CASES: &[Case] = &[
     podhull("shim::removed_as_often_as_it_runs", removed_as_often_as_it_runs),
     podhull("shim::containerd_killed_meanwhile", containerd_killed_meanwhile),
     podhull("shim::killed", killed),
+    podhull("shim::what_is_executed_is_stopped", what_is_executed_is_stopped),
 ];
 
 /// Runs until it is told to end, and then exits with 3.
@@ -130,6 +131,32 @@ fn killed(scene: &Scene) -> Outcome {
     }
     events.signal(Signal::TERM)?;
     events.wait()?;
+    containerd.end()?;
+    check(&before)
+}
+
+/// By the signal that no process can take, so neither can what stands for one on the host.
+fn what_is_executed_is_stopped(scene: &Scene) -> Outcome {
+    let before = Leaks::watch();
+    let containerd = Containerd::start(scene, Shim::Podhull)?;
+    start(&containerd, "c")?;
+    let long = Running::start(&containerd.words(&["task", "exec", "--exec-id", "long", "c", "sleep", "1000"]), &[])?;
+    let is = |number: &str, state: &str| -> Outcome {
+        let script = format!("until ps -o stat,args | grep -q '^{state} *sleep 1000'; do sleep 0.1; done");
+        containerd.call(&["task", "exec", "--exec-id", number, "c", "sh", "-c", &script])?.output().map(drop)
+    };
+    let signal =
+        |name: &str| containerd.call(&["task", "kill", "--exec-id", "long", "--signal", name, "c"])?.output().map(drop);
+    is("first", "S")?;
+    signal("SIGSTOP")?;
+    is("second", "T")?;
+    signal("SIGCONT")?;
+    is("third", "S")?;
+    signal("SIGKILL")?;
+    ensure_eq!(long.wait()?.status, 137, "status of what was executed");
+    containerd.call(&["task", "kill", "--signal", "SIGTERM", "c"])?.output()?;
+    stopped(&containerd, "c")?;
+    delete(&containerd, "c", 3)?;
     containerd.end()?;
     check(&before)
 }

@@ -77,8 +77,14 @@ impl Container {
                 }
             };
             if tokio::time::timeout(AFTER, at_rest).await.is_ok() {
-                return;
+                break;
             }
+        }
+        // What has not begun by now does not; what has in this moment ends first, too.
+        self.over.store(true, Ordering::SeqCst);
+        for process in all.iter().filter(|process| process.phase() == Phase::Running) {
+            process.kill();
+            let _ = tokio::time::timeout(AFTER, process.wait()).await;
         }
     }
 

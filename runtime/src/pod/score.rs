@@ -1,0 +1,30 @@
+//! What the host goes by when it has no memory left (`process.oomScoreAdj`), for the processes that stand for a container and its pod.
+
+use std::io;
+use std::path::Path;
+
+use super::command::CommandError;
+use crate::oom;
+use crate::state::{self, State};
+
+/// Has the host go by a container's score for its shadow, and for the machine that is made for it, whatever whoever makes it has. What
+/// only holds a pod open is the last to go, and says nothing about the machine ([`join`]).
+pub fn begin(container: &State, score: Option<i32>) -> io::Result<()> {
+    let Some(score) = score else { return Ok(()) };
+    let machine = container.machine.filter(|_| !container.demand.is_idle()).map(|machine| machine.0.pid);
+    [Some(container.process.pid), machine].into_iter().flatten().try_for_each(|pid| oom::set_score(pid, score))
+}
+
+/// Has the host go by the lowest score of a pod's working containers for their machine, which ends with all of them, when a container
+/// joins them.
+pub fn join(root: &Path, container: &State) -> Result<(), CommandError> {
+    let Some(member) = &container.member_of else { return Ok(()) };
+    let _turn = state::take_turn_of_pod(root, &member.pod)?;
+    let pod = container.pod();
+    let working = state::list(root)?.into_iter().map(|known| known.state);
+    let working = working.filter(|state| state.pod() == pod && !state.demand.is_idle() && state.id != container.id);
+    // Of those that have just ended nothing can be read.
+    let scores = working.chain([container.clone()]).filter_map(|state| oom::score(state.process.pid).ok());
+    let Some(lowest) = scores.min() else { return Ok(()) };
+    oom::set_score(member.machine.0.pid, lowest).map_err(CommandError::OomScore)
+}
