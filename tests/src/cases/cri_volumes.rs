@@ -9,12 +9,12 @@ use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use k8s_cri::v1::{ContainerConfig, ImageSpec, Mount};
+use k8s_cri::v1::Mount;
 use rustix::mount::{MountFlags, UnmountFlags, mount, mount_bind, unmount};
 
 use super::disks::Loop;
 use super::oci;
-use crate::cri::{Cri, Pod, container, volume};
+use crate::cri::{Cri, Pod, container, volume, with_python};
 use crate::run::DEADLINE;
 use crate::suite::{Case, Scene};
 use crate::{Outcome, ensure, ensure_eq, image};
@@ -62,16 +62,6 @@ impl Drop for Memory {
     }
 }
 
-/// A container in which Python is, beside volumes.
-fn with_python(name: &str, mounts: Vec<Mount>) -> ContainerConfig {
-    let mut config = container(name, PATIENT);
-    let [host, inside, _] = [0, 1, 2].map(|n| image::DEBIAN_PROGRAMS.split(':').nth(n).unwrap_or_default());
-    config.mounts = mounts;
-    config.mounts.push(volume(Path::new(host), inside, true));
-    config.image = Some(ImageSpec { image: "localhost/debian:latest".into(), ..Default::default() });
-    config
-}
-
 /// Holds a lock and memory of a file, and tells of them on a socket to one who writes there, and to one who may only read.
 const SERVER: &str = "import fcntl, mmap, socket
 f = open('/shared/memory', 'w+b'); f.truncate(4096); m = mmap.mmap(f.fileno(), 4096)
@@ -102,7 +92,8 @@ fn shared_by_containers(scene: &Scene) -> Outcome {
     cri.import(&image::of_debian(scene)?)?;
     let shared = directory(scene, "empty-dir", "shared")?;
     let pod = cri.run(cri.pod_config("volumes")?)?;
-    let member = |name: &str, readonly| cri.launch(&pod, with_python(name, vec![volume(&shared, "/shared", readonly)]));
+    let member =
+        |name: &str, readonly| cri.launch(&pod, with_python(name, PATIENT, vec![volume(&shared, "/shared", readonly)]));
     let reader = member("reader", true)?;
     let one = member("one", false)?;
     let two = member("two", false)?;
@@ -279,7 +270,7 @@ fn updated_meanwhile(scene: &Scene) -> Outcome {
     let pod = cri.run(cri.pod_config("updated")?)?;
     cri.import(&image::of_debian(scene)?)?;
     let mounts = vec![volume(&config_map, "/etc/settings", true), volume(&secret.0, "/etc/secret", true)];
-    let id = cri.launch(&pod, with_python("main", mounts))?;
+    let id = cri.launch(&pod, with_python("main", PATIENT, mounts))?;
     ensure_eq!(
         cri.shell(&id, "cd /etc; cat settings/key settings/other settings/deep/er/key secret/word")?,
         "firstsamebelowone",
@@ -324,7 +315,7 @@ fn updated_meanwhile(scene: &Scene) -> Outcome {
 
     // Where no more can be watched they are seen all the same.
     let unwatched = Unwatched::begin()?;
-    let second = cri.launch(&pod, with_python("second", vec![volume(&config_map, "/etc/settings", true)]))?;
+    let second = cri.launch(&pod, with_python("second", PATIENT, vec![volume(&config_map, "/etc/settings", true)]))?;
     drop(unwatched);
     write_atomically(&config_map, "200", plain, &[("key", "200")])?;
     std::thread::sleep(SOON);
@@ -389,7 +380,7 @@ fn of_the_host_s_special_files(scene: &Scene) -> Outcome {
         volume(&disk.path, "/dev/disk", false),
         volume(&host.join("new/directory"), "/new", false),
     ];
-    let id = cri.launch(&pod, with_python("main", mounts))?;
+    let id = cri.launch(&pod, with_python("main", PATIENT, mounts))?;
     let connect = "import socket; s = socket.socket(socket.AF_UNIX); s.connect('/run/driver.sock'); \
         s.send(b'hello'); s.shutdown(socket.SHUT_WR); print(s.recv(100).decode())";
     let talked = cri.exec(&id, &["python3", "-c", connect], 60)?;

@@ -13,6 +13,7 @@ mod crashes;
 mod cri;
 mod cri_disks;
 mod cri_many;
+mod cri_network;
 mod cri_outages;
 mod cri_security;
 mod cri_streams;
@@ -103,6 +104,7 @@ pub const ALL: &[&[Case]] = &[
     cri_outages::CASES,
     cri_many::CASES,
     cri_workload::CASES,
+    cri_network::CASES,
     cri_security::CASES,
     cri_streams::CASES,
     cri_volumes::CASES,
