@@ -39,6 +39,9 @@ pub const SOCKETS: &str = "sockets";
 /// Where sockets of the guest are that stand for the host's.
 pub const SOCKETS_DIR: &str = "/run/sockets";
 
+/// Type of a mount of one over a socket that a container has among its files. Nothing is mounted if there is none by then.
+pub const OVER_SOCKET: &str = "podhull-socket";
+
 /// Name of one of them in it.
 pub fn socket_name(token: u64) -> String {
     format!("{token:016x}")
