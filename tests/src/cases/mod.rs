@@ -12,6 +12,7 @@ mod containerd;
 mod crashes;
 mod cri;
 mod cri_disks;
+mod cri_host_paths;
 mod cri_many;
 mod cri_network;
 mod cri_outages;
@@ -107,6 +108,7 @@ pub const ALL: &[&[Case]] = &[
     cri_network::CASES,
     cri_security::CASES,
     cri_streams::CASES,
+    cri_host_paths::CASES,
     cri_volumes::CASES,
     podman::CASES,
     podman_networks::CASES,
