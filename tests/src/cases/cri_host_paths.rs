@@ -5,7 +5,8 @@ use std::io::{Read, Write};
 use std::os::unix::net::UnixListener;
 use std::path::Path;
 
-use k8s_cri::v1::Mount;
+use k8s_cri::v1::{Mount, MountPropagation};
+use rustix::mount::{MountPropagationFlags, mount_change};
 
 use super::cri_volumes::{Memory, PATIENT, directory};
 use super::disks::Loop;
@@ -18,6 +19,7 @@ pub const CASES: &[Case] = &[
     oci("cri_host_paths::files_and_directories", files_and_directories),
     oci("cri_host_paths::special_files", special_files),
     oci("cri_host_paths::read_only_with_what_is_below", read_only_with_what_is_below),
+    oci("cri_host_paths::what_is_mounted_below", what_is_mounted_below),
 ];
 
 /// Directories, files, a termination log, and part of a volume.
@@ -163,5 +165,41 @@ fn read_only_with_what_is_below(scene: &Scene) -> Outcome {
         }
     }
     drop(below);
+    cri.end()
+}
+
+/// By the node: what is there when the container is made is there inside. What comes later does where both have one kernel, and in
+/// no case what a machine mounts on the node.
+fn what_is_mounted_below(scene: &Scene) -> Outcome {
+    let host = scene.make_directory("host")?;
+    let shared = Memory::bind(&host, host.clone())?;
+    mount_change(&shared.0, MountPropagationFlags::SHARED)?;
+    for name in ["first", "second"] {
+        fs::create_dir(host.join(name))?;
+    }
+    let first = Memory::mount(host.join("first"), "size=1m")?;
+    fs::write(host.join("first/file"), "there before\n")?;
+    let cri = Cri::start(scene)?;
+    let pod = cri.run(cri.pod_config("mounted")?)?;
+    let with = |name: &str, propagation: MountPropagation| {
+        let mut config = container(name, PATIENT);
+        config.mounts = vec![Mount { propagation: propagation.into(), ..volume(&host, "/mnt", false) }];
+        cri.launch(&pod, config)
+    };
+    let id = with("main", MountPropagation::PropagationHostToContainer)?;
+    ensure_eq!(cri.shell(&id, "cat /mnt/first/file")?, "there before\n", "file of what was mounted before");
+    let second = Memory::mount(host.join("second"), "size=1m")?;
+    fs::write(host.join("second/file"), "")?;
+    let expected = if scene.runtime.is_virtual() { "" } else { "file\n" };
+    ensure_eq!(cri.shell(&id, "ls /mnt/second")?, expected, "files of what was mounted later");
+    let both = with("both", MountPropagation::PropagationBidirectional);
+    if scene.runtime.is_virtual() {
+        let error = both.err().map(|error| error.to_string()).unwrap_or_default();
+        ensure!(error.contains("do not propagate"), "a mount both ways: {error:?}");
+    } else {
+        both?;
+    }
+    cri.remove_pod(&pod)?;
+    drop((second, first, shared));
     cri.end()
 }
