@@ -241,7 +241,7 @@ pub fn prepare(id: &str, bundle: &mut Bundle) -> Result<Prepared, MountError> {
             sources.push((index, format!("{VOLUMES_DIR}/{id}/{name}")));
             continue;
         }
-        if tree.owners.is_none() && FileType::from_raw_mode(stat.st_mode) == FileType::Directory {
+        if FileType::from_raw_mode(stat.st_mode) == FileType::Directory {
             let seen = |path: &Path| {
                 let later = &bundle.config.mounts()[index + 1..];
                 !later.iter().any(|mount| path.starts_with(mount.destination()))
