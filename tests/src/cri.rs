@@ -10,6 +10,7 @@ use rustix::process::Pid;
 use tonic::transport::{Channel, Endpoint};
 use tonic::{Response, Status};
 
+use crate::cni::Network;
 use crate::containerd::{self, Containerd, Shim, check};
 use crate::leaks::Leaks;
 use crate::netns::Netns;
@@ -64,12 +65,21 @@ pub struct Executed {
 impl Cri {
     /// Starts containerd, with the shim of podhull for pods of the class `kata`; the program under test may be runc instead.
     pub fn start(scene: &Scene) -> Outcome<Self> {
+        Self::with_networks(scene, |addresses| vec![Network::usual(addresses)])
+    }
+
+    /// The same with other networks, of which each pod has one interface each. What is given to them is a directory for their own.
+    pub fn with_networks(scene: &Scene, networks: impl FnOnce(&Path) -> Vec<Network>) -> Outcome<Self> {
         let before = Leaks::watch();
         let directory = scene.make_directory("cri")?;
         let netns = Netns::new(scene, "node")?;
-        let network = directory.join("cni");
-        fs::create_dir(&network)?;
-        fs::write(network.join("10-test.conflist"), plugins(&directory))?;
+        let configurations = directory.join("cni");
+        fs::create_dir(&configurations)?;
+        let networks = networks(&directory.join("addresses"));
+        let count = networks.len();
+        for (number, network) in networks.into_iter().enumerate() {
+            fs::write(configurations.join(format!("{number}.conflist")), network.file(&format!("test-{number}")))?;
+        }
         let (handler, shim) = if scene.runtime.is_virtual() { ("kata", Shim::Podhull) } else { ("runc", Shim::Runc) };
         let (service, runtime, image, programs) = match containerd::major()? {
             1 => {
@@ -85,8 +95,8 @@ impl Cri {
         let more = format!(
             "[{service}]\nstream_server_address = \"127.0.0.1\"\nstream_server_port = \"0\"\n{image}\n\
              [{runtime}.containerd.runtimes.runc]\nruntime_type = \"io.containerd.runc.v2\"\n\
-             [{runtime}.cni]\n{programs}\nconf_dir = {:?}\n{}",
-            network.display().to_string(),
+             [{runtime}.cni]\n{programs}\nmax_conf_num = {count}\nconf_dir = {:?}\n{}",
+            configurations.display().to_string(),
             documented()?,
         );
         fs::create_dir_all(PODS)?;
@@ -450,6 +460,14 @@ pub fn container(name: &str, command: &[&str]) -> api::ContainerConfig {
     }
 }
 
+/// One of [`image::of_debian`], in which Python is, beside volumes.
+pub fn with_python(name: &str, command: &[&str], mut mounts: Vec<api::Mount>) -> api::ContainerConfig {
+    let [host, inside, _] = [0, 1, 2].map(|n| image::DEBIAN_PROGRAMS.split(':').nth(n).unwrap_or_default());
+    mounts.push(volume(Path::new(host), inside, true));
+    let image = Some(api::ImageSpec { image: "localhost/debian:latest".into(), ..Default::default() });
+    api::ContainerConfig { image, mounts, ..container(name, command) }
+}
+
 /// The security context of a container's configuration.
 pub fn security(config: &mut api::ContainerConfig) -> &mut api::LinuxContainerSecurityContext {
     config.linux.get_or_insert_default().security_context.get_or_insert_default()
@@ -483,31 +501,6 @@ fn documented() -> Outcome<String> {
         (_, None) => Ok(second.into()),
         (_, Some(_)) => Ok(format!("{second}{third}")),
     }
-}
-
-/// What the plugins make for each pod: an interface on a bridge, addresses of both kinds, and ports of the host.
-fn plugins(directory: &Path) -> String {
-    serde_json::json!({
-        "cniVersion": "1.0.0",
-        "name": "test",
-        "plugins": [
-            {
-                "type": "bridge",
-                "bridge": "cni0",
-                "isGateway": true,
-                "ipMasq": true,
-                "hairpinMode": true,
-                "ipam": {
-                    "type": "host-local",
-                    "dataDir": directory.join("addresses"),
-                    "ranges": [[{ "subnet": "10.88.7.0/24" }], [{ "subnet": "fd00:88:7::/64" }]],
-                    "routes": [{ "dst": "0.0.0.0/0" }, { "dst": "::/0" }],
-                },
-            },
-            { "type": "portmap", "capabilities": { "portMappings": true } },
-        ],
-    })
-    .to_string()
 }
 
 /// A path of the host in a container, as kubelet gives volumes to it.

@@ -2,7 +2,7 @@
 //!
 //! [`runtime`] knows the program under test, [`bundle`] makes what it is given, [`run`] starts it and waits with a deadline,
 //! [`terminal`] gives it a terminal, [`container`] keeps it in the background, [`leaks`] finds what it left behind, [`seccomp`] reads the host's default profile, [`shape`] the keys of a document,
-//! [`podman`], [`docker`], [`containerd`] and, as kubelet, [`cri`] are callers, [`image`] is what they load,
+//! [`podman`], [`docker`], [`containerd`] and, as kubelet, [`cri`] are callers, [`image`] is what they load, [`cni`] their networks,
 //! [`suite`] drives [`cases`], one module for each topic. [`bench`] measures with the same tools; [`conformance`] runs the suites of
 //! others.
 //!
@@ -12,6 +12,7 @@
 pub mod bench;
 pub mod bundle;
 pub mod cases;
+pub mod cni;
 pub mod conformance;
 pub mod container;
 pub mod containerd;

@@ -14,7 +14,7 @@ pub use generated::agent::*;
 pub use generated::agent_ttrpc::{Agent, AgentClient, create_agent};
 
 /// Version of the protocol. Both sides compare it in the first call and refuse to go on if it differs.
-pub const VERSION: u32 = 8;
+pub const VERSION: u32 = 9;
 
 /// Port of the guest on which the agent serves ttrpc.
 pub const AGENT_PORT: u32 = 1024;
@@ -38,6 +38,9 @@ pub const SOCKETS: &str = "sockets";
 
 /// Where sockets of the guest are that stand for the host's.
 pub const SOCKETS_DIR: &str = "/run/sockets";
+
+/// Type of a mount of one over a socket that a container has among its files. Nothing is mounted if there is none by then.
+pub const OVER_SOCKET: &str = "podhull-socket";
 
 /// Name of one of them in it.
 pub fn socket_name(token: u64) -> String {

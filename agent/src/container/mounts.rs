@@ -121,6 +121,10 @@ pub fn mount(root: &Rootfs, mount: &Mount) -> Result<Option<Unfinished>, MountEr
     let (tree, target) = match (bind, mount.kind.as_str()) {
         (Some(recursive), _) => one.bind(Path::new(&mount.source), recursive)?,
         (None, "cgroup" | "cgroup2") => one.cgroup()?,
+        (None, podhull_protocol::OVER_SOCKET) => match one.over_socket(Path::new(&mount.source))? {
+            Some(mount) => mount,
+            None => return Ok(None),
+        },
         (None, kind) => one.filesystem(kind, &mount.source)?,
     };
     let unfinished = if late { Some(one.unfinished(&tree)?) } else { None };
@@ -203,6 +207,22 @@ impl One<'_> {
         self.check_target(&target, is_proc)?;
         self.set(&tree)?;
         Ok((tree, target))
+    }
+
+    /// A socket in the place of one that is there: who listened at that may have gone since it was found.
+    fn over_socket(&self, source_path: &Path) -> Result<Option<(OwnedFd, OwnedFd)>, MountError> {
+        let Ok(target) = self.root.open_raw(self.destination, OFlags::PATH | OFlags::NOFOLLOW) else { return Ok(None) };
+        let mode = rustix::fs::fstat(&target).map_err(|source| self.failed(source))?.st_mode;
+        if FileType::from_raw_mode(mode) != FileType::Socket {
+            return Ok(None);
+        }
+        let tree = open_tree(CWD, source_path, OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC)
+            .map_err(|source| MountError::Source {
+                destination: self.destination.into(),
+                source_path: source_path.into(),
+                source,
+            })?;
+        Ok(Some((tree, target)))
     }
 
     fn set(&self, tree: &OwnedFd) -> Result<(), MountError> {

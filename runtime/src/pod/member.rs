@@ -67,6 +67,7 @@ pub fn run(run: &Run<'_>, given: Given, mut timeline: Timeline) -> Result<u8, Ru
     });
     let spec = bundle.config.document();
     let rootfs = mounts::root_in_share(run.id);
+    mounts.warnings.iter().for_each(|warning| run.log.warning(warning));
     let told = mounts.sockets.iter().map(Socket::told).collect();
     let mut request =
         agent::container(run.id, spec, rootfs, stdio.announcement(), mounts.memory, mounts.directories, told);

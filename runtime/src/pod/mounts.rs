@@ -8,13 +8,13 @@ use std::path::{Component, Path, PathBuf};
 use oci_spec::runtime::{LinuxIdMapping, Mount};
 use podhull_protocol::{SharedMemory, VOLUMES_DIR};
 use podhull_vmm::control::Resource;
-use rustix::fs::{FileType, Mode, OFlags, ResolveFlags};
+use rustix::fs::{FileType, Mode, OFlags, ResolveFlags, Stat};
 use rustix::io::Errno;
 
 use super::binds::{Binds, Source};
 use super::memory as in_guest;
 use super::mountinfo::Mounts;
-use super::sockets::Socket;
+use super::sockets::{Search, Socket};
 use super::tree::{Owners, Tree};
 use super::user_namespace::user_namespace;
 use super::view::Place;
@@ -133,6 +133,8 @@ pub struct Prepared {
     pub sockets: Vec<Socket>,
     /// Volumes of the host that the guest has copies of.
     pub volumes: Volumes,
+    /// What the user should know; one line each.
+    pub warnings: Vec<String>,
 }
 
 impl Prepared {
@@ -170,6 +172,8 @@ pub fn prepare(id: &str, bundle: &mut Bundle) -> Result<Prepared, MountError> {
     let mut there = None;
     let mut host_sockets = Vec::new();
     let mut volumes = Volumes::default();
+    let mut search = Search::new();
+    let mut over = Vec::new();
     for (index, mount, kind) in from_host {
         let read_only = last(mount, ["ro", "rw"]) == Some("ro");
         if let HostFiles::Overlay(options) = kind {
@@ -238,6 +242,19 @@ pub fn prepare(id: &str, bundle: &mut Bundle) -> Result<Prepared, MountError> {
             sources.push((index, format!("{VOLUMES_DIR}/{id}/{name}")));
             continue;
         }
+        if FileType::from_raw_mode(stat.st_mode) == FileType::Directory {
+            let seen = |path: &Path| {
+                let later = &bundle.config.mounts()[index + 1..];
+                !later.iter().any(|mount| path.starts_with(mount.destination()))
+            };
+            for found in search.below(source.as_fd()) {
+                let path = mount.destination().join(&found.path);
+                // The specification is text.
+                if let Some(text) = path.to_str().filter(|_| seen(&path)) {
+                    over.push((socket(&found.file, &found.stat, &path)?, text.to_owned()));
+                }
+            }
+        }
         let source = Source { file: &source, stat: &stat, tree: &tree, owners: in_words };
         let name = binds.add(&source, clone()?, mounts).map_err(fail)?;
         places[index].1 = Place::Files(clone()?);
@@ -259,7 +276,25 @@ pub fn prepare(id: &str, bundle: &mut Bundle) -> Result<Prepared, MountError> {
     for (index, source) in sources {
         bundle.config.bind_in_guest(index, &source);
     }
-    Ok(Prepared { resources, root, places, memory, directories, sockets: host_sockets, volumes })
+    for (socket, path) in over {
+        bundle.config.stand_for_in_guest(&path, &socket.path());
+        host_sockets.push(socket);
+    }
+    let warnings = match search.more {
+        true => vec![format!(
+            "container {id}: more programs of the host listen in the directories that it has than it can reach: bind their \
+             sockets by themselves"
+        )],
+        false => Vec::new(),
+    };
+    Ok(Prepared { resources, root, places, memory, directories, sockets: host_sockets, volumes, warnings })
+}
+
+/// One that was found in a directory.
+fn socket(file: &OwnedFd, stat: &Stat, path: &Path) -> Result<Socket, MountError> {
+    let tree = Tree { recursive: false, read_only: false, all_read_only: false, owners: None };
+    let mount = tree.clone(file.as_fd()).map_err(|errno| MountError::Clone { path: path.into(), errno })?;
+    Socket::new(file.as_fd(), mount, stat).map_err(|error| MountError::Socket(path.into(), error))
 }
 
 /// Which of two options, each of which undoes the other, counts.

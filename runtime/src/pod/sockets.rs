@@ -5,6 +5,8 @@
 //! the guest's kernel has checked, at the same owner and mode. It is there before the container is, so that no limit on processes
 //! holds it up; everything else happens in the event loop.
 
+mod below;
+
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
@@ -25,6 +27,8 @@ use rustix::thread::{
 use tokio::io::{AsyncReadExt, copy_bidirectional};
 use tokio::sync::{Notify, Semaphore, oneshot};
 use tokio::task::JoinSet;
+
+pub use below::Search;
 
 use super::view::file_system;
 use crate::stdio;
@@ -78,9 +82,14 @@ impl Socket {
 /// Whether a socket is one for datagrams. To connect to such a one is nothing that its server would see, and to another is not
 /// possible this way; one that has no server any more is neither.
 fn takes_datagrams(socket: BorrowedFd<'_>) -> io::Result<bool> {
+    Ok(probe(socket)?.is_ok())
+}
+
+/// What comes of it.
+fn probe(socket: BorrowedFd<'_>) -> io::Result<Result<(), Errno>> {
     let path = format!("/proc/self/fd/{}", socket.as_raw_fd());
     let probe = rustix::net::socket_with(AddressFamily::UNIX, SocketType::DGRAM, SocketFlags::CLOEXEC, None)?;
-    Ok(rustix::net::connect(&probe, &SocketAddrUnix::new(path)?).is_ok())
+    Ok(rustix::net::connect(&probe, &SocketAddrUnix::new(path)?))
 }
 
 /// Who has connected in the guest, or sent a datagram.

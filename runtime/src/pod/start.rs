@@ -212,6 +212,7 @@ pub fn run(run: &Run<'_>) -> Result<u8, RunError> {
     let mut mounts = mounts::prepare(run.id, &mut bundle)?;
     mounts.add_files(descriptors.files)?;
     machine.extend(mounts.resources);
+    mounts.warnings.iter().for_each(|warning| run.log.warning(warning));
     let disks = disks::open(&bundle.config)?;
     machine.extend(disks.resources);
     let own = namespaces(&bundle.config).others;

@@ -14,7 +14,7 @@ use std::path::Path;
 
 use oci_spec::runtime::{LinuxIdMapping, LinuxResources, Mount, Spec};
 use podhull_limits::Resources as Limits;
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use read::ConfigError;
 
@@ -106,6 +106,14 @@ impl Config {
             if !options.iter().any(|option| option == "bind" || option == "rbind") {
                 options.push("bind".into());
             }
+        }
+    }
+
+    /// Has a socket of the guest stand for one of the host, if that is there when all else is mounted.
+    pub fn stand_for_in_guest(&mut self, path: &str, source: &str) {
+        let mount = json!({ "type": podhull_protocol::OVER_SOCKET, "source": source, "destination": path });
+        if let Some(mounts) = self.document.pointer_mut("/mounts").and_then(Value::as_array_mut) {
+            mounts.push(mount);
         }
     }
 

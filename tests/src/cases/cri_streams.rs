@@ -75,18 +75,27 @@ fn of_ports(scene: &Scene) -> Outcome {
     let pod = cri.run(cri.pod_config("ports")?)?;
     let id = cri.launch(&pod, container("main", PATIENT))?;
     // At localhost alone, where a pod on runc is reached.
-    cri.shell(&id, "mkdir /www && echo spoken >/www/said && httpd -p 127.0.0.1:8080 -h /www")?;
-    let request = api::PortForwardRequest { pod_sandbox_id: pod.id.clone(), port: vec![8080] };
-    let url = cri.call(async |mut client| client.port_forward(request).await)?.url;
-    let mut streams = Streams::open(&cri.netns, &url, "?port=8080")?;
-    // For each port a channel of data and one of errors, which first say its number.
-    streams.send(0, b"GET /said HTTP/1.0\r\n\r\n")?;
-    let received = streams.receive(0, |bytes| bytes.ends_with(b"spoken\n"))?;
-    ensure_eq!(received.get(..2), Some(&8080_u16.to_le_bytes()[..]), "the port");
-    let page = String::from_utf8_lossy(&received[2..]).into_owned();
-    let failed = if page.ends_with("spoken\n") { String::new() } else { streams.rest(1)? };
-    ensure!(page.starts_with("HTTP/1") && failed.is_empty(), "received {page:?}, error {failed:?}");
-    streams.close();
+    let servers =
+        "mkdir /www && echo spoken >/www/said && httpd -p 127.0.0.1:8080 -h /www && httpd -p [::1]:8081 -h /www";
+    cri.shell(&id, servers)?;
+    let forward = |port: u16| -> Outcome<_> {
+        let request = api::PortForwardRequest { pod_sandbox_id: pod.id.clone(), port: vec![port.into()] };
+        let url = cri.call(async |mut client| client.port_forward(request).await)?.url;
+        Streams::open(&cri.netns, &url, &format!("?port={port}"))
+    };
+    for port in [8080, 8081] {
+        let mut streams = forward(port)?;
+        // For each port a channel of data and one of errors, which first say its number.
+        streams.send(0, b"GET /said HTTP/1.0\r\n\r\n")?;
+        let received = streams.receive(0, |bytes| bytes.ends_with(b"spoken\n"))?;
+        ensure_eq!(received.get(..2), Some(&port.to_le_bytes()[..]), "the port");
+        let page = String::from_utf8_lossy(&received[2..]).into_owned();
+        let failed = if page.ends_with("spoken\n") { String::new() } else { streams.rest(1)? };
+        ensure!(page.starts_with("HTTP/1") && failed.is_empty(), "received {page:?} of {port}, error {failed:?}");
+        streams.close();
+    }
+    let nobody = forward(8082)?.receive(0, |_| false)?;
+    ensure_eq!(nobody, 8082_u16.to_le_bytes(), "what comes of a port where nobody listens, to its end");
     cri.remove_pod(&pod)?;
     cri.end()
 }

@@ -2,19 +2,16 @@
 
 use std::collections::BTreeSet;
 use std::ffi::{CString, OsString};
-use std::fs;
-use std::io::{Read, Write};
+use std::fs::{self, File};
 use std::os::unix::fs::{PermissionsExt, chown, symlink};
-use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use k8s_cri::v1::{ContainerConfig, ImageSpec, Mount};
+use k8s_cri::v1::{ImageSpec, Mount};
 use rustix::mount::{MountFlags, UnmountFlags, mount, mount_bind, unmount};
 
-use super::disks::Loop;
 use super::oci;
-use crate::cri::{Cri, Pod, container, volume};
+use crate::cri::{Cri, Pod, container, volume, with_python};
 use crate::run::DEADLINE;
 use crate::suite::{Case, Scene};
 use crate::{Outcome, ensure, ensure_eq, image};
@@ -23,34 +20,38 @@ pub const CASES: &[Case] = &[
     oci("cri_volumes::shared_by_containers", shared_by_containers),
     oci("cri_volumes::in_memory", in_memory),
     oci("cri_volumes::updated_meanwhile", updated_meanwhile),
-    oci("cri_volumes::of_the_host", of_the_host),
-    oci("cri_volumes::of_the_host_s_special_files", of_the_host_s_special_files),
-    oci("cri_volumes::read_only_with_what_is_below", read_only_with_what_is_below),
+    oci("cri_volumes::of_an_image", of_an_image),
 ];
 
 /// Waits until it is told to end.
-const PATIENT: &[&str] = &["sh", "-c", "trap 'exit 0' TERM; while :; do sleep 0.1; done"];
+pub const PATIENT: &[&str] = &["sh", "-c", "trap 'exit 0' TERM; while :; do sleep 0.1; done"];
 
 /// The directory of a pod's volume, where kubelet has it.
-fn directory(scene: &Scene, kind: &str, name: &str) -> Outcome<PathBuf> {
+pub fn directory(scene: &Scene, kind: &str, name: &str) -> Outcome<PathBuf> {
     let path = scene.directory.join("pods/uid/volumes").join(format!("kubernetes.io~{kind}")).join(name);
     fs::create_dir_all(&path)?;
     Ok(path)
 }
 
-/// A file system in memory, which ends with this.
-struct Memory(PathBuf);
+/// A file system in memory, or a part of something elsewhere: a mount that ends with this.
+pub struct Memory(pub PathBuf);
 
 impl Memory {
-    fn mount(path: PathBuf, options: &str) -> Outcome<Self> {
+    /// One that was not there.
+    pub fn mount(path: PathBuf, options: &str) -> Outcome<Self> {
         // Not by mount(8), which leaves files of its own in /run.
         mount("tmpfs", &path, "tmpfs", MountFlags::empty(), Some(CString::new(options)?.as_c_str()))?;
         Ok(Self(path))
     }
 
     /// A part of one, elsewhere.
-    fn bind(part: &Path, path: PathBuf) -> Outcome<Self> {
-        fs::create_dir_all(&path)?;
+    pub fn bind(part: &Path, path: PathBuf) -> Outcome<Self> {
+        if part.is_dir() {
+            fs::create_dir_all(&path)?;
+        } else {
+            fs::create_dir_all(path.parent().ok_or("no directory")?)?;
+            File::create_new(&path)?;
+        }
         mount_bind(part, &path)?;
         Ok(Self(path))
     }
@@ -60,16 +61,6 @@ impl Drop for Memory {
     fn drop(&mut self) {
         let _ = unmount(&self.0, UnmountFlags::DETACH);
     }
-}
-
-/// A container in which Python is, beside volumes.
-fn with_python(name: &str, mounts: Vec<Mount>) -> ContainerConfig {
-    let mut config = container(name, PATIENT);
-    let [host, inside, _] = [0, 1, 2].map(|n| image::DEBIAN_PROGRAMS.split(':').nth(n).unwrap_or_default());
-    config.mounts = mounts;
-    config.mounts.push(volume(Path::new(host), inside, true));
-    config.image = Some(ImageSpec { image: "localhost/debian:latest".into(), ..Default::default() });
-    config
 }
 
 /// Holds a lock and memory of a file, and tells of them on a socket to one who writes there, and to one who may only read.
@@ -102,7 +93,8 @@ fn shared_by_containers(scene: &Scene) -> Outcome {
     cri.import(&image::of_debian(scene)?)?;
     let shared = directory(scene, "empty-dir", "shared")?;
     let pod = cri.run(cri.pod_config("volumes")?)?;
-    let member = |name: &str, readonly| cri.launch(&pod, with_python(name, vec![volume(&shared, "/shared", readonly)]));
+    let member =
+        |name: &str, readonly| cri.launch(&pod, with_python(name, PATIENT, vec![volume(&shared, "/shared", readonly)]));
     let reader = member("reader", true)?;
     let one = member("one", false)?;
     let two = member("two", false)?;
@@ -214,13 +206,14 @@ fn write_atomically(volume: &Path, version: &str, rights: Rights, files: &[(&str
     Ok(())
 }
 
-/// Tells of what is made in two directories, moved there and removed there, and of the end of a third (inotify(7)).
+/// Tells of what is made in directories, moved there and removed there, and of the end of one (inotify(7)).
 const WATCH: &str = "import ctypes, os, struct
 c = ctypes.CDLL(None, use_errno=True)
 fd = c.inotify_init()
 words = {0x80: 'moved', 0x100: 'made', 0x200: 'removed', 0x400: 'ended'}
 names = {}
-for name, mask in (('/etc/settings', 0x380), ('/etc/secret', 0x380), ('/etc/settings/..data', 0x400)):
+for name, mask in (('/etc/settings', 0x380), ('/etc/secret', 0x380), ('/run/secrets/token', 0x80), ('/etc/pod', 0x80),
+    ('/etc/settings/..data', 0x400)):
     wd = c.inotify_add_watch(fd, name.encode(), mask)
     assert wd > 0, os.strerror(ctypes.get_errno())
     names[wd] = name
@@ -272,17 +265,29 @@ fn updated_meanwhile(scene: &Scene) -> Outcome {
     let cri = Cri::start(scene)?;
     let config_map = directory(scene, "configmap", "settings")?;
     let secret = Memory::mount(directory(scene, "secret", "password")?, "size=1m,mode=2775,gid=2000")?;
+    let token = Memory::mount(directory(scene, "projected", "kube-api-access")?, "size=1m,mode=0755")?;
+    let pod_info = Memory::mount(directory(scene, "downward-api", "pod-info")?, "size=1m,mode=0755")?;
     let (plain, guarded) = (Rights { mode: 0o644, group: 0 }, Rights { mode: 0o440, group: 2000 });
     let settings = [("key", "first"), ("other", "same"), ("vanishing", "x"), ("deep/er/key", "below")];
     write_atomically(&config_map, "1", plain, &settings)?;
     write_atomically(&secret.0, "1", guarded, &[("word", "one")])?;
+    write_atomically(&token.0, "1", plain, &[("token", "old"), ("namespace", "default")])?;
+    write_atomically(&pod_info.0, "1", plain, &[("labels", "a=\"b\"")])?;
     let pod = cri.run(cri.pod_config("updated")?)?;
     cri.import(&image::of_debian(scene)?)?;
-    let mounts = vec![volume(&config_map, "/etc/settings", true), volume(&secret.0, "/etc/secret", true)];
-    let id = cri.launch(&pod, with_python("main", mounts))?;
+    let mounts = vec![
+        volume(&config_map, "/etc/settings", true),
+        volume(&secret.0, "/etc/secret", true),
+        volume(&token.0, "/run/secrets/token", true),
+        volume(&pod_info.0, "/etc/pod", true),
+    ];
+    let id = cri.launch(&pod, with_python("main", PATIENT, mounts))?;
     ensure_eq!(
-        cri.shell(&id, "cd /etc; cat settings/key settings/other settings/deep/er/key secret/word")?,
-        "firstsamebelowone",
+        cri.shell(
+            &id,
+            "cd /etc; cat settings/key settings/other settings/deep/er/key secret/word /run/secrets/token/* pod/*"
+        )?,
+        "firstsamebelowonedefaultolda=\"b\"",
         "files"
     );
     let rights = "cd /etc; stat -Lc '%a %u %g' settings settings/key settings/deep secret secret/word";
@@ -295,17 +300,22 @@ fn updated_meanwhile(scene: &Scene) -> Outcome {
     let settings = [("key", "second"), ("other", "same"), ("third", "new"), ("deep/er/key", "deeper")];
     write_atomically(&config_map, "2", plain, &settings)?;
     write_atomically(&secret.0, "2", guarded, &[("word", "two")])?;
+    write_atomically(&token.0, "2", plain, &[("token", "new"), ("namespace", "default")])?;
+    write_atomically(&pod_info.0, "2", plain, &[("labels", "c=\"d\"")])?;
     std::thread::sleep(SOON);
     let seen =
         cri.shell(&id, "cd /etc; cat settings/key settings/third settings/deep/er/key secret/word; ls settings")?;
     ensure_eq!(seen, "secondnewdeepertwodeep\nkey\nother\nthird\n", "what it has a second later");
+    let seen = cri.shell(&id, "cat /run/secrets/token/* /etc/pod/*")?;
+    ensure_eq!(seen, "defaultnewc=\"d\"", "what it has of others a second later");
     ensure_eq!(cri.shell(&id, rights)?, expected, "modes and owners afterwards");
     let until = Instant::now() + DEADLINE;
     loop {
         let told = cri.shell(&id, "cat /told")?;
         let of_settings: String =
             told.lines().filter(|line| line.contains("settings")).map(|line| format!("{line}\n")).collect();
-        if of_settings == TOLD && told.contains("/etc/secret moved ..data\n") {
+        let others = ["/etc/secret", "/run/secrets/token", "/etc/pod"];
+        if of_settings == TOLD && others.iter().all(|name| told.contains(&format!("{name} moved ..data\n"))) {
             break;
         }
         ensure!(Instant::now() < until, "the watcher is told: {told}");
@@ -324,7 +334,7 @@ fn updated_meanwhile(scene: &Scene) -> Outcome {
 
     // Where no more can be watched they are seen all the same.
     let unwatched = Unwatched::begin()?;
-    let second = cri.launch(&pod, with_python("second", vec![volume(&config_map, "/etc/settings", true)]))?;
+    let second = cri.launch(&pod, with_python("second", PATIENT, vec![volume(&config_map, "/etc/settings", true)]))?;
     drop(unwatched);
     write_atomically(&config_map, "200", plain, &[("key", "200")])?;
     std::thread::sleep(SOON);
@@ -332,126 +342,46 @@ fn updated_meanwhile(scene: &Scene) -> Outcome {
         ensure_eq!(cri.shell(container, "cat /etc/settings/key")?, "200", "what each has");
     }
     cri.remove_pod(&pod)?;
-    drop(secret);
+    drop((secret, token, pod_info));
     cri.end()
 }
 
-/// Directories, files, a termination log, and part of a volume.
-fn of_the_host(scene: &Scene) -> Outcome {
+/// What is in an image, without what runs from it.
+fn of_an_image(scene: &Scene) -> Outcome {
     let cri = Cri::start(scene)?;
-    let host = scene.make_directory("host")?;
-    fs::create_dir_all(host.join("directory/below"))?;
-    fs::write(host.join("file"), "of the host\n")?;
-    fs::write(host.join("termination-log"), "")?;
-    let parts = directory(scene, "empty-dir", "parts")?;
-    fs::create_dir_all(parts.join("a/b"))?;
-    fs::write(parts.join("a/b/c"), "part\n")?;
-    let pod = cri.run(cri.pod_config("host")?)?;
-    let mut config = container("main", PATIENT);
-    config.mounts = vec![
-        volume(&host.join("directory"), "/directory", false),
-        volume(&host.join("directory"), "/looked-at", true),
-        volume(&host.join("file"), "/etc/file", false),
-        volume(&host.join("termination-log"), "/dev/termination-log", false),
-        volume(&parts.join("a/b"), "/part", false),
-    ];
-    let id = cri.launch(&pod, config)?;
-    cri.shell(&id, "echo inside >/directory/below/new; echo more >>/etc/file; echo why >/dev/termination-log")?;
-    ensure_eq!(fs::read_to_string(host.join("directory/below/new"))?, "inside\n", "file made inside");
-    ensure_eq!(fs::read_to_string(host.join("file"))?, "of the host\nmore\n", "file written to inside");
-    ensure_eq!(fs::read_to_string(host.join("termination-log"))?, "why\n", "termination log");
-    ensure_eq!(cri.shell(&id, "cat /looked-at/below/new /part/c")?, "inside\npart\n", "files");
-    let denied = cri.exec(&id, &["touch", "/looked-at/no"], 0)?;
-    ensure!(denied.stderr.contains("Read-only file system"), "writing where it must not: {denied:?}");
-    ensure!(!host.join("directory/no").exists(), "it was made");
-    cri.remove_pod(&pod)?;
-    cri.end()
-}
-
-/// A socket, character and block devices, and a directory that is not there.
-fn of_the_host_s_special_files(scene: &Scene) -> Outcome {
-    let cri = Cri::start(scene)?;
-    cri.import(&image::of_debian(scene)?)?;
-    let host = scene.make_directory("host")?;
-    let disk = Loop::new(scene)?;
-    let listener = UnixListener::bind(host.join("socket"))?;
-    let server = std::thread::spawn(move || -> std::io::Result<String> {
-        let (mut client, _) = listener.accept()?;
-        let mut said = String::new();
-        client.read_to_string(&mut said)?;
-        client.write_all(b"heard")?;
-        Ok(said)
-    });
-    let pod = cri.run(cri.pod_config("special")?)?;
-    let mounts = vec![
-        volume(&host.join("socket"), "/run/driver.sock", false),
-        volume(Path::new("/dev/zero"), "/dev/nothing", false),
-        volume(&disk.path, "/dev/disk", false),
-        volume(&host.join("new/directory"), "/new", false),
-    ];
-    let id = cri.launch(&pod, with_python("main", mounts))?;
-    let connect = "import socket; s = socket.socket(socket.AF_UNIX); s.connect('/run/driver.sock'); \
-        s.send(b'hello'); s.shutdown(socket.SHUT_WR); print(s.recv(100).decode())";
-    let talked = cri.exec(&id, &["python3", "-c", connect], 60)?;
-    ensure_eq!((&*talked.stdout, &*talked.stderr), ("heard\n", ""), "what the server answers");
-    ensure_eq!(server.join().map_err(|_| "the server panicked")??, "hello", "what the server has heard");
-    ensure_eq!(
-        cri.shell(&id, "stat -c %F /run/driver.sock /dev/nothing /dev/disk /new")?,
-        "socket\ncharacter special file\nblock special file\ndirectory\n",
-        "what they are"
-    );
-    ensure_eq!(cri.shell(&id, "head -c 4 /dev/nothing | tr '\\0' z")?, "zzzz", "bytes of a device");
-    // Which devices may be used is not said by what is mounted.
-    ensure!(
-        cri.exec(&id, &["head", "-c", "1", "/dev/disk"], 0)?.status != 0,
-        "a disk is read that is no device of the pod"
-    );
-    cri.shell(&id, "echo inside >/new/file")?;
-    ensure_eq!(fs::read_to_string(host.join("new/directory/file"))?, "inside\n", "file in the directory");
-    cri.remove_pod(&pod)?;
-    drop(disk);
-    cri.end()
-}
-
-/// What is mounted below a volume stays writable in an ordinary read-only one with runc, and in a machine nothing does: its kernel
-/// mounts it as the volume is.
-fn read_only_with_what_is_below(scene: &Scene) -> Outcome {
-    let host = scene.make_directory("host")?;
-    fs::create_dir(host.join("below"))?;
-    let below = Memory::mount(host.join("below"), "size=1m")?;
-    let run = |options: &[&str]| {
-        let script = "touch /mnt/file; touch /mnt/below/file && echo written";
-        scene.run(&scene.debian()?.bind(&host, "/mnt", options).sh(script))
-    };
-    let ordinary = run(&["rbind", "ro"])?;
-    let expected = if scene.runtime.is_virtual() { "" } else { "written\n" };
-    ensure_eq!(ordinary.stdout, expected, "what is below one that is read-only: {:?}", ordinary.stderr);
-    let all = run(&["rbind", "rro"])?;
-    ensure_eq!(all.stdout, "", "what is below one that is read-only with all below");
-    ensure_eq!(all.stderr.matches("Read-only file system").count(), 2, "errors: {:?}", all.stderr);
-
-    let cri = Cri::start(scene)?;
-    match cri.version()? {
-        version if version < (2, 0) => {
-            println!("     cri_volumes: containerd {version:?} knows no recursive_read_only: left out");
-        }
-        // It asks runtimes of that type alone what they can do, and looks at what it has of the others: it panics. kubelet does not ask
-        // it for what a runtime class has not said that it can do.
-        version if scene.runtime.is_virtual() => {
-            println!(
-                "     cri_volumes: containerd {version:?} has recursive_read_only for io.containerd.runc.v2 alone: left out"
-            );
-        }
-        _ => {
-            let pod = cri.run(cri.pod_config("below")?)?;
-            let mut config = container("main", PATIENT);
-            config.mounts = vec![Mount { recursive_read_only: true, ..volume(&host, "/mnt", true) }];
-            let id = cri.launch(&pod, config)?;
-            let denied = cri.exec(&id, &["touch", "/mnt/file", "/mnt/below/new"], 0)?;
-            ensure_eq!(denied.stderr.matches("Read-only file system").count(), 2, "errors: {denied:?}");
-            cri.remove_pod(&pod)?;
-        }
+    let version = cri.version()?;
+    if version < (2, 1) {
+        println!("     cri_volumes::of_an_image: containerd {version:?} knows no volumes of images: left out");
+        return cri.end();
     }
-    drop(below);
+    let name = "docker.io/library/data:latest";
+    cri.import(&image::busybox_as(scene, name)?)?;
+    let pod = cri.run(cri.pod_config("image")?)?;
+    let mut config = container("main", PATIENT);
+    let image = Some(ImageSpec { image: name.into(), ..Default::default() });
+    let mounts = ["/data", "/again"].map(|path| Mount { image: image.clone(), ..volume(Path::new(""), path, true) });
+    config.mounts = mounts.into();
+    let ids = [cri.launch(&pod, config.clone())?, {
+        config.metadata.get_or_insert_default().name = "other".into();
+        cri.launch(&pod, config)?
+    }];
+    for id in &ids {
+        ensure_eq!(
+            cri.shell(id, "grep other: /data/etc/passwd; cmp /bin/sh /again/bin/sh")?,
+            "other:x:1000:1000:other:/:/bin/sh\n",
+            "files"
+        );
+        for path in ["/data/new", "/again/etc/passwd"] {
+            let denied = cri.exec(id, &["sh", "-c", &format!("echo >>{path}")], 0)?;
+            ensure!(denied.stderr.contains("Read-only file system"), "writing to an image: {denied:?}");
+        }
+        // What is executed there is executed.
+        ensure_eq!(
+            cri.shell(id, "/data/bin/busybox echo from the image")?,
+            "from the image\n",
+            "a program of the image"
+        );
+    }
+    cri.remove_pod(&pod)?;
     cri.end()
 }

@@ -12,7 +12,9 @@ mod containerd;
 mod crashes;
 mod cri;
 mod cri_disks;
+mod cri_host_paths;
 mod cri_many;
+mod cri_network;
 mod cri_outages;
 mod cri_security;
 mod cri_streams;
@@ -103,8 +105,10 @@ pub const ALL: &[&[Case]] = &[
     cri_outages::CASES,
     cri_many::CASES,
     cri_workload::CASES,
+    cri_network::CASES,
     cri_security::CASES,
     cri_streams::CASES,
+    cri_host_paths::CASES,
     cri_volumes::CASES,
     podman::CASES,
     podman_networks::CASES,

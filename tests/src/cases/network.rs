@@ -28,7 +28,7 @@ pub const CASES: &[Case] = &[
 ];
 
 /// Answers TCP and UDP on port 7 with what it was sent, on both families, until it is killed.
-const ECHO: &str = "
+pub const ECHO: &str = "
 import socket, threading
 def echo(stream):
     with stream:
@@ -47,7 +47,7 @@ while True:
 ";
 
 /// Asks each address of its arguments: TCP, small and large, and UDP.
-const ASK: &str = "
+pub const ASK: &str = "
 import socket, sys
 for address in sys.argv[1:]:
     with socket.create_connection((address, 7), timeout=60) as stream:
@@ -130,7 +130,7 @@ fn a_namespace_that_was_there(scene: &Scene) -> Outcome {
 }
 
 /// What `ip` says in a namespace, without what differs from one kernel to the next.
-fn configuration(text: &str) -> Outcome<Vec<String>> {
+pub fn configuration(text: &str) -> Outcome<Vec<String>> {
     let mut lines = Vec::new();
     for line in text.lines().filter(|line| !line.is_empty()) {
         let Value::Array(entries) = serde_json::from_str(line)? else { return Err(format!("no list: {line}").into()) };
@@ -160,7 +160,8 @@ fn configuration(text: &str) -> Outcome<Vec<String>> {
     Ok(lines)
 }
 
-const SHOW: &str = "ip -j address; ip -j route; ip -j -6 route; ip -j neighbour show nud permanent";
+/// Says it.
+pub const SHOW: &str = "ip -j address; ip -j route; ip -j -6 route; ip -j neighbour show nud permanent";
 
 fn the_configuration_is_the_same(scene: &Scene) -> Outcome {
     let (pod, lan) = pair(scene)?;

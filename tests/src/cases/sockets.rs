@@ -1,5 +1,6 @@
 //! Sockets of the host that are bound into a container, as that of a container engine or of a CSI driver.
 
+use std::fs;
 use std::path::{Path, PathBuf};
 
 use serde_json::json;
@@ -16,6 +17,7 @@ pub const CASES: &[Case] = &[
     oci("sockets::the_server_sees_who_connects", the_server_sees_who_connects),
     oci("sockets::datagrams_come_from_who_sent_them", datagrams_come_from_who_sent_them),
     oci("sockets::one_whose_server_is_gone", one_whose_server_is_gone),
+    oci("sockets::those_in_a_directory", those_in_a_directory),
 ];
 
 /// Serves each client until its end of file, then says who it was, how much it sent, and sends that back.
@@ -199,4 +201,67 @@ with socket.socket(socket.AF_UNIX) as client:
     let found = scene.start(&bundle)?.wait_within(DEADLINE)?.output()?;
     ensure_eq!(found, "ended\n", "a connection to nobody");
     Ok(())
+}
+
+/// What was left in a directory by one who is gone, another takes the place of; one that was made anew on the host is not reached
+/// from a machine before the container is.
+fn those_in_a_directory(scene: &Scene) -> Outcome {
+    let before = Leaks::watch();
+    let directory = scene.make_directory("sockets")?;
+    fs::create_dir(directory.join("below"))?;
+    let path = directory.join("host.sock");
+    let server = serve(&path, "600", "0")?;
+    let words = ["python3", "-c", LOG, &directory.join("below/log").to_string_lossy()].map(Into::into);
+    let mut log = Running::start(&words, &[])?;
+    log.expect_line("ready")?;
+    stop(serve(&directory.join("left"), "600", "0")?)?;
+    let other = scene.make_directory("other")?;
+    let bundle = scene
+        .debian()?
+        .bind(&directory, "/run", &["rbind", "ro"])
+        .bind(&directory, "/mnt", &["rbind"])
+        // What is covered is not reached, and what covers it stays as it is.
+        .bind(&other, "/mnt/below", &["rbind"])
+        .args(&["sleep", "1000"]);
+    let container = Container::make(scene, &bundle, &["run", "-d"])?;
+    let inside = |words: &[&str]| container.call(&[&["exec", &container.id], words].concat())?.output();
+    ensure_eq!(inside(&["stat", "-c", "%F:%a", "/run/host.sock"])?, "socket:600\n", "what it is");
+    for length in ["0", "1000000"] {
+        ensure_eq!(inside(&["python3", "-c", CLIENT, length])?, format!("0 0 {length}\n"), "answer");
+    }
+    let rest = "
+import os, socket
+log = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+log.connect('/run/below/log')
+log.send(b'a message')
+assert os.listdir('/mnt/below') == [], os.listdir('/mnt/below')
+os.unlink('/mnt/left')
+own = socket.socket(socket.AF_UNIX)
+own.bind('/mnt/left')
+own.listen()
+client = socket.socket(socket.AF_UNIX)
+client.connect('/run/left')
+own.accept()[0].send(b'here')
+print(client.recv(10))";
+    ensure_eq!(inside(&["python3", "-c", rest])?, "b'here'\n", "what a socket of its own says");
+    log.send(b"1\n")?;
+    let logged = log.wait_within(DEADLINE)?.output()?;
+    ensure!(logged.ends_with("0 0 9 a message\n"), "logged: {logged:?}");
+    ensure_eq!(fs::read_dir(&other)?.count(), 0, "files where others were covered");
+
+    stop(server)?;
+    fs::remove_file(&path)?;
+    let server = serve(&path, "600", "0")?;
+    let asked = container.call(&["exec", &container.id, "python3", "-c", CLIENT, "5"])?;
+    match scene.runtime.is_virtual() {
+        true => ensure!(asked.stderr.contains("ConnectionRefusedError"), "one that was made anew: {asked:?}"),
+        false => ensure_eq!(asked.stdout, "0 0 5\n", "answer of one that was made anew"),
+    }
+    container.end()?;
+    let again = Container::make(scene, &bundle, &["run", "-d"])?;
+    let asked = again.call(&["exec", &again.id, "python3", "-c", CLIENT, "5"])?;
+    ensure_eq!(asked.output()?, "0 0 5\n", "answer to a container that was made anew");
+    again.end()?;
+    stop(server)?;
+    before.check()
 }
