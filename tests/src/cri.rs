@@ -27,7 +27,7 @@ const PAUSE: &str = "podhull.test/pause:latest";
 const PODS: &str = "/sys/fs/cgroup/kubepods";
 
 /// Where podhull knows its containers.
-const STATE: &str = "/run/containerd/podhull/k8s.io";
+pub const STATE: &str = "/run/containerd/podhull/k8s.io";
 
 /// What answers when pods are made.
 pub struct Cri {
