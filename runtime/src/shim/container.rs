@@ -34,7 +34,8 @@ use crate::pod::{self, Announce, CommandError, Create, Execution, Handed, Inheri
 use crate::spec::{Config, Resources};
 use crate::state::{Known, Status};
 
-/// Most processes that were added to a container and not deleted.
+/// Most processes that are known of a container. Those that have ended, and that nobody has deleted, make room for others: CRI-O
+/// deletes none that it has killed because it took too long.
 const MOST_EXECUTED: usize = 4096;
 
 /// What all containers of a shim have in common.
@@ -369,8 +370,8 @@ impl Container {
         if executed.contains_key(&request.exec_id) {
             return Err(error(Code::ALREADY_EXISTS, format!("process {:?} exists already", request.exec_id)));
         }
-        if executed.len() >= MOST_EXECUTED {
-            let what = format!("container {:?} has {MOST_EXECUTED} processes that nobody has deleted", self.id);
+        if executed.len() >= MOST_EXECUTED && !forget_oldest(&mut executed) {
+            let what = format!("container {:?} has {MOST_EXECUTED} processes that have not ended", self.id);
             return Err(error(Code::RESOURCE_EXHAUSTED, what));
         }
         executed.insert(request.exec_id.clone(), Arc::new(Process::new(&request.exec_id, spec, names)));
@@ -530,6 +531,13 @@ fn deleted(process: &Process) -> DeleteResponse {
         exited_at: exit.map(|exit| timestamp(exit.at)).map_or_else(MessageField::none, MessageField::some),
         ..Default::default()
     }
+/// Makes room by the one that ended first; false if all of them go on.
+fn forget_oldest(executed: &mut HashMap<String, Arc<Process>>) -> bool {
+    let ended = executed.iter().filter_map(|(name, process)| Some((process.exit()?.at, name)));
+    let Some(name) = ended.min().map(|(_, name)| name.clone()) else { return false };
+    executed.remove(&name).is_some()
+}
+
 }
 
 /// Who makes control groups, where options do not say: what `linux.cgroupsPath` looks like does.

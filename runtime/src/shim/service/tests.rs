@@ -405,6 +405,14 @@ async fn programs_that_nobody_starts_are_not_taken_without_end() {
     child.kill().unwrap();
     timeout(SOON, container.init.wait()).await.unwrap();
 }
+    // One that has ended, and that nobody deletes, makes room.
+    let mut program = sleep();
+    let process = container.execute_child("7", program.id().cast_signed());
+    program.kill().unwrap();
+    timeout(SOON, process.wait()).await.unwrap();
+    add(4096).unwrap();
+    assert_eq!(code(container.process("7").map(drop)), Code::NOT_FOUND);
+    assert!(add(4097).is_err());
 
 #[tokio::test]
 async fn the_end_of_a_container_is_told_last() {
