@@ -64,6 +64,11 @@ pub struct Executed {
 impl Cri {
     /// Starts containerd, with the shim of podhull for pods of the class `kata`; the program under test may be runc instead.
     pub fn start(scene: &Scene) -> Outcome<Self> {
+        Self::start_with(scene, None)
+    }
+
+    /// The same with a configuration for podhull's class.
+    pub fn start_with(scene: &Scene, class: Option<&Path>) -> Outcome<Self> {
         let before = Leaks::watch();
         let directory = scene.make_directory("cri")?;
         let netns = Netns::new(scene, "node")?;
@@ -85,9 +90,12 @@ impl Cri {
         let more = format!(
             "[{service}]\nstream_server_address = \"127.0.0.1\"\nstream_server_port = \"0\"\n{image}\n\
              [{runtime}.containerd.runtimes.runc]\nruntime_type = \"io.containerd.runc.v2\"\n\
-             [{runtime}.cni]\n{programs}\nconf_dir = {:?}\n{}",
+             [{runtime}.cni]\n{programs}\nconf_dir = {:?}\n{}\n{}",
             network.display().to_string(),
             documented()?,
+            class.map_or_else(String::new, |class| {
+                format!("[{runtime}.containerd.runtimes.kata.options]\nConfigPath = {class:?}")
+            }),
         );
         fs::create_dir_all(PODS)?;
         let containerd = Containerd::with_config(scene, shim, &[], &more, Some(&netns))?;

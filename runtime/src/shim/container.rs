@@ -44,6 +44,8 @@ pub struct Surroundings {
     pub namespace: String,
     /// The state root.
     pub root: PathBuf,
+    /// File with the configuration of the pod's runtime class, where that was said before there was a container.
+    pub class: Option<PathBuf>,
     /// Where to say what is done.
     pub log: Log,
     /// The same for processes that are started.
@@ -138,6 +140,7 @@ impl Container {
             metrics: OnceLock::new(),
         });
         let this = container.clone();
+        let class = asked.config.or_else(|| this.surroundings.class.clone());
         let mounts = request.rootfs.clone();
         let made = beside(move || {
             rootfs::mount_all(&this.bundle, &mounts).map_err(failed)?;
@@ -151,6 +154,7 @@ impl Container {
                 announce: Announce::default(),
                 console_socket: false,
                 cgroups: this.cgroups,
+                class: class.as_deref(),
                 // Not this process's own, which the host spares as it does containerd.
                 oom_score_adj: Some(0),
                 began,

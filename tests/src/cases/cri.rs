@@ -21,6 +21,7 @@ pub const CASES: &[Case] = &[
     oci("cri::names_of_a_pod", names_of_a_pod),
     oci("cri::containerd_killed_meanwhile", containerd_killed_meanwhile),
     podhull("cri::a_pod_that_is_killed", a_pod_that_is_killed),
+    podhull("cri::a_class_with_a_configuration", a_class_with_a_configuration),
 ];
 
 /// Waits until it is told to end, and then exits with 3.
@@ -100,6 +101,19 @@ fn five_containers_come_and_go(scene: &Scene) -> Outcome {
     cri.remove_pod(&pod)?;
     let left = cri.call(async |mut client| client.list_containers(api::ListContainersRequest::default()).await)?;
     ensure_eq!(left.containers.len(), 0, "containers that are left");
+    cri.end()
+}
+
+/// Its pods have the sizes of a file that the class names.
+fn a_class_with_a_configuration(scene: &Scene) -> Outcome {
+    let class = scene.make_directory("class")?.join("class.toml");
+    fs::write(&class, "[machine]\nmemory = 256\n")?;
+    let cri = Cri::start_with(scene, Some(&class))?;
+    let pod = cri.run(cri.pod_config("small")?)?;
+    let id = patient(&cri, &pod, container("main", PATIENT))?;
+    let memory: u64 = cri.shell(&id, "sed -n 's/MemTotal: *\\([0-9]*\\) kB/\\1/p' /proc/meminfo")?.trim().parse()?;
+    ensure!((128 << 10..=256 << 10).contains(&memory), "{memory} KiB of memory, with 256 MiB");
+    cri.remove_pod(&pod)?;
     cri.end()
 }
 

@@ -48,6 +48,7 @@ impl Shim {
             root: directory.path().join("root"),
             log: Log::stderr(),
             debug: false,
+            class: None,
             publisher,
         };
         let over = Arc::new(Notify::new());
