@@ -419,6 +419,11 @@ impl Container {
         pidfd_send_signal(shadow, signal).map_err(|_| not_found("process already finished"))
     }
 
+    /// Whether its program was started, and has not ended.
+    pub fn runs(&self) -> bool {
+        self.init.phase() == Phase::Running
+    }
+
     /// Stops all of it where it is.
     pub async fn pause(self: &Arc<Self>) -> Result<()> {
         let this = self.clone();
@@ -526,6 +531,13 @@ impl Container {
     }
 }
 
+/// Makes room by the one that ended first; false if all of them go on.
+fn forget_oldest(executed: &mut HashMap<String, Arc<Process>>) -> bool {
+    let ended = executed.iter().filter_map(|(name, process)| Some((process.exit()?.at, name)));
+    let Some(name) = ended.min().map(|(_, name)| name.clone()) else { return false };
+    executed.remove(&name).is_some()
+}
+
 /// What is said of a process that is not to be known any more.
 fn deleted(process: &Process) -> DeleteResponse {
     let exit = process.exit();
@@ -535,13 +547,6 @@ fn deleted(process: &Process) -> DeleteResponse {
         exited_at: exit.map(|exit| timestamp(exit.at)).map_or_else(MessageField::none, MessageField::some),
         ..Default::default()
     }
-/// Makes room by the one that ended first; false if all of them go on.
-fn forget_oldest(executed: &mut HashMap<String, Arc<Process>>) -> bool {
-    let ended = executed.iter().filter_map(|(name, process)| Some((process.exit()?.at, name)));
-    let Some(name) = ended.min().map(|(_, name)| name.clone()) else { return false };
-    executed.remove(&name).is_some()
-}
-
 }
 
 /// Who makes control groups, where options do not say: what `linux.cgroupsPath` looks like does.

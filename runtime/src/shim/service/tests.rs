@@ -1,6 +1,8 @@
 //! What is said to the server that nobody should say: it answers with an error that has a code, takes no more memory than it is given, and goes
 //! on. Containers are children of the test, without a machine.
 
+mod sandbox;
+
 use std::path::Path;
 use std::process::{Child, Command};
 use std::time::Duration;
@@ -46,9 +48,9 @@ impl Shim {
         let surroundings = Surroundings {
             namespace: "n".into(),
             root: directory.path().join("root"),
+            class: None,
             log: Log::stderr(),
             debug: false,
-            class: None,
             publisher,
         };
         let over = Arc::new(Notify::new());
@@ -403,9 +405,6 @@ async fn programs_that_nobody_starts_are_not_taken_without_end() {
     };
     let refused = (0..).find_map(|number| add(number).err().map(|error| (number, code::<()>(Err(error))))).unwrap();
     assert_eq!(refused, (4096, Code::RESOURCE_EXHAUSTED));
-    child.kill().unwrap();
-    timeout(SOON, container.init.wait()).await.unwrap();
-}
     // One that has ended, and that nobody deletes, makes room.
     let mut program = sleep();
     let process = container.execute_child("7", program.id().cast_signed());
@@ -414,6 +413,9 @@ async fn programs_that_nobody_starts_are_not_taken_without_end() {
     add(4096).unwrap();
     assert_eq!(code(container.process("7").map(drop)), Code::NOT_FOUND);
     assert!(add(4097).is_err());
+    child.kill().unwrap();
+    timeout(SOON, container.init.wait()).await.unwrap();
+}
 
 #[tokio::test]
 async fn the_end_of_a_container_is_told_last() {
