@@ -18,6 +18,7 @@ mod cri_security;
 mod cri_streams;
 mod cri_volumes;
 mod cri_workload;
+mod crio;
 mod deploy;
 mod descriptors;
 mod disks;
@@ -47,6 +48,7 @@ mod programs;
 mod races;
 mod resources;
 mod rogue;
+mod sandbox;
 mod shim;
 mod sockets;
 mod stdio;
@@ -98,6 +100,8 @@ pub const ALL: &[&[Case]] = &[
     containerd::CASES,
     deploy::CASES,
     shim::CASES,
+    crio::CASES,
+    sandbox::CASES,
     cri::CASES,
     cri_disks::CASES,
     cri_outages::CASES,
