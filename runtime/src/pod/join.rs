@@ -313,7 +313,7 @@ mod tests {
             let joined = look_up_as("sandbox", path).unwrap();
             assert!(joined.pod.is_none() && joined.shared.is_empty());
             assert_eq!(type_of(&joined.namespaces[0].1), Ok(libc::CLONE_NEWIPC));
-            for (opens, path) in [("container", path), ("sandbox", "/proc/1/ns/ipc")] {
+            for (opens, path) in [("container", path), ("sandbox", "/proc/self/ns/ipc")] {
                 let error = look_up_as(opens, path).err().unwrap();
                 assert!(error.contains("the ipc namespace of no podhull container"), "{error}");
             }

@@ -397,6 +397,10 @@ impl Container {
             Phase::Added => return Err(not_now("process not created")),
             Phase::Created | Phase::Running => {}
         }
+        // Whether it is there, which is known by now.
+        if number == 0 {
+            return Ok(());
+        }
         if exec.is_empty() {
             let this = self.clone();
             if number == libc::SIGKILL {
@@ -408,9 +412,8 @@ impl Container {
                 killed => killed.map_err(of_kill),
             };
         }
-        // Real-time signals have no names. What the number 0 asks for is known by now.
+        // Real-time signals have no names.
         let signal = match number {
-            0 => return Ok(()),
             // SAFETY: whoever sends signals of the C library's own means a process of the guest.
             1..=64 => unsafe { Signal::from_raw_unchecked(number) },
             _ => return Err(error(Code::INVALID_ARGUMENT, format!("there is no signal {signal}"))),

@@ -291,7 +291,7 @@ fn drive(mut main: Made, pod: &Made, fifos: &Path) -> Outcome<[String; 2]> {
     let close = CloseIORequest { id: main.id.clone(), exec_id: "in".into(), stdin: true, ..Default::default() };
     main.shim.call::<Empty>(TASK, "CloseIO", &close)?;
     ensure_eq!(main.finish("in", pipes)?, (0, ["said\n".to_owned(), String::new()]), "what it is told");
-    let size = "until [ \"$(stty size)\" = '30 100' ]; do sleep 0.1; done; echo right";
+    let size = "until [ \"$(stty size 2>/dev/null)\" = '30 100' ]; do sleep 0.1; done; echo right";
     let pipes = main.execute("tty", &["sh", "-c", size], true, true, fifos)?;
     let (id, exec_id) = (main.id.clone(), "tty".to_owned());
     let resize = ResizePtyRequest { id, exec_id, width: 100, height: 30, ..Default::default() };

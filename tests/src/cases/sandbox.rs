@@ -30,7 +30,7 @@ use crate::{Outcome, ensure, ensure_eq};
 
 pub const CASES: &[Case] = &[podhull("sandbox::from_its_making_to_its_end", from_its_making_to_its_end)];
 
-const ID: &str = "pod";
+const ID: &str = "made-for-itself";
 
 fn start(shim: &Shim) -> Result<StartSandboxResponse, Refused> {
     shim.call(SANDBOX, "StartSandbox", &StartSandboxRequest { sandbox_id: ID.into(), ..Default::default() })

@@ -340,6 +340,8 @@ async fn what_comes_at_the_wrong_time_is_refused() {
     let create = CreateTaskRequest { id: "c".into(), ..Default::default() };
     assert_eq!(code(client.create(context(), &create).await), Code::ALREADY_EXISTS);
     assert_eq!(code(client.delete(context(), &DELETE).await), Code::FAILED_PRECONDITION);
+    // Whether it is there.
+    client.kill(context(), &KillRequest { id: "c".into(), ..Default::default() }).await.unwrap();
     // Somebody needs it.
     client.shutdown(context(), &ShutdownRequest { id: "other".into(), ..Default::default() }).await.unwrap();
 
