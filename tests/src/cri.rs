@@ -470,7 +470,7 @@ pub fn resources(config: &mut api::ContainerConfig) -> &mut api::LinuxContainerR
 
 /// Who makes pods, by containerd's name of that: with `shim` in `$PODHULL_TEST_SANDBOXER` it is podhull's shim by itself, else
 /// containerd with a container of its own in each.
-fn sandboxer() -> Outcome<Option<String>> {
+pub fn sandboxer() -> Outcome<Option<String>> {
     match std::env::var("PODHULL_TEST_SANDBOXER") {
         Ok(name) if name == "shim" => Ok(Some(name)),
         Ok(name) => Err(format!("PODHULL_TEST_SANDBOXER={name}: only shim is known").into()),
