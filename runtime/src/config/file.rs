@@ -45,6 +45,8 @@ pub fn read_class(config: &mut Config, path: &Path, owner: u32) -> Result<(), Co
     let (Some(directory), Some(name)) = (path.parent(), path.file_name()) else {
         return Err(ConfigError::NotAFile(path.to_owned()));
     };
+    // Of a name alone, on the command line.
+    let directory = if directory.as_os_str().is_empty() { Path::new(".") } else { directory };
     let missing = |path: &Path| ConfigError::Read(path.to_owned(), Errno::NOENT);
     let opened = open(rustix::fs::CWD, directory, directory, OFlags::RDONLY | OFlags::DIRECTORY, owner)?;
     let opened = opened.ok_or_else(|| missing(directory))?;
