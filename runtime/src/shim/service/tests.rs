@@ -98,6 +98,13 @@ fn sleep() -> Child {
     Command::new("sleep").arg("1000").spawn().unwrap()
 }
 
+/// The same and its number; who it is given to waits for its end.
+fn sleeping() -> (Child, i32) {
+    let child = sleep();
+    let pid = child.id().cast_signed();
+    (child, pid)
+}
+
 fn frame(length: usize, stream: u32, kind: u8, payload: &[u8]) -> Vec<u8> {
     let length = u32::try_from(length).unwrap();
     [&length.to_be_bytes()[..], &stream.to_be_bytes(), &[kind, 0], payload].concat()
@@ -408,8 +415,8 @@ async fn programs_that_nobody_starts_are_not_taken_without_end() {
     let refused = (0..).find_map(|number| add(number).err().map(|error| (number, code::<()>(Err(error))))).unwrap();
     assert_eq!(refused, (4096, Code::RESOURCE_EXHAUSTED));
     // One that has ended, and that nobody deletes, makes room.
-    let mut program = sleep();
-    let process = container.execute_child("7", program.id().cast_signed());
+    let (mut program, pid) = sleeping();
+    let process = container.execute_child("7", pid);
     program.kill().unwrap();
     timeout(SOON, process.wait()).await.unwrap();
     add(4096).unwrap();

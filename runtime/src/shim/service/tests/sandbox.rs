@@ -148,13 +148,12 @@ async fn containers_have_the_time_to_end_that_is_given_to_them() {
     let client = shim.pod().await;
     let context = Context::default;
     let (container, mut child) = shim.container("c");
-    let mut holding = sleep();
-    let pid = holding.id();
-    let holder = Container::of_child(shim.tasks.surroundings.clone(), "p", pid.cast_signed());
+    let (mut holding, pid) = sleeping();
+    let holder = Container::of_child(shim.tasks.surroundings.clone(), "p", pid);
     shim.sandbox("p").hold(holder.clone());
     assert_eq!(code(client.start_sandbox(context(), &start("p")).await), Code::FAILED_PRECONDITION);
     let found = client.sandbox_status(context(), &status("p")).await.unwrap();
-    assert_eq!((&*found.state, found.pid), ("SANDBOX_READY", pid));
+    assert_eq!((&*found.state, found.pid), ("SANDBOX_READY", pid.cast_unsigned()));
     // It has no guest that could answer.
     assert_eq!(code(client.ping_sandbox(context(), &ping("p")).await), Code::UNAVAILABLE);
     let mut stopping = tokio::spawn({
@@ -184,8 +183,8 @@ async fn containers_have_no_more_time_to_end_than_that() {
     let shim = Shim::start().await;
     let client = shim.pod().await;
     let (container, mut child) = shim.container("c");
-    let mut holding = sleep();
-    let holder = Container::of_child(shim.tasks.surroundings.clone(), "p", holding.id().cast_signed());
+    let (mut holding, pid) = sleeping();
+    let holder = Container::of_child(shim.tasks.surroundings.clone(), "p", pid);
     shim.sandbox("p").hold(holder);
     let began = std::time::Instant::now();
     let request = stop("p", 1);
