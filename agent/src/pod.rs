@@ -10,7 +10,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use podhull_protocol::{
     ConfigureNetworkRequest, ContainerStatsResponse, CreateContainerRequest, CreateContainerResponse, CreatePodRequest,
     CreatePodResponse, DEBUG_DIR, DebugProgram, Disk, ExecProcessRequest, ExecProcessResponse, GrowRequest,
-    GrowResponse, ListProcessesResponse, MAX_DEBUG_PROGRAM, NamedStats, PodStatsResponse, Stdio, VERSION,
+    GrowResponse, MAX_DEBUG_PROGRAM, PodStatsResponse, Stdio, VERSION,
 };
 use rustix::io::Errno;
 use tokio::io::unix::AsyncFd;
@@ -445,7 +445,7 @@ impl Pod {
 
     /// What the guest has used, and each container.
     pub fn stats_of_all(&self) -> PodStatsResponse {
-        let containers: Vec<_> = {
+        let mut containers: Vec<_> = {
             let containers = self.containers.lock().unwrap_or_else(PoisonError::into_inner);
             let there = containers.values().filter_map(|entry| match entry {
                 Entry::There(container) => Some(container.clone()),
@@ -453,16 +453,9 @@ impl Pod {
             });
             there.collect()
         };
-        let stats = containers.iter().filter_map(|container| {
-            // One whose group is gone has ended.
-            let stats = Some(container.stats().ok()?).into();
-            Some(NamedStats { id: container.id().to_owned(), stats, ..NamedStats::default() })
-        });
-        PodStatsResponse { containers: stats.collect(), ..stats::read() }
-    }
-
-    pub async fn processes(&self, id: &str) -> Result<ListProcessesResponse, PodError> {
-        Ok(self.container(id)?.processes().await?)
+        containers.sort_by(|one, other| one.id().cmp(other.id()));
+        // One whose group is gone has ended.
+        stats::together(containers.iter().filter_map(|container| Some((container.id(), container.stats().ok()?))))
     }
 
     pub fn signal_process(&self, id: &str, exec_id: &str, signal: i32) -> Result<(), PodError> {

@@ -6,10 +6,9 @@ use std::sync::Arc;
 use podhull_protocol::{
     Agent, ConfigureNetworkRequest, ContainerStatsRequest, ContainerStatsResponse, CreateContainerRequest,
     CreateContainerResponse, CreatePodRequest, CreatePodResponse, DeleteContainerRequest, DeleteProcessRequest, Empty,
-    Event, EventsRequest, ExecProcessRequest, ExecProcessResponse, GrowRequest, GrowResponse, ListProcessesRequest,
-    ListProcessesResponse, PauseContainerRequest, PodStatsRequest, PodStatsResponse, ReadLogRequest, ReadLogResponse,
-    ResizeTerminalRequest, ResumeContainerRequest, SignalContainerRequest, SignalProcessRequest, StartContainerRequest,
-    UpdateContainerRequest, UpdateVolumeRequest,
+    Event, EventsRequest, ExecProcessRequest, ExecProcessResponse, GrowRequest, GrowResponse, PauseContainerRequest,
+    PodStatsRequest, PodStatsResponse, ReadLogRequest, ReadLogResponse, ResizeTerminalRequest, ResumeContainerRequest,
+    SignalContainerRequest, SignalProcessRequest, StartContainerRequest, UpdateContainerRequest, UpdateVolumeRequest,
 };
 use ttrpc::r#async::{ServerStreamSender, TtrpcContext};
 
@@ -125,15 +124,6 @@ impl Agent for Service {
         let read = tokio::task::spawn_blocking(move || log::read(request.max_bytes as usize));
         let lines = read.await.map_err(io::Error::other).and_then(|lines| lines).map_err(unreadable)?;
         Ok(ReadLogResponse { lines, ..ReadLogResponse::default() })
-    }
-
-    async fn list_processes(
-        &self,
-        _: &TtrpcContext,
-        request: ListProcessesRequest,
-    ) -> ttrpc::Result<ListProcessesResponse> {
-        let pod = self.pod.clone();
-        self.run(async move { pod.processes(&request.id).await }).await
     }
 
     async fn resize_terminal(&self, _: &TtrpcContext, request: ResizeTerminalRequest) -> ttrpc::Result<Empty> {

@@ -28,7 +28,7 @@ const PAUSE: &str = "podhull.test/pause:latest";
 const PODS: &str = "/sys/fs/cgroup/kubepods";
 
 /// Where podhull knows its containers.
-const STATE: &str = "/run/containerd/podhull/k8s.io";
+pub const STATE: &str = "/run/containerd/podhull/k8s.io";
 
 /// What answers when pods are made.
 pub struct Cri {
@@ -65,11 +65,20 @@ pub struct Executed {
 impl Cri {
     /// Starts containerd, with the shim of podhull for pods of the class `kata`; the program under test may be runc instead.
     pub fn start(scene: &Scene) -> Outcome<Self> {
-        Self::with_networks(scene, |addresses| vec![Network::usual(addresses)])
+        Self::begin(scene, None, |addresses| vec![Network::usual(addresses)])
+    }
+
+    /// The same with a configuration for podhull's class.
+    pub fn with_class(scene: &Scene, class: &Path) -> Outcome<Self> {
+        Self::begin(scene, Some(class), |addresses| vec![Network::usual(addresses)])
     }
 
     /// The same with other networks, of which each pod has one interface each. What is given to them is a directory for their own.
     pub fn with_networks(scene: &Scene, networks: impl FnOnce(&Path) -> Vec<Network>) -> Outcome<Self> {
+        Self::begin(scene, None, networks)
+    }
+
+    fn begin(scene: &Scene, class: Option<&Path>, networks: impl FnOnce(&Path) -> Vec<Network>) -> Outcome<Self> {
         let before = Leaks::watch();
         let directory = scene.make_directory("cri")?;
         let netns = Netns::new(scene, "node")?;
@@ -95,9 +104,12 @@ impl Cri {
         let more = format!(
             "[{service}]\nstream_server_address = \"127.0.0.1\"\nstream_server_port = \"0\"\n{image}\n\
              [{runtime}.containerd.runtimes.runc]\nruntime_type = \"io.containerd.runc.v2\"\n\
-             [{runtime}.cni]\n{programs}\nmax_conf_num = {count}\nconf_dir = {:?}\n{}",
+             [{runtime}.cni]\n{programs}\nmax_conf_num = {count}\nconf_dir = {:?}\n{}\n{}",
             configurations.display().to_string(),
             documented()?,
+            class.map_or_else(String::new, |class| {
+                format!("[{runtime}.containerd.runtimes.kata.options]\nConfigPath = {class:?}")
+            }),
         );
         fs::create_dir_all(PODS)?;
         let containerd = Containerd::with_config(scene, shim, &[], &more, Some(&netns))?;
@@ -480,7 +492,7 @@ pub fn resources(config: &mut api::ContainerConfig) -> &mut api::LinuxContainerR
 
 /// Who makes pods, by containerd's name of that: with `shim` in `$PODHULL_TEST_SANDBOXER` it is podhull's shim by itself, else
 /// containerd with a container of its own in each.
-fn sandboxer() -> Outcome<Option<String>> {
+pub fn sandboxer() -> Outcome<Option<String>> {
     match std::env::var("PODHULL_TEST_SANDBOXER") {
         Ok(name) if name == "shim" => Ok(Some(name)),
         Ok(name) => Err(format!("PODHULL_TEST_SANDBOXER={name}: only shim is known").into()),

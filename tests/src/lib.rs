@@ -2,7 +2,8 @@
 //!
 //! [`runtime`] knows the program under test, [`bundle`] makes what it is given, [`run`] starts it and waits with a deadline,
 //! [`terminal`] gives it a terminal, [`container`] keeps it in the background, [`leaks`] finds what it left behind, [`seccomp`] reads the host's default profile, [`shape`] the keys of a document,
-//! [`podman`], [`docker`], [`containerd`] and, as kubelet, [`cri`] are callers, [`image`] is what they load, [`cni`] their networks,
+//! [`podman`], [`docker`], [`containerd`] and, as kubelet, [`cri`] are callers, [`shim`] is what they say to podhull's shim themselves,
+//! [`image`] is what they load, [`cni`] their networks,
 //! [`suite`] drives [`cases`], one module for each topic. [`bench`] measures with the same tools; [`conformance`] runs the suites of
 //! others.
 //!
@@ -28,6 +29,7 @@ pub mod run;
 pub mod runtime;
 pub mod seccomp;
 pub mod shape;
+pub mod shim;
 pub mod suite;
 pub mod terminal;
 

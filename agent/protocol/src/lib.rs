@@ -65,6 +65,9 @@ pub const MAX_DEBUG_PROGRAM: usize = 3 << 20;
 /// Most of the guest kernel's log that is read at a time, in bytes.
 pub const MAX_LOG: usize = 1 << 20;
 
+/// Longest answer with what a pod and its containers use, in bytes: some 600 containers whose ids are 64 characters long.
+pub const MAX_POD_STATS: usize = 120 << 10;
+
 /// Longest datagram to a socket of the host, in bytes: more than the kernel's default for buffers of sockets.
 pub const MAX_DATAGRAM: usize = 256 << 10;
 

@@ -18,7 +18,6 @@ mod mounts;
 pub mod namespaces;
 mod paths;
 mod process;
-mod processes;
 pub mod report;
 mod rootfs;
 mod scheduling;
@@ -116,10 +115,6 @@ pub enum ContainerError {
     NotPaused,
     #[error("resources: {0}")]
     ResourcesJson(serde_json::Error),
-    #[error("list the processes: took longer than {} s", .0.as_secs())]
-    ProcessesSlow(Duration),
-    #[error("list the processes: {0}")]
-    ListTask(tokio::task::JoinError),
     #[error("process {0:?} exists already")]
     ProcessExists(String),
     #[error("process {0:?} does not exist")]
@@ -263,8 +258,6 @@ pub struct Container {
     deleted: AtomicBool,
     /// In place of sockets of the host, volumes, and directories that others have too, until it is deleted.
     kept: Mutex<Option<(Sockets, Copies, Users)>>,
-    /// Held by the one thread that lists the processes.
-    listing: Arc<tokio::sync::Mutex<()>>,
 }
 
 impl Shared {
@@ -334,7 +327,6 @@ impl Container {
             executed: Executed::default(),
             deleted: AtomicBool::new(false),
             kept: Mutex::default(),
-            listing: Arc::default(),
         })
     }
 

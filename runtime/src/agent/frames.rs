@@ -13,6 +13,8 @@ use ttrpc::proto::{MESSAGE_HEADER_LENGTH, MESSAGE_TYPE_DATA, MessageHeader};
 /// Longest answer: numbers of a container with a thousand block devices are half of that.
 const MOST_ANSWER: u32 = 128 << 10;
 
+const _: () = assert!(podhull_protocol::MAX_POD_STATS < MOST_ANSWER as usize - 1024);
+
 /// Longest answer to who has asked for one that is long: a log, whose lines the agent counts with what surrounds them.
 const MOST_LONG_ANSWER: u32 = podhull_protocol::MAX_LOG as u32 + (4 << 10);
 

@@ -14,6 +14,7 @@ use crate::config::{Config, Shown};
 #[command(after_help = "Examples:
   podhull config show                        every key, its value, and where that comes from
   podhull config show -b DIR                 for a pod of the bundle in DIR, with its annotations
+  podhull config show --class FILE           for pods of the runtime class that names FILE
   podhull config show --format json          for programs")]
 pub struct Arguments {
     #[command(subcommand)]
@@ -34,6 +35,10 @@ struct Show {
     #[arg(short, long, value_name = "DIR")]
     bundle: Option<PathBuf>,
 
+    /// File with the configuration of a runtime class, which comes after those of the host
+    #[arg(short, long, value_name = "FILE")]
+    class: Option<PathBuf>,
+
     /// A table, or JSON
     #[arg(short, long, value_name = "FORMAT", value_enum, default_value_t = Listing::Table)]
     format: Listing,
@@ -43,7 +48,7 @@ impl Arguments {
     /// Does what is asked for.
     pub fn execute(self) -> Result<u8, Failure> {
         let Command::Show(show) = self.command;
-        let mut config = Config::read()?;
+        let mut config = Config::read_with(show.class.as_deref())?;
         if let Some(bundle) = show.bundle {
             let bundle = Bundle::open(&bundle).map_err(crate::pod::CreateError::from)?;
             config = config.with(&bundle.config.spec().annotations().clone().unwrap_or_default())?;

@@ -66,6 +66,7 @@ impl Container {
             announce: pod::Announce { pid_file: self.pid_file.as_deref(), pidfd_socket: self.pidfd_socket.as_deref() },
             console_socket: self.console_socket.is_some(),
             cgroups: context.cgroups,
+            class: None,
             oom_score_adj: None,
             began: pod::command_began(),
             holds_pod: false,

@@ -11,7 +11,7 @@ use rustix::fs::{AtFlags, Dir, FileType, Mode, OFlags};
 use rustix::io::Errno;
 
 use super::parse::{Found, parse};
-use super::{Config, ConfigError, Source};
+use super::{Config, ConfigError, Key, Source};
 
 /// Longest file in bytes.
 pub const MAX_FILE: u64 = 1 << 20;
@@ -40,6 +40,29 @@ pub fn read(directory: &Path, owner: u32) -> Result<Config, ConfigError> {
     Ok(config)
 }
 
+/// Adds what the file of a runtime class says. It has to be there, in a directory that can be trusted as the host's own is.
+pub fn read_class(config: &mut Config, path: &Path, owner: u32) -> Result<(), ConfigError> {
+    let (Some(directory), Some(name)) = (path.parent(), path.file_name()) else {
+        return Err(ConfigError::NotAFile(path.to_owned()));
+    };
+    // Of a name alone, on the command line.
+    let directory = if directory.as_os_str().is_empty() { Path::new(".") } else { directory };
+    let missing = |path: &Path| ConfigError::Read(path.to_owned(), Errno::NOENT);
+    let opened = open(rustix::fs::CWD, directory, directory, OFlags::RDONLY | OFlags::DIRECTORY, owner)?;
+    let opened = opened.ok_or_else(|| missing(directory))?;
+    let found = find(&opened, Path::new(name), path, owner)?.ok_or_else(|| missing(path))?;
+    for Found { key, value, line } in found {
+        // Who looks there later does not know of which class a pod was.
+        if matches!(key, Key::GuestConsole | Key::DebugShell) {
+            let (path, key) = (path.to_owned(), key.name().to_owned());
+            let problem = "is one for all pods of a host: set it in /etc/podhull/config.toml".into();
+            return Err(ConfigError::Key { path, line, key, problem });
+        }
+        config.set(key, value, Source::File { path: path.to_owned(), line });
+    }
+    Ok(())
+}
+
 /// The names of the files, in order.
 fn names(directory: &OwnedFd, path: &Path) -> Result<Vec<PathBuf>, ConfigError> {
     let fail = |errno| ConfigError::Read(path.to_owned(), errno);
@@ -56,24 +79,29 @@ fn names(directory: &OwnedFd, path: &Path) -> Result<Vec<PathBuf>, ConfigError> 
 
 /// Adds what a file says, if there is one.
 fn add(config: &mut Config, directory: &OwnedFd, name: &Path, path: PathBuf, owner: u32) -> Result<(), ConfigError> {
-    // Not blocking: a pipe in this place would wait for a writer.
-    let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOCTTY;
-    let Some(file) = open(directory, name, &path, flags, owner)? else { return Ok(()) };
-    let mut text = Vec::new();
-    let read = File::from(file).take(MAX_FILE + 1).read_to_end(&mut text);
-    read.map_err(|error| ConfigError::Read(path.clone(), Errno::from_io_error(&error).unwrap_or(Errno::IO)))?;
-    if text.len() as u64 > MAX_FILE {
-        return Err(ConfigError::TooLong(path));
-    }
-    let text = String::from_utf8(text).map_err(|error| ConfigError::Syntax {
-        path: path.clone(),
-        line: 1 + error.as_bytes()[..error.utf8_error().valid_up_to()].iter().filter(|b| **b == b'\n').count(),
-        problem: "not UTF-8 text".into(),
-    })?;
-    for Found { key, value, line } in parse(&path, &text)? {
+    for Found { key, value, line } in find(directory, name, &path, owner)?.into_iter().flatten() {
         config.set(key, value, Source::File { path: path.clone(), line });
     }
     Ok(())
+}
+
+/// What a file says, if there is one.
+fn find(directory: &OwnedFd, name: &Path, path: &Path, owner: u32) -> Result<Option<Vec<Found>>, ConfigError> {
+    // Not blocking: a pipe in this place would wait for a writer.
+    let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOCTTY;
+    let Some(file) = open(directory, name, path, flags, owner)? else { return Ok(None) };
+    let mut text = Vec::new();
+    let read = File::from(file).take(MAX_FILE + 1).read_to_end(&mut text);
+    read.map_err(|error| ConfigError::Read(path.to_owned(), Errno::from_io_error(&error).unwrap_or(Errno::IO)))?;
+    if text.len() as u64 > MAX_FILE {
+        return Err(ConfigError::TooLong(path.to_owned()));
+    }
+    let text = String::from_utf8(text).map_err(|error| ConfigError::Syntax {
+        path: path.to_owned(),
+        line: 1 + error.as_bytes()[..error.utf8_error().valid_up_to()].iter().filter(|b| **b == b'\n').count(),
+        problem: "not UTF-8 text".into(),
+    })?;
+    parse(path, &text).map(Some)
 }
 
 /// Opens what is there, if it is what it should be and nobody but its owner may write it.
@@ -109,7 +137,7 @@ fn open(
 
 #[cfg(test)]
 mod tests {
-    use super::super::{Key, Value};
+    use super::super::Value;
     use super::*;
     use std::fs::{self, Permissions};
     use std::os::unix::fs::PermissionsExt;
@@ -159,6 +187,41 @@ mod tests {
         assert_eq!(get(Key::MaxVcpus), Some((Value::Number(8), from("config.toml", 4))));
         write(&path("config.d/99.toml"), "[machine]\nmemroy = 1\n");
         assert!(read(place.path()).unwrap_err().starts_with(&path("config.d/99.toml").display().to_string()));
+    }
+
+    #[test]
+    fn the_file_of_a_class_comes_last_and_has_to_be_there() {
+        let place = place();
+        let class = place.path().join("classes/large.toml");
+        let owner = rustix::process::geteuid().as_raw();
+        write(&place.path().join("config.toml"), "[machine]\nmemory = 256\nvcpus = 1\n");
+        let read = || {
+            let mut config = super::read(place.path(), owner).unwrap();
+            read_class(&mut config, &class, owner).map(|()| config).map_err(|error| error.to_string())
+        };
+        let missing =
+            |path: &Path| format!("{}: cannot be read: No such file or directory (os error 2)", path.display());
+        assert_eq!(read(), Err(missing(class.parent().unwrap())));
+        write(&class, "[machine]\nmemory = 512\n");
+        let config = read().unwrap();
+        let get = |key| config.0.get(&key).map(|entry| (entry.value.clone(), entry.source.to_string()));
+        assert_eq!(get(Key::Memory), Some((Value::Mebibytes(512), format!("{}:2", class.display()))));
+        assert_eq!(get(Key::Vcpus).unwrap().0, Value::Number(1));
+        for (text, words) in [
+            ("[machine]\nguest_console = \"/x\"\n", "line 2: machine.guest_console: is one for all pods"),
+            ("debug.shell = \"/x\"\n", "line 1: debug.shell: is one for all pods"),
+            ("[hypervisor.qemu]\ndefault_memory = 2048\n", "is a key of Kata Containers; here it is machine.memory"),
+        ] {
+            write(&class, text);
+            let error = read().unwrap_err();
+            assert!(error.starts_with(&*class.to_string_lossy()) && error.contains(words), "{error}");
+        }
+        fs::set_permissions(&class, Permissions::from_mode(0o666)).unwrap();
+        assert!(read().unwrap_err().contains("others than root may write it"));
+        fs::remove_file(&class).unwrap();
+        assert_eq!(read(), Err(missing(&class)));
+        fs::set_permissions(class.parent().unwrap(), Permissions::from_mode(0o777)).unwrap();
+        assert!(read().unwrap_err().contains("classes: others than root may write it"));
     }
 
     #[test]

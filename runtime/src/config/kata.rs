@@ -41,7 +41,7 @@ const CONFIDENTIAL: &str = "there are no confidential guests";
 
 /// All annotations, without what all begin with.
 pub const ANNOTATIONS: &[(&str, Fate)] = &[
-    ("config_path", Refused("the configuration is /etc/podhull/config.toml")),
+    ("config_path", Refused("a runtime class may name a file with its configuration, by ConfigPath; a pod may not")),
     ("pkg.oci.bundle_path", Ignored("what Kata notes for itself")),
     ("pkg.oci.container_type", Ignored("what Kata notes for itself; podhull goes by what CRI's runtimes say")),
     ("container.resource.swappiness", Refused(NO_SWAP)),

@@ -1,5 +1,5 @@
 //! What the administrator of a host may decide, and a pod for itself (design D16): `/etc/podhull/config.toml`, the files of
-//! `/etc/podhull/config.d`, and annotations. Without any of them everything works.
+//! `/etc/podhull/config.d`, the file of a runtime class, and annotations. Without any of them everything works.
 //!
 //! `keys` is the table of all keys, `value` what they may be; `file` finds the files and trusts them, `parse` reads them, and
 //! `annotations` lays what a pod asks for over them. `kata` has the words of Kata Containers, and `sandbox` what CRI's runtimes
@@ -26,7 +26,7 @@ use crate::pod::{IMAGE, KERNEL, LIBRARY, Sizing, host_cpus, host_memory, library
 pub use annotations::{PREFIX, check_member};
 pub use kata::PREFIX as KATA_PREFIX;
 pub use keys::{KEYS, Key};
-pub use sandbox::is_sandbox;
+pub use sandbox::{is_sandbox, is_sandbox_of_crio};
 pub use source::Source;
 use value::Value;
 
@@ -144,7 +144,15 @@ pub struct Settings {
 impl Config {
     /// What the files of this host say.
     pub fn read() -> Result<Self, ConfigError> {
+        Self::read_with(None)
+    }
+
+    /// What the files of this host say, and after them the file of a runtime class.
+    pub fn read_with(class: Option<&Path>) -> Result<Self, ConfigError> {
         let mut config = file::read(Path::new(DIRECTORY), 0)?;
+        if let Some(class) = class {
+            file::read_class(&mut config, class, 0)?;
+        }
         if std::env::var_os(LIBRARY).is_some_and(|directory| !directory.is_empty()) {
             for (key, name) in [(Key::Kernel, KERNEL), (Key::Image, IMAGE)] {
                 config.set(key, Value::Path(library_file(name)), Source::Variable(LIBRARY));
@@ -284,9 +292,9 @@ impl Entry {
 }
 
 impl Settings {
-    /// What the machine of a pod is made with whose first container has these annotations.
-    pub fn for_pod(annotations: &Annotations) -> Result<Self, ConfigError> {
-        Config::read()?.with(annotations)?.settings(annotations)
+    /// What the machine of a pod is made with whose first container has these annotations, and whose runtime class this file.
+    pub fn for_pod(annotations: &Annotations, class: Option<&Path>) -> Result<Self, ConfigError> {
+        Config::read_with(class)?.with(annotations)?.settings(annotations)
     }
 }
 

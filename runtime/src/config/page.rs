@@ -24,6 +24,11 @@ Files and directories have to be root's, and nobody else may be able to write th
 names it, its file and its line, as is a value of another type or out of range: no new pod is made then. Pods that are there go on
 as they are, with what was in force when they were made.
 
+A runtime class may have a configuration of its own, as with Kata: a file that the options of the runtime name as `ConfigPath`
+([containerd.md](containerd.md)). It is read after those of the host, so that it holds what is different for pods of that class;
+`podhull config show --class FILE` prints what is in force for them. `machine.guest_console` and `debug.shell` are for all pods of
+the host, and an error there.
+
 `podhull config show` prints what is in force and where each value comes from; with `--bundle DIR` for the pod of that bundle, with
 its annotations, and with `--format json` for programs.
 

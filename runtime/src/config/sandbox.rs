@@ -7,7 +7,8 @@ use super::{Annotations, ConfigError};
 use crate::pod::Demand;
 
 /// Who says that a container is the sandbox's: containerd and CRI-O.
-const TYPES: [&str; 2] = ["io.kubernetes.cri.container-type", "io.kubernetes.cri-o.ContainerType"];
+const TYPES: [&str; 2] = ["io.kubernetes.cri.container-type", TYPE_OF_CRIO];
+const TYPE_OF_CRIO: &str = "io.kubernetes.cri-o.ContainerType";
 
 /// containerd's, in microseconds and bytes; 0 is no limit. A fourth, `sandbox-cpu-shares`, is no limit.
 const QUOTA: &str = "io.kubernetes.cri.sandbox-cpu-quota";
@@ -29,6 +30,11 @@ struct Resources {
 /// Whether a container holds a pod open and does nothing else.
 pub fn is_sandbox(annotations: &Annotations) -> bool {
     TYPES.iter().any(|name| annotations.get(*name).is_some_and(|kind| kind == "sandbox"))
+}
+
+/// Whether it is CRI-O that has such a container made.
+pub fn is_sandbox_of_crio(annotations: &Annotations) -> bool {
+    annotations.get(TYPE_OF_CRIO).is_some_and(|kind| kind == "sandbox")
 }
 
 /// How much the containers of a pod will ask for together, as far as somebody says.

@@ -41,6 +41,8 @@ pub struct Create<'a> {
     pub console_socket: bool,
     /// Who makes its control group.
     pub cgroups: Manager,
+    /// The file with the configuration of its runtime class, if that has one.
+    pub class: Option<&'a Path>,
     /// What the host goes by when it has no memory left, if the specification does not say; `None`: as with this process.
     pub oom_score_adj: Option<i32>,
     /// When it was asked for; see [`super::Timeline`].
@@ -489,7 +491,7 @@ impl Create<'_> {
     /// that runs.
     fn settings(&self, bundle: &Bundle, joined: &Joined) -> Result<Settings, CreateError> {
         let annotations = bundle.config.spec().annotations().clone().unwrap_or_default();
-        let Some(pod) = &joined.pod else { return Ok(Settings::for_pod(&annotations)?) };
+        let Some(pod) = &joined.pod else { return Ok(Settings::for_pod(&annotations, self.class)?) };
         let first = Known::load(self.root, &pod.pod)?.state;
         config::check_member(&annotations, &first.annotations.unwrap_or_default(), &pod.pod)?;
         Ok(Settings { sizing: first.sizing, ..Settings::default() })

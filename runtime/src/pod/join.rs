@@ -11,6 +11,7 @@ use rustix::io::Errno;
 
 use super::link::Shared;
 use super::users::{Named, Users};
+use crate::config;
 use crate::spec::Config;
 use crate::state::{self, Known, Membership, StateError};
 
@@ -180,10 +181,12 @@ pub fn look_up(root: &Path, config: &Config) -> Result<Joined, JoinError> {
                 }
                 joined.users = Some(Users::of_namespace(&fd).map_err(users)?);
             }
+            // The guest has one of its own in its place; containers that come later name it as the pod's.
+            None if is_pinned(config, kind) && !is_of_the_host(kind, &fd) => {}
             None if kind != LinuxNamespaceType::Network => {
                 return Err(JoinError::Nobodys { index, path: path.clone(), kind });
             }
-            None if is_of_the_host(&fd) => return Err(JoinError::HostNetwork { index, path: path.clone() }),
+            None if is_of_the_host(kind, &fd) => return Err(JoinError::HostNetwork { index, path: path.clone() }),
             None => {}
         }
         joined.namespaces.push((kind, fd));
@@ -239,10 +242,17 @@ fn is_in(known: &Known, kind: LinuxNamespaceType, namespace: &OwnedFd) -> bool {
     is_same(&format!("/proc/{}/ns/{kind}", known.state.process.pid), namespace)
 }
 
-/// Whether a network namespace is that of the host's first process; or, where that cannot be seen, ours.
-fn is_of_the_host(namespace: &OwnedFd) -> bool {
-    let first = "/proc/1/ns/net";
-    is_same(if rustix::fs::stat(first).is_ok() { first } else { "/proc/self/ns/net" }, namespace)
+/// Whether a namespace of this kind is new, and waits for a pod: CRI-O makes them first, and keeps them, each by a file. What the host's
+/// kernel has in them are sysctls, which the specification has too.
+fn is_pinned(config: &Config, kind: LinuxNamespaceType) -> bool {
+    matches!(kind, LinuxNamespaceType::Ipc | LinuxNamespaceType::Uts)
+        && config.spec().annotations().as_ref().is_some_and(config::is_sandbox_of_crio)
+}
+
+/// Whether a namespace is that of the host's first process; or, where that cannot be seen, ours.
+fn is_of_the_host(kind: LinuxNamespaceType, namespace: &OwnedFd) -> bool {
+    let [first, own] = ["1", "self"].map(|of| format!("/proc/{of}/ns/{kind}"));
+    is_same(if rustix::fs::stat(&first).is_ok() { &first } else { &own }, namespace)
 }
 
 fn is_same(path: &str, namespace: &OwnedFd) -> bool {
@@ -282,6 +292,33 @@ mod tests {
         assert!(error("cgroup", "/proc/self/ns/cgroup").contains("a cgroup namespace cannot be joined"));
         assert!(error("user", "/proc/self/ns/user").contains("is the host's user namespace"));
         assert!(error("ipc", "/proc/self/ns/ipc").contains("the ipc namespace of no podhull container"));
+    }
+
+    #[test]
+    fn ipc_and_uts_of_nobodys_are_joined_by_who_opens_a_pod_of_crio_unless_they_are_the_hosts() {
+        if !rustix::process::geteuid().is_root() {
+            return;
+        }
+        let look_up_as = |opens: &str, path: &str| {
+            let mut document: serde_json::Value = serde_json::from_str(crate::spec::document::TEXT).unwrap();
+            document["annotations"] = serde_json::json!({ "io.kubernetes.cri-o.ContainerType": opens });
+            document["linux"]["namespaces"] = serde_json::json!([{ "type": "mount" }, { "type": "ipc", "path": path }, { "type": "uts" }, { "type": "pid" }, { "type": "network" }]);
+            let config = crate::spec::read::read(&document.to_string()).unwrap();
+            look_up(Path::new("/no/such/directory"), &config).map_err(|error| error.to_string())
+        };
+        let other = std::thread::spawn(move || {
+            // SAFETY: an IPC namespace for this thread alone.
+            unsafe { rustix::thread::unshare_unsafe(rustix::thread::UnshareFlags::NEWIPC) }.unwrap();
+            let path = "/proc/thread-self/ns/ipc";
+            let joined = look_up_as("sandbox", path).unwrap();
+            assert!(joined.pod.is_none() && joined.shared.is_empty());
+            assert_eq!(type_of(&joined.namespaces[0].1), Ok(libc::CLONE_NEWIPC));
+            for (opens, path) in [("container", path), ("sandbox", "/proc/self/ns/ipc")] {
+                let error = look_up_as(opens, path).err().unwrap();
+                assert!(error.contains("the ipc namespace of no podhull container"), "{error}");
+            }
+        });
+        other.join().unwrap();
     }
 
     #[test]

@@ -48,6 +48,8 @@ pub struct Arguments {
     pub address: String,
     /// Directory of the bundle; for `delete`, which has another working directory.
     pub bundle: Option<PathBuf>,
+    /// File with the configuration of the pod's runtime class: `start` tells it to the process, and nobody else.
+    pub class: Option<PathBuf>,
     /// Say what is done.
     pub debug: bool,
 }
@@ -61,6 +63,7 @@ impl Arguments {
             id: String::new(),
             address: String::new(),
             bundle: None,
+            class: None,
             debug: false,
         };
         let mut words = words.skip(1);
@@ -85,7 +88,7 @@ impl Arguments {
                     read.action = if name == "v" { Action::Version } else { Action::Info };
                     return Ok(read);
                 }
-                "namespace" | "id" | "address" | "bundle" | "publish-binary" | "socket" => {
+                "namespace" | "id" | "address" | "bundle" | "publish-binary" | "socket" | "class" => {
                     let value = value.or_else(|| words.next()).ok_or_else(|| ArgumentError::NoValue(name.into()))?;
                     let text =
                         || value.to_str().map(str::to_owned).ok_or_else(|| ArgumentError::Unknown(value.clone()));
@@ -94,6 +97,7 @@ impl Arguments {
                         "id" => read.id = text()?,
                         "address" => read.address = text()?,
                         "bundle" => read.bundle = Some(value.into()),
+                        "class" => read.class = Some(value.into()),
                         // The former is how shims that cannot speak ttrpc tell of events, the latter another way to name ours.
                         _ => {}
                     }

@@ -35,7 +35,8 @@ use crate::signals;
 use crate::spec::{Config, Resources};
 use crate::state::{Known, Status};
 
-/// Most processes that were added to a container and not deleted.
+/// Most processes that are known of a container. Those that have ended, and that nobody has deleted, make room for others: CRI-O
+/// deletes none that it has killed because it took too long.
 const MOST_EXECUTED: usize = 4096;
 
 /// What all containers of a shim have in common.
@@ -44,6 +45,8 @@ pub struct Surroundings {
     pub namespace: String,
     /// The state root.
     pub root: PathBuf,
+    /// File with the configuration of the pod's runtime class, where that was said before there was a container.
+    pub class: Option<PathBuf>,
     /// Where to say what is done.
     pub log: Log,
     /// The same for processes that are started.
@@ -141,6 +144,7 @@ impl Container {
             metrics: OnceLock::new(),
         });
         let this = container.clone();
+        let class = asked.config.or_else(|| this.surroundings.class.clone());
         let mounts = request.rootfs.clone();
         let made = beside(move || {
             rootfs::mount_all(&this.bundle, &mounts).map_err(failed)?;
@@ -154,6 +158,7 @@ impl Container {
                 announce: Announce::default(),
                 console_socket: false,
                 cgroups: this.cgroups,
+                class: class.as_deref(),
                 // Not this process's own, which the host spares as it does containerd.
                 oom_score_adj: Some(0),
                 began,
@@ -373,8 +378,8 @@ impl Container {
         if executed.contains_key(&request.exec_id) {
             return Err(error(Code::ALREADY_EXISTS, format!("process {:?} exists already", request.exec_id)));
         }
-        if executed.len() >= MOST_EXECUTED {
-            let what = format!("container {:?} has {MOST_EXECUTED} processes that nobody has deleted", self.id);
+        if executed.len() >= MOST_EXECUTED && !forget_oldest(&mut executed) {
+            let what = format!("container {:?} has {MOST_EXECUTED} processes that have not ended", self.id);
             return Err(error(Code::RESOURCE_EXHAUSTED, what));
         }
         executed.insert(request.exec_id.clone(), Arc::new(Process::new(&request.exec_id, spec, names)));
@@ -396,6 +401,10 @@ impl Container {
             Phase::Added => return Err(not_now("process not created")),
             Phase::Created | Phase::Running => {}
         }
+        // Whether it is there, which is known by now.
+        if number == 0 {
+            return Ok(());
+        }
         if exec.is_empty() {
             let this = self.clone();
             if number == libc::SIGKILL {
@@ -408,15 +417,19 @@ impl Container {
             };
         }
         let Some(shadow) = process.shadow() else { return Err(not_now("process not created")) };
-        // Real-time signals have no names. What the number 0 asks for is known by now.
+        // Real-time signals have no names.
         let signal = match number {
-            0 => return Ok(()),
             libc::SIGSTOP => return signals::send_stop(shadow).map_err(|_| not_found("process already finished")),
             // SAFETY: whoever sends signals of the C library's own means a process of the guest.
             1..=64 => unsafe { Signal::from_raw_unchecked(number) },
             _ => return Err(error(Code::INVALID_ARGUMENT, format!("there is no signal {signal}"))),
         };
         pidfd_send_signal(shadow, signal).map_err(|_| not_found("process already finished"))
+    }
+
+    /// Whether its program was started, and has not ended.
+    pub fn runs(&self) -> bool {
+        self.init.phase() == Phase::Running
     }
 
     /// Stops all of it where it is.
@@ -524,6 +537,13 @@ impl Container {
         })
         .await?
     }
+}
+
+/// Makes room by the one that ended first; false if all of them go on.
+fn forget_oldest(executed: &mut HashMap<String, Arc<Process>>) -> bool {
+    let ended = executed.iter().filter_map(|(name, process)| Some((process.exit()?.at, name)));
+    let Some(name) = ended.min().map(|(_, name)| name.clone()) else { return false };
+    executed.remove(&name).is_some()
 }
 
 /// What is said of a process that is not to be known any more.

@@ -27,6 +27,14 @@ pub fn failed(failure: impl std::fmt::Display) -> Error {
     error(Code::UNKNOWN, failure.to_string())
 }
 
+/// What an error says, without its code.
+pub fn text(error: &Error) -> String {
+    match error {
+        Error::RpcStatus(status) => status.message().to_owned(),
+        other => other.to_string(),
+    }
+}
+
 fn of_state(failure: &StateError) -> Code {
     match failure {
         StateError::Missing(_) => Code::NOT_FOUND,

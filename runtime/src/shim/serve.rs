@@ -67,6 +67,7 @@ pub fn serve(arguments: &Arguments) -> Result<(), ServeError> {
         let surroundings = Surroundings {
             namespace: arguments.namespace.clone(),
             root: state_root(&arguments.namespace),
+            class: arguments.class.clone(),
             log,
             debug: arguments.debug,
             publisher,

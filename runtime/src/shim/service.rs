@@ -124,6 +124,8 @@ impl Tasks {
         }
         let make = async {
             if let Some(sandbox) = self.sandbox() {
+                // Else it would be in a machine of its own.
+                sandbox.running()?;
                 sandbox.complete(Path::new(&request.bundle)).await?;
             }
             Container::create(self.surroundings.clone(), request).await

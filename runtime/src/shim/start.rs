@@ -237,6 +237,9 @@ fn serve(arguments: &Arguments, said: &Said, options: &Options, socket: &Path) -
     let mut command = Command::new("/proc/self/exe");
     command.arg0(std::env::args_os().next().unwrap_or_default());
     command.args(["-namespace", &arguments.namespace, "-id", &arguments.id, "-address", &arguments.address]);
+    if let Some(class) = &options.config {
+        command.arg("-class").arg(class);
+    }
     if arguments.debug {
         command.arg("-debug");
     }

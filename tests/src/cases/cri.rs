@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use k8s_cri::v1 as api;
 
 use super::{oci, podhull};
-use crate::cri::{Cri, container, resources};
+use crate::cri::{self, Cri, container, resources};
 use crate::run::DEADLINE;
 use crate::suite::{Case, Scene};
 use crate::{Outcome, ensure, ensure_eq};
@@ -21,6 +21,7 @@ pub const CASES: &[Case] = &[
     oci("cri::names_of_a_pod", names_of_a_pod),
     oci("cri::containerd_killed_meanwhile", containerd_killed_meanwhile),
     podhull("cri::a_pod_that_is_killed", a_pod_that_is_killed),
+    podhull("cri::a_class_with_a_configuration", a_class_with_a_configuration),
 ];
 
 /// Waits until it is told to end, and then exits with 3.
@@ -100,6 +101,26 @@ fn five_containers_come_and_go(scene: &Scene) -> Outcome {
     cri.remove_pod(&pod)?;
     let left = cri.call(async |mut client| client.list_containers(api::ListContainersRequest::default()).await)?;
     ensure_eq!(left.containers.len(), 0, "containers that are left");
+    cri.end()
+}
+
+/// Its pods have the sizes of a file that the class names.
+fn a_class_with_a_configuration(scene: &Scene) -> Outcome {
+    let class = scene.make_directory("class")?.join("class.toml");
+    fs::write(&class, "[machine]\nmemory = 256\n")?;
+    let cri = Cri::with_class(scene, &class)?;
+    let pod = cri.run(cri.pod_config("small")?)?;
+    let text = scene.call(&["--root", cri::STATE, "pods", "--format", "json", &pod.id])?.output()?;
+    let pods: serde_json::Value = serde_json::from_str(&text)?;
+    ensure_eq!(pods[0]["memory"], 256_u64 << 20, "memory of the machine: {text}");
+    // containerd before 2.3 takes the options of any class for those of runc's shim then, and starts no container.
+    if cri::sandboxer()?.is_none() || cri.version()? >= (2, 3) {
+        let id = patient(&cri, &pod, container("main", PATIENT))?;
+        let memory = "sed -n 's/MemTotal: *\\([0-9]*\\) kB/\\1/p' /proc/meminfo";
+        let memory: u64 = cri.shell(&id, memory)?.trim().parse()?;
+        ensure!((128 << 10..=256 << 10).contains(&memory), "{memory} KiB of memory, with 256 MiB");
+    }
+    cri.remove_pod(&pod)?;
     cri.end()
 }
 

@@ -12,9 +12,11 @@ use k8s_cri::v1 as api;
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 
+use super::config::Configuration;
 use super::cri::{PATIENT, patient};
 use super::{oci, podhull};
-use crate::cri::{Cri, Pod, container, resources, volume};
+use crate::cri::{self, Cri, Pod, container, resources, volume};
+use crate::leaks::Leaks;
 use crate::run::{DEADLINE, Running};
 use crate::suite::{Case, Scene};
 use crate::{Outcome, ensure, ensure_eq, processes};
@@ -23,6 +25,7 @@ pub const CASES: &[Case] = &[
     oci("cri_outages::containerd_goes_and_comes_back", containerd_goes_and_comes_back),
     podhull("cri_outages::a_killed_shim", a_killed_shim),
     podhull("cri_outages::a_killed_machine", a_killed_machine),
+    podhull("cri_outages::a_killed_agent", a_killed_agent),
 ];
 
 const MOST: usize = 50;
@@ -113,6 +116,11 @@ fn containerd_goes_and_comes_back(scene: &Scene) -> Outcome {
         for (index, how, status) in ends {
             let Counting { id, name, .. } = &all[index];
             ensure_eq!(cri.ended(id)?.exit_code, status, "round {round}: status of {name} ({how})");
+            // Why is told by an event, which comes when there is somebody to take it again.
+            let reason = if how == "starve" { "OOMKilled" } else { "Error" };
+            wait(&format!("round {round}: {name} has not ended with the reason {reason}"), || {
+                Ok(cri.status(id)?.reason == reason)
+            })?;
         }
         for (index, ..) in ends {
             let old = all[index].id.clone();
@@ -190,31 +198,61 @@ fn a_killed_shim(scene: &Scene) -> Outcome {
     cri.end()
 }
 
-/// All of its containers exit, and who listens is told so in order.
 fn a_killed_machine(scene: &Scene) -> Outcome {
     let cri = Cri::start(scene)?;
+    ends_of_machines(scene, &cri, "m", |_, name| {
+        let group = format!("/pod-{name}/");
+        kill_one("machines", |process| {
+            let of = fs::read_to_string(format!("/proc/{}/cgroup", process.pid)).unwrap_or_default();
+            process.command.starts_with("podhull vmm") && of.contains(&group)
+        })
+    })?;
+    cri.end()
+}
+
+/// Writes zeros over the program of the guest's first process, which cannot be killed: it faults with the next thing it does, as
+/// late as when it is told that this shell has ended.
+const OVERWRITE: &str = "
+set -- $(grep -m 1 r-xp /proc/1/maps)
+first=$((0x${1%-*} / 4096)) last=$((0x${1#*-} / 4096))
+exec dd if=/dev/zero of=/proc/1/mem bs=4096 seek=$first count=$((last - first)) conv=notrunc";
+
+fn a_killed_agent(scene: &Scene) -> Outcome {
+    let before = Leaks::watch();
+    let host = Configuration::new()?;
+    host.write("config.toml", "[debug]\nshell = \"/bin/busybox\"\n")?;
+    let cri = Cri::start(scene)?;
+    ends_of_machines(scene, &cri, "a", |pod, _| {
+        let ended = scene.call(&["--root", cri::STATE, "debug", &pod.id, "-c", OVERWRITE])?;
+        ensure!(ended.status != 0, "the shell has ended well, and its machine with it: {ended:?}");
+        Ok(())
+    })?;
+    cri.end()?;
+    drop(host);
+    before.check()
+}
+
+/// However a machine ends: all of its containers exit, and who listens is told so in order.
+fn ends_of_machines(scene: &Scene, cri: &Cri, letter: &str, mut end: impl FnMut(&Pod, &str) -> Outcome) -> Outcome {
     for round in 0..scene.repeat.min(MOST) {
         let mut events = cri.client(&["events"])?;
-        let two = Two::run(&cri, &format!("m{round}"))?;
+        let name = format!("{letter}{round}");
+        let two = Two::run(cri, &name)?;
         let id = &two.ids[0];
         // What its client makes for streams stays when the task is gone first.
         let fifos = scene.make_directory("fifos")?.display().to_string();
         let options = ["task", "exec", "--fifo-dir", &fifos, "--exec-id", "long", id];
         let executed = cri.client(&[&options[..], &["sh", "-c", "touch /long; sleep 1000"]].concat())?;
         cri.shell(id, "until [ -e /long ]; do sleep 0.1; done")?;
-        let group = format!("/pod-m{round}/");
-        kill_one("machines", |process| {
-            let of = fs::read_to_string(format!("/proc/{}/cgroup", process.pid)).unwrap_or_default();
-            process.command.starts_with("podhull vmm") && of.contains(&group)
-        })?;
+        end(&two.pod, &name)?;
         ensure!(executed.wait()?.status != 0, "what was executed has succeeded");
-        two.check_killed(&cri, &[137]).map_err(|error| format!("round {round}: {error}"))?;
+        two.check_killed(cri, &[137]).map_err(|error| format!("round {round}: {error}"))?;
         check_order(&mut events, &two).map_err(|error| format!("round {round}: {error}"))?;
         // Its end is of no interest.
         events.signal(Signal::KILL)?;
         events.wait()?;
     }
-    cri.end()
+    Ok(())
 }
 
 /// The end of each process comes once, of a container's first one last, and the end of a container before it is deleted.

@@ -20,6 +20,7 @@ mod cri_security;
 mod cri_streams;
 mod cri_volumes;
 mod cri_workload;
+mod crio;
 mod deploy;
 mod descriptors;
 mod disks;
@@ -49,6 +50,7 @@ mod programs;
 mod races;
 mod resources;
 mod rogue;
+mod sandbox;
 mod shim;
 mod sockets;
 mod stdio;
@@ -100,6 +102,8 @@ pub const ALL: &[&[Case]] = &[
     containerd::CASES,
     deploy::CASES,
     shim::CASES,
+    crio::CASES,
+    sandbox::CASES,
     cri::CASES,
     cri_disks::CASES,
     cri_outages::CASES,

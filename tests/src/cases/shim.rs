@@ -1,5 +1,6 @@
 //! containerd with podhull's own shim, when something goes wrong, and often.
 
+use std::fs;
 use std::time::Duration;
 
 use rustix::process::{Pid, Signal, kill_process};
@@ -18,6 +19,7 @@ pub const CASES: &[Case] = &[
     podhull("shim::containerd_killed_meanwhile", containerd_killed_meanwhile),
     podhull("shim::killed", killed),
     podhull("shim::what_is_executed_is_stopped", what_is_executed_is_stopped),
+    podhull("shim::a_class_has_a_configuration_of_its_own", a_class_has_a_configuration_of_its_own),
 ];
 
 /// Runs until it is told to end, and then exits with 3.
@@ -157,6 +159,34 @@ fn what_is_executed_is_stopped(scene: &Scene) -> Outcome {
     containerd.call(&["task", "kill", "--signal", "SIGTERM", "c"])?.output()?;
     stopped(&containerd, "c")?;
     delete(&containerd, "c", 3)?;
+    containerd.end()?;
+    check(&before)
+}
+
+/// A file that the runtime's options name says how large its pods are; one of Kata's is refused by its first key.
+fn a_class_has_a_configuration_of_its_own(scene: &Scene) -> Outcome {
+    let before = Leaks::watch();
+    let containerd = Containerd::start(scene, Shim::Podhull)?;
+    let class = scene.make_directory("class")?.join("class.toml");
+    let path = class.display().to_string();
+    let run = |id: &str| {
+        let look = "sed -n 's/MemTotal: *\\([0-9]*\\) kB/\\1/p' /proc/meminfo";
+        containerd.run(&["--rm", "--runtime-config-path", &path], id, &["sh", "-c", look])
+    };
+    fs::write(&class, "[machine]\nmemory = 256\n")?;
+    let memory: u64 = run("small")?.output()?.trim().parse()?;
+    ensure!((128 << 10..=256 << 10).contains(&memory), "{memory} KiB of memory, with 256 MiB");
+    let shown = scene.call(&["config", "show", "--class", &path])?.output()?;
+    ensure!(shown.contains(&format!("{path}:2")), "what is in force: {shown}");
+    fs::write(&class, "[hypervisor.qemu]\ndefault_memory = 2048\n")?;
+    let expected = format!(
+        "{path}: line 2: hypervisor.qemu.default_memory: is a key of Kata Containers; here it is machine.memory"
+    );
+    for (id, expected) in [("kata", expected), ("none", format!("{path}: cannot be read: No such file"))] {
+        let refused = run(id)?;
+        ensure!(refused.status != 0 && refused.stderr.contains(&expected), "{id}: {refused:?}");
+        let _ = fs::remove_file(&class);
+    }
     containerd.end()?;
     check(&before)
 }

@@ -21,16 +21,18 @@ use containerd_shim_protos::sandbox_api::{
 use containerd_shim_protos::sandbox_async;
 use containerd_shim_protos::types::platform::Platform;
 use tokio::sync::{Mutex, watch};
+use tokio::task::JoinSet;
 use ttrpc::r#async::TtrpcContext;
 use ttrpc::{Code, Result};
 
 use self::config::Pod;
 use super::container::{Container, Surroundings, beside};
-use super::error::{error, failed, not_found, not_now};
+use super::error::{error, failed, not_found, not_now, text};
 use super::events::{any, timestamp};
 use super::process::{Exit, Phase};
 use super::service::{Tasks, whole};
 use super::{metrics, rootfs};
+use crate::state::check_id;
 
 /// CRI's words for the state of a pod.
 const READY: &str = "SANDBOX_READY";
@@ -60,25 +62,31 @@ impl Sandbox {
             return Err(invalid("rootfs: a pod has no root file system of its own here".into()));
         }
         let pod = Pod::read(&request.options.unwrap_or_default()).map_err(|error| invalid(error.to_string()))?;
-        let (id, bundle, netns) = (request.sandbox_id, PathBuf::from(request.bundle_path), request.netns_path);
-        let sandbox = Arc::new(Self {
-            id,
-            bundle,
-            created_at: SystemTime::now(),
-            turn: Mutex::default(),
-            holder: OnceLock::new(),
-            exit: watch::Sender::new(None),
-        });
+        check_id(&request.sandbox_id).map_err(|error| invalid(error.to_string()))?;
+        let (bundle, netns) = (PathBuf::from(request.bundle_path), request.netns_path);
+        // This process is in a bundle already, which may be another's.
+        if !bundle.is_absolute() {
+            return Err(invalid(format!("bundle_path: {bundle:?} is not an absolute path")));
+        }
+        let sandbox = Arc::new(Self::new(request.sandbox_id, bundle));
         let this = sandbox.clone();
         beside(move || bundle::make(&this.bundle, &this.id, &pod, &netns)).await?.map_err(failed)?;
         Ok(sandbox)
     }
 
+    /// One that was not started.
+    pub fn new(id: String, bundle: PathBuf) -> Self {
+        let (created_at, exit) = (SystemTime::now(), watch::Sender::new(None));
+        Self { id, bundle, created_at, turn: Mutex::default(), holder: OnceLock::new(), exit }
+    }
+
     /// Starts its machine, and returns the process that stands for it.
     async fn start(self: &Arc<Self>, surroundings: Arc<Surroundings>) -> Result<u32> {
         let _turn = self.turn.lock().await;
-        if self.holder.get().is_some() || self.exit().is_some() {
-            return Err(not_now(format!("sandbox {:?} was started already", self.id)));
+        match (self.holder.get(), self.exit()) {
+            (_, Some(_)) => return Err(not_now(format!("sandbox {:?} has ended", self.id))),
+            (Some(_), None) => return Err(not_now(format!("sandbox {:?} was started already", self.id))),
+            (None, None) => {}
         }
         let holder = Container::hold_pod(surroundings, &self.id, &self.bundle).await?;
         if let Err(error) = holder.start("").await {
@@ -86,6 +94,12 @@ impl Sandbox {
             return Err(error);
         }
         let pid = holder.init.pid_u32();
+        self.hold(holder);
+        Ok(pid)
+    }
+
+    /// It is open from here on, until what holds it has ended.
+    pub fn hold(self: &Arc<Self>, holder: Arc<Container>) {
         let _ = self.holder.set(holder.clone());
         let this = self.clone();
         tokio::spawn(async move {
@@ -93,7 +107,30 @@ impl Sandbox {
                 this.exit.send_replace(Some(exit));
             }
         });
-        Ok(pid)
+    }
+
+    /// What holds it open, which then is a container that runs.
+    pub fn running(&self) -> Result<&Arc<Container>> {
+        match (self.holder.get(), self.exit()) {
+            (Some(holder), None) => Ok(holder),
+            (None, None) => Err(not_now(format!("sandbox {:?} was not started", self.id))),
+            (_, Some(_)) => Err(not_now(format!("sandbox {:?} has ended", self.id))),
+        }
+    }
+
+    /// Asks containers to end, and waits for that only so long. Who wants them to end at once is not held up meanwhile.
+    async fn ask_to_end(&self, containers: Vec<Arc<Container>>, patience: Duration) {
+        if patience.is_zero() || self.running().is_err() {
+            return;
+        }
+        let ends = containers.into_iter().map(|container| async move {
+            // One that has ended, or was not started, needs no asking.
+            if container.kill("", libc::SIGTERM.cast_unsigned(), false).await.is_ok() || container.runs() {
+                container.init.wait().await;
+            }
+        });
+        let all: JoinSet<()> = ends.collect();
+        let _ = tokio::time::timeout(patience, all.join_all()).await;
     }
 
     /// Ends its machine, and with it what runs there; leaves nothing of it on the host but its files. Who stops it again asks for nothing.
@@ -129,6 +166,17 @@ impl Sandbox {
         let mut exit = self.exit.subscribe();
         let ended = exit.wait_for(Option::is_some).await.ok().and_then(|exit| *exit);
         ended.unwrap_or(Exit { status: 0, at: SystemTime::now() })
+    }
+
+    /// What a person wants to know of it beside its state.
+    async fn info(self: &Arc<Self>, pid: u32) -> Result<String> {
+        let path = self.bundle.join("config.json");
+        let spec: serde_json::Value = beside(move || match std::fs::read(path) {
+            Ok(text) => serde_json::from_slice(&text).unwrap_or_default(),
+            Err(_) => serde_json::Value::Null,
+        })
+        .await?;
+        Ok(serde_json::json!({ "pid": pid, "bundle": self.bundle, "runtimeSpec": spec }).to_string())
     }
 
     fn status(&self) -> SandboxStatusResponse {
@@ -189,14 +237,20 @@ impl sandbox_async::Sandbox for Service {
         Ok(StartSandboxResponse { pid, created_at, ..Default::default() })
     }
 
-    async fn platform(&self, _: &TtrpcContext, _: PlatformRequest) -> Result<PlatformResponse> {
+    async fn platform(&self, _: &TtrpcContext, request: PlatformRequest) -> Result<PlatformResponse> {
+        self.sandbox(&request.sandbox_id)?;
         let platform = Platform { os: "linux".into(), architecture: "amd64".into(), ..Default::default() };
         Ok(PlatformResponse { platform: MessageField::some(platform), ..Default::default() })
     }
 
     async fn stop_sandbox(&self, _: &TtrpcContext, request: StopSandboxRequest) -> Result<StopSandboxResponse> {
         let sandbox = self.sandbox(&request.sandbox_id)?;
-        whole(async move { sandbox.stop().await }).await?;
+        let (patience, containers) = (Duration::from_secs(request.timeout_secs.into()), self.0.made());
+        let work = async move {
+            sandbox.ask_to_end(containers, patience).await;
+            sandbox.stop().await
+        };
+        whole(work).await?;
         Ok(StopSandboxResponse::new())
     }
 
@@ -210,14 +264,17 @@ impl sandbox_async::Sandbox for Service {
         let sandbox = self.sandbox(&request.sandbox_id)?;
         let mut status = sandbox.status();
         if request.verbose {
-            let info = serde_json::json!({ "pid": status.pid, "bundle": sandbox.bundle });
-            status.info.insert("info".into(), info.to_string());
+            status.info.insert("info".into(), sandbox.info(status.pid).await?);
         }
         Ok(status)
     }
 
     async fn ping_sandbox(&self, _: &TtrpcContext, request: PingRequest) -> Result<PingResponse> {
-        self.sandbox(&request.sandbox_id)?;
+        let sandbox = self.sandbox(&request.sandbox_id)?;
+        // Its guest answers.
+        sandbox.running()?.stats().await.map_err(|failure| {
+            error(Code::UNAVAILABLE, format!("sandbox {:?} does not answer: {}", sandbox.id, text(&failure)))
+        })?;
         Ok(PingResponse::new())
     }
 
@@ -226,9 +283,11 @@ impl sandbox_async::Sandbox for Service {
         _: &TtrpcContext,
         request: ShutdownSandboxRequest,
     ) -> Result<ShutdownSandboxResponse> {
-        // One that could not be made is asked for, too: there is nobody else to end this process.
-        if let Ok(sandbox) = self.sandbox(&request.sandbox_id) {
-            whole(async move { sandbox.stop().await }).await?;
+        match self.sandbox(&request.sandbox_id) {
+            Ok(sandbox) => whole(async move { sandbox.stop().await }).await?,
+            // One that could not be made is asked for, too: there is nobody else to end this process.
+            Err(_) if self.0.is_free() => {}
+            Err(missing) => return Err(missing),
         }
         self.0.end();
         Ok(ShutdownSandboxResponse::new())

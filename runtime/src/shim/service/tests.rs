@@ -1,6 +1,8 @@
 //! What is said to the server that nobody should say: it answers with an error that has a code, takes no more memory than it is given, and goes
 //! on. Containers are children of the test, without a machine.
 
+mod sandbox;
+
 use std::path::Path;
 use std::process::{Child, Command};
 use std::time::Duration;
@@ -46,6 +48,7 @@ impl Shim {
         let surroundings = Surroundings {
             namespace: "n".into(),
             root: directory.path().join("root"),
+            class: None,
             log: Log::stderr(),
             debug: false,
             publisher,
@@ -93,6 +96,13 @@ fn without_terminal() -> String {
 
 fn sleep() -> Child {
     Command::new("sleep").arg("1000").spawn().unwrap()
+}
+
+/// The same and its number; who it is given to waits for its end.
+fn sleeping() -> (Child, i32) {
+    let child = sleep();
+    let pid = child.id().cast_signed();
+    (child, pid)
 }
 
 fn frame(length: usize, stream: u32, kind: u8, payload: &[u8]) -> Vec<u8> {
@@ -337,6 +347,8 @@ async fn what_comes_at_the_wrong_time_is_refused() {
     let create = CreateTaskRequest { id: "c".into(), ..Default::default() };
     assert_eq!(code(client.create(context(), &create).await), Code::ALREADY_EXISTS);
     assert_eq!(code(client.delete(context(), &DELETE).await), Code::FAILED_PRECONDITION);
+    // Whether it is there.
+    client.kill(context(), &KillRequest { id: "c".into(), ..Default::default() }).await.unwrap();
     // Somebody needs it.
     client.shutdown(context(), &ShutdownRequest { id: "other".into(), ..Default::default() }).await.unwrap();
 
@@ -402,6 +414,14 @@ async fn programs_that_nobody_starts_are_not_taken_without_end() {
     };
     let refused = (0..).find_map(|number| add(number).err().map(|error| (number, code::<()>(Err(error))))).unwrap();
     assert_eq!(refused, (4096, Code::RESOURCE_EXHAUSTED));
+    // One that has ended, and that nobody deletes, makes room.
+    let (mut program, pid) = sleeping();
+    let process = container.execute_child("7", pid);
+    program.kill().unwrap();
+    timeout(SOON, process.wait()).await.unwrap();
+    add(4096).unwrap();
+    assert_eq!(code(container.process("7").map(drop)), Code::NOT_FOUND);
+    assert!(add(4097).is_err());
     child.kill().unwrap();
     timeout(SOON, container.init.wait()).await.unwrap();
 }
