@@ -444,7 +444,8 @@ impl Pod {
     }
 
     /// What the guest has used, and each container.
-    pub fn stats_of_all(&self) -> PodStatsResponse {
+    pub async fn stats_of_all(&self) -> PodStatsResponse {
+        let traffic = self.network.traffic().await;
         let mut containers: Vec<_> = {
             let containers = self.containers.lock().unwrap_or_else(PoisonError::into_inner);
             let there = containers.values().filter_map(|entry| match entry {
@@ -455,7 +456,10 @@ impl Pod {
         };
         containers.sort_by(|one, other| one.id().cmp(other.id()));
         // One whose group is gone has ended.
-        stats::together(containers.iter().filter_map(|container| Some((container.id(), container.stats().ok()?))))
+        stats::together(
+            &traffic,
+            containers.iter().filter_map(|container| Some((container.id(), container.stats().ok()?))),
+        )
     }
 
     pub fn signal_process(&self, id: &str, exec_id: &str, signal: i32) -> Result<(), PodError> {

@@ -115,7 +115,7 @@ impl Agent for Service {
     }
 
     async fn pod_stats(&self, _: &TtrpcContext, _: PodStatsRequest) -> ttrpc::Result<PodStatsResponse> {
-        Ok(self.pod.stats_of_all())
+        Ok(self.pod.stats_of_all().await)
     }
 
     async fn read_log(&self, _: &TtrpcContext, request: ReadLogRequest) -> ttrpc::Result<ReadLogResponse> {

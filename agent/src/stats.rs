@@ -18,9 +18,14 @@ const SECTOR: u64 = 512;
 /// What surrounds the numbers of a container in the answer: a tag and a length.
 const AROUND: u64 = 4;
 
-/// Puts the numbers of containers beside those of the guest, as far as there is room for them.
-pub fn together<'a>(containers: impl Iterator<Item = (&'a str, ContainerStatsResponse)>) -> PodStatsResponse {
+/// Puts the numbers of containers beside those of the guest, as far as there is room for them. `traffic` is `/proc/net/dev` as the pod's
+/// network has it.
+pub fn together<'a>(
+    traffic: &str,
+    containers: impl Iterator<Item = (&'a str, ContainerStatsResponse)>,
+) -> PodStatsResponse {
     let mut answer = read();
+    answer.interfaces = traffic.lines().filter_map(interface).take(MOST).collect();
     let mut left = (MAX_POD_STATS as u64).saturating_sub(answer.compute_size());
     for (id, stats) in containers {
         let named = NamedStats { id: id.into(), stats: Some(brief(stats)).into(), ..NamedStats::default() };
@@ -58,14 +63,13 @@ fn brief(mut stats: ContainerStatsResponse) -> ContainerStatsResponse {
     stats
 }
 
-/// Reads all of it but the containers' own.
+/// Reads all of it but the network's and the containers' own.
 fn read() -> PodStatsResponse {
     // What cannot be read is left out.
     let text = |path| std::fs::read_to_string(path).unwrap_or_default();
     PodStatsResponse {
         cpu: cpu(&text("/proc/stat")).into(),
         memory: Some(memory(&text("/proc/meminfo"))).into(),
-        interfaces: text("/proc/net/dev").lines().filter_map(interface).take(MOST).collect(),
         disks: text("/proc/diskstats").lines().filter_map(disk).take(MOST).collect(),
         uptime_ms: crate::boot::monotonic_ns() / 1_000_000,
         ..PodStatsResponse::default()
@@ -172,7 +176,7 @@ mod tests {
         let device = IoDeviceStats { read_bytes: 1, reads: 9, written_bytes: 2, ..Default::default() };
         stats.io.mut_or_insert_default().devices = vec![device; 1000];
         let ids: Vec<_> = (0..5000).map(|number| format!("{number:064}")).collect();
-        let told = |count| together(ids.iter().take(count).map(|id| (id.as_str(), stats.clone())));
+        let told = |count| together("", ids.iter().take(count).map(|id| (id.as_str(), stats.clone())));
         let answer = told(500);
         assert_eq!(answer.containers.len(), 500);
         let first = answer.containers[0].stats.as_ref().unwrap();

@@ -177,6 +177,24 @@ impl PodNetwork {
         place.namespace = Some(namespace);
         Ok(())
     }
+
+    /// What has come and gone through its interfaces, as `/proc/net/dev` has it; empty if that cannot be read.
+    pub async fn traffic(&self) -> String {
+        let namespace = self.place.lock().await.namespace.clone();
+        let read = move || {
+            if let Some(namespace) = namespace {
+                setns(&namespace, libc::CLONE_NEWNET)?;
+            }
+            std::fs::read_to_string("/proc/thread-self/net/dev")
+        };
+        // On a thread of its own, which may enter another namespace.
+        let (sender, read_there) = tokio::sync::oneshot::channel();
+        let spawned = std::thread::Builder::new().name("traffic".into()).spawn(move || sender.send(read()));
+        match spawned {
+            Ok(_) => read_there.await.ok().and_then(Result::ok).unwrap_or_default(),
+            Err(_) => String::new(),
+        }
+    }
 }
 
 impl Place {

@@ -36,6 +36,8 @@ pub struct Tasks {
     containers: Mutex<HashMap<String, Arc<Place>>>,
     /// The pod, if it was made for itself: while it is there, it is what keeps this process.
     sandbox: OnceLock<Arc<Sandbox>>,
+    /// Held while that is made: of two that are asked for at once the later one is to find the first.
+    pub making: tokio::sync::Mutex<()>,
     /// Whether containerd has asked for the end while it waited for no container any more, but one was still being made or removed.
     asked: AtomicBool,
     /// That there is nothing more to do.
@@ -58,7 +60,7 @@ impl Tasks {
     /// None yet.
     pub fn new(surroundings: Arc<Surroundings>, over: Arc<Notify>) -> Arc<Self> {
         let (containers, sandbox, asked) = (Mutex::default(), OnceLock::new(), AtomicBool::new(false));
-        Arc::new(Self { surroundings, containers, sandbox, asked, over })
+        Arc::new(Self { surroundings, containers, sandbox, making: tokio::sync::Mutex::default(), asked, over })
     }
 
     /// To be registered with a server.

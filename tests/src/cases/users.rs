@@ -283,6 +283,12 @@ fn of_kubernetes_pods(scene: &Scene) -> Outcome {
         ensure_eq!(cri.shell(id, "readlink /proc/self/ns/user")?, users, "user namespace");
     }
     ensure_eq!(cri.shell(&two, "id -u")?, "1000\n", "user");
+    if scene.runtime.is_virtual() {
+        // Their network is not that of the guest itself.
+        let metrics = scene.call(&["metrics"])?.output()?;
+        let of = metrics.lines().find(|line| line.starts_with("podhull_guest_network_receive_bytes_total"));
+        ensure!(metrics.contains("interface=\"eth0\""), "interfaces in metrics: {of:?}");
+    }
     cri.shell(&one, "touch /mnt/file /own; chown 1000:1001 /mnt/file; chmod 660 /mnt/file")?;
     let metadata = fs::metadata(host.join("file"))?;
     ensure_eq!((metadata.uid(), metadata.gid()), (owner + 1000, owner + 1001), "owner of the file on the node");

@@ -214,6 +214,7 @@ impl sandbox_async::Sandbox for Service {
     async fn create_sandbox(&self, _: &TtrpcContext, request: CreateSandboxRequest) -> Result<CreateSandboxResponse> {
         let tasks = self.0.clone();
         let work = async move {
+            let _turn = tasks.making.lock().await;
             if !tasks.is_free() {
                 return Err(error(Code::ALREADY_EXISTS, "this shim has a pod already"));
             }
