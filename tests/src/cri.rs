@@ -405,6 +405,7 @@ impl Cri {
 
     /// Ends it, and looks that nothing is left.
     pub fn end(self) -> Outcome {
+        self.check_network()?;
         self.containerd.end()?;
         drop(self.netns);
         for own in ["/run/netns", "/run/containerd/podhull/k8s.io/pods", "/run/containerd/podhull/k8s.io", PODS] {
@@ -415,6 +416,25 @@ impl Cri {
         }
         check(&self.before)
     }
+
+    /// The node has its bridge, no port of it, and no address is given to anybody: with its namespace what is left would go unseen.
+    fn check_network(&self) -> Outcome {
+        let links = self.netns.ip("-o link")?;
+        let left: Vec<_> =
+            links.lines().filter(|line| ![" lo: ", " cni0: "].iter().any(|own| line.contains(own))).collect();
+        ensure!(left.is_empty(), "network devices that are left on the node: {left:?}");
+        let mut leases = names(&self.directory.join("addresses/test"));
+        // What the plugin keeps for itself.
+        leases.retain(|name| name != "lock" && !name.starts_with("last_reserved_ip."));
+        ensure!(leases.is_empty(), "addresses that are still given away: {leases:?}");
+        Ok(())
+    }
+}
+
+/// Names of what is in a directory, if it is there.
+fn names(directory: &Path) -> Vec<String> {
+    let entries = fs::read_dir(directory).into_iter().flatten().flatten();
+    entries.map(|entry| entry.file_name().to_string_lossy().into_owned()).collect()
 }
 
 fn connect(tokio: &tokio::runtime::Runtime, containerd: &Containerd) -> Outcome<Channel> {
