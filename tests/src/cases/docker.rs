@@ -21,14 +21,15 @@ const SERVE: &str =
     "trap 'echo bye; exit 3' TERM; echo hello; echo data > /file; httpd -p 80 -h /; while :; do sleep 0.1; done";
 
 fn by_path(scene: &Scene) -> Outcome {
-    containers(scene, Docker::start)
+    containers(scene, Docker::start, None)
 }
 
 fn by_the_shim(scene: &Scene) -> Outcome {
-    containers(scene, Docker::start_by_shim)
+    containers(scene, Docker::start_by_shim, Some(Docker::shim(scene)))
 }
 
-fn containers(scene: &Scene, start: fn(&Scene, &Netns) -> Outcome<Docker>) -> Outcome {
+/// The containers of a Docker that was so started; with the name of a shim, one by that name of which its configuration says nothing.
+fn containers(scene: &Scene, start: fn(&Scene, &Netns) -> Outcome<Docker>, shim: Option<&str>) -> Outcome {
     let host = Netns::new(scene, "host")?;
     let before = Leaks::watch();
     let docker = start(scene, &host)?;
@@ -37,6 +38,10 @@ fn containers(scene: &Scene, start: fn(&Scene, &Netns) -> Outcome<Docker>) -> Ou
     in_a_terminal(scene, &docker)?;
     by_their_names(&docker)?;
     built(scene, &docker)?;
+    if let Some(shim) = shim {
+        let release = docker.call(&["run", "--rm", "--runtime", shim, image::NAME, "uname", "-r"])?.output()?;
+        ensure_eq!(release.contains("podhull"), scene.runtime.is_virtual(), "whether {release:?} is of a guest kernel");
+    }
     docker.end()?;
     check(&before)
 }
