@@ -1,5 +1,7 @@
 //! containerd calls the runtime through its shim for runc, by `BinaryName`, or podhull by its own shim.
 
+use std::time::{Duration, Instant};
+
 use super::{oci, podhull};
 use crate::containerd::{Containerd, Shim, check};
 use crate::leaks::Leaks;
@@ -23,9 +25,14 @@ pub fn status(containerd: &Containerd, id: &str) -> Outcome<String> {
 
 /// Waits for the end of a task.
 pub fn stopped(containerd: &Containerd, id: &str) -> Outcome {
-    let until = std::time::Instant::now() + DEADLINE;
+    stopped_within(containerd, id, DEADLINE)
+}
+
+/// The same for one that may take another time.
+pub fn stopped_within(containerd: &Containerd, id: &str, deadline: Duration) -> Outcome {
+    let until = Instant::now() + deadline;
     while status(containerd, id)? != "STOPPED" {
-        ensure!(std::time::Instant::now() < until, "{id} does not stop");
+        ensure!(Instant::now() < until, "{id} does not stop");
     }
     Ok(())
 }

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use k8s_cri::v1 as api;
 
 use super::{oci, podhull};
+pub use crate::cri::PATIENT;
 use crate::cri::{Cri, container, resources};
 use crate::run::DEADLINE;
 use crate::suite::{Case, Scene};
@@ -22,9 +23,6 @@ pub const CASES: &[Case] = &[
     oci("cri::containerd_killed_meanwhile", containerd_killed_meanwhile),
     podhull("cri::a_pod_that_is_killed", a_pod_that_is_killed),
 ];
-
-/// Waits until it is told to end, and then exits with 3.
-pub const PATIENT: &[&str] = &["sh", "-c", "trap 'exit 3' TERM; touch /ready; while :; do sleep 0.1; done"];
 
 /// Starts one that is [`PATIENT`], and waits until it listens to signals.
 pub fn patient(cri: &Cri, pod: &crate::cri::Pod, config: api::ContainerConfig) -> Outcome<String> {

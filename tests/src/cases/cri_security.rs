@@ -9,8 +9,9 @@ use k8s_cri::v1::{
 };
 use serde_json::json;
 
+use super::disks::Loop;
 use super::{oci, podhull};
-use crate::cri::{Cri, Pod, container, security};
+use crate::cri::{Cri, PATIENT, Pod, container, security};
 use crate::suite::{Case, Scene};
 use crate::{Outcome, ensure, ensure_eq};
 
@@ -25,9 +26,6 @@ pub const CASES: &[Case] = &[
     oci("cri_security::proc_is_masked_or_not", proc_is_masked_or_not),
     podhull("cri_security::what_is_the_node_s", what_is_the_node_s),
 ];
-
-/// Waits until it is told to end.
-const PATIENT: &[&str] = &["sh", "-c", "trap 'exit 0' TERM; while :; do sleep 0.1; done"];
 
 /// A container whose security context was changed.
 fn with(name: &str, change: impl FnOnce(&mut k8s_cri::v1::LinuxContainerSecurityContext)) -> ContainerConfig {
@@ -100,6 +98,7 @@ fn users_and_rights(scene: &Scene) -> Outcome {
 
 /// It may whatever there is to do in its machine, or on its node, and has none of the host's devices.
 fn privileged(scene: &Scene) -> Outcome {
+    let disk = Loop::new(scene)?;
     let cri = Cri::start(scene)?;
     let mut config = cri.pod_config("privileged")?;
     config.linux.get_or_insert_default().security_context.get_or_insert_default().privileged = true;
@@ -110,6 +109,11 @@ fn privileged(scene: &Scene) -> Outcome {
     ensure_eq!(u64::from_str_radix(&line(&status, "CapEff"), 16)?, (1 << (last + 1)) - 1, "capabilities");
     ensure_eq!(line(&status, "Seccomp"), "0", "seccomp");
     cri.shell(&id, "mkdir /mnt; mount -t tmpfs tmpfs /mnt && umount /mnt")?;
+    let name = disk.path.file_name().ok_or("no name")?.display();
+    let seen = cri.shell(&id, &format!("ls -d /dev/{name} /sys/block/{name} 2>/dev/null || true"))?;
+    // runc on a node has them all.
+    let expected = if scene.runtime.is_virtual() { String::new() } else { format!("/dev/{name}\n/sys/block/{name}\n") };
+    ensure_eq!(seen, expected, "what it has of a disk of the host's");
     cri.shell(&id, "echo 1 >/proc/sys/net/ipv4/ip_forward; mkdir /sys/fs/cgroup/inside; rmdir /sys/fs/cgroup/inside")?;
     cri.remove_pod(&pod)?;
     cri.end()

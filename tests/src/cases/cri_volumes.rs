@@ -14,7 +14,7 @@ use rustix::mount::{MountFlags, UnmountFlags, mount, mount_bind, unmount};
 
 use super::disks::Loop;
 use super::oci;
-use crate::cri::{Cri, Pod, container, volume};
+use crate::cri::{Cri, PATIENT, Pod, container, volume};
 use crate::run::DEADLINE;
 use crate::suite::{Case, Scene};
 use crate::{Outcome, ensure, ensure_eq, image};
@@ -27,9 +27,6 @@ pub const CASES: &[Case] = &[
     oci("cri_volumes::of_the_host_s_special_files", of_the_host_s_special_files),
     oci("cri_volumes::read_only_with_what_is_below", read_only_with_what_is_below),
 ];
-
-/// Waits until it is told to end.
-const PATIENT: &[&str] = &["sh", "-c", "trap 'exit 0' TERM; while :; do sleep 0.1; done"];
 
 /// The directory of a pod's volume, where kubelet has it.
 fn directory(scene: &Scene, kind: &str, name: &str) -> Outcome<PathBuf> {

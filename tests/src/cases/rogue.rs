@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use serde_json::json;
 
 use super::config::Configuration;
-use super::containerd::stopped;
+use super::containerd::{stopped, stopped_within};
 use super::{long, podhull};
 use crate::bundle::Bundle;
 use crate::container::Container;
@@ -281,20 +281,11 @@ fn behind_containerd(scene: &Scene) -> Outcome {
         containerd.call(&["task", "kill", "--signal", "SIGKILL", fault])?.output()?;
     }
     for fault in ["absurd-exit", "starves-for-ever", "lies"] {
-        stopped_within(&containerd, fault)?;
+        stopped_within(&containerd, fault, LATEST)?;
         containerd.call(&["task", "delete", fault])?;
         containerd.call(&["container", "delete", fault])?.output()?;
     }
     peaks.check()?;
     containerd.end()?;
     check(&before)
-}
-
-fn stopped_within(containerd: &Containerd, id: &str) -> Outcome {
-    let until = Instant::now() + LATEST;
-    while super::containerd::status(containerd, id)? != "STOPPED" {
-        ensure!(Instant::now() < until, "{id} does not stop");
-        thread::sleep(Duration::from_millis(500));
-    }
-    Ok(())
 }
