@@ -420,16 +420,22 @@ impl Cri {
         check(&self.before)
     }
 
-    /// The node has its bridge, no port of it, and no address is given to anybody: with its namespace what is left would go unseen.
+    /// The node has bridges, nothing that is on them, and no address is given to anybody: with its namespace what is left would go
+    /// unseen.
     fn check_network(&self) -> Outcome {
-        let links = self.netns.ip("-o link")?;
-        let left: Vec<_> =
-            links.lines().filter(|line| ![" lo: ", " cni0: "].iter().any(|own| line.contains(own))).collect();
+        let all = self.netns.ip("-o link")?;
+        let own = self.netns.ip("-o link show type bridge")?;
+        let name = |line: &str| line.split(": ").nth(1).unwrap_or_default().to_owned();
+        let own: Vec<_> = own.lines().map(name).chain(["lo".to_owned()]).collect();
+        let left: Vec<_> = all.lines().map(name).filter(|name| !own.contains(name)).collect();
         ensure!(left.is_empty(), "network devices that are left on the node: {left:?}");
-        let mut leases = names(&self.directory.join("addresses/test"));
-        // What the plugin keeps for itself.
-        leases.retain(|name| name != "lock" && !name.starts_with("last_reserved_ip."));
-        ensure!(leases.is_empty(), "addresses that are still given away: {leases:?}");
+        let addresses = self.directory.join("addresses");
+        for network in names(&addresses) {
+            let mut leases = names(&addresses.join(network));
+            // What the plugin keeps for itself.
+            leases.retain(|name| name != "lock" && !name.starts_with("last_reserved_ip."));
+            ensure!(leases.is_empty(), "addresses that are still given away: {leases:?}");
+        }
         Ok(())
     }
 }
@@ -500,10 +506,14 @@ fn documented() -> Outcome<String> {
     let [first, second, third] = blocks.map(|(block, _)| block).collect::<Vec<_>>()[..] else {
         return Err("not three configurations on the page".into());
     };
+    // In the same table, from the page about annotations.
+    let page = include_str!("../../docs/configuration.md");
+    let annotations = page.split('`').find(|words| words.starts_with("pod_annotations = "));
+    let annotations = annotations.ok_or("no pod_annotations on the page")?;
     match (containerd::major()?, sandboxer()?) {
-        (1, None) => Ok(first.into()),
+        (1, None) => Ok(format!("{first}{annotations}")),
         (1, Some(_)) => Err("containerd 1 has no sandboxer".into()),
-        (_, None) => Ok(second.into()),
+        (_, None) => Ok(format!("{second}{annotations}")),
         (_, Some(_)) => Ok(format!("{second}{third}")),
     }
 }
