@@ -12,9 +12,11 @@ mod containerd;
 mod crashes;
 mod cri;
 mod cri_disks;
+mod cri_limits;
 mod cri_many;
 mod cri_outages;
 mod cri_security;
+mod cri_statistics;
 mod cri_streams;
 mod cri_volumes;
 mod cri_workload;
@@ -100,10 +102,12 @@ pub const ALL: &[&[Case]] = &[
     shim::CASES,
     cri::CASES,
     cri_disks::CASES,
+    cri_limits::CASES,
     cri_outages::CASES,
     cri_many::CASES,
     cri_workload::CASES,
     cri_security::CASES,
+    cri_statistics::CASES,
     cri_streams::CASES,
     cri_volumes::CASES,
     podman::CASES,
