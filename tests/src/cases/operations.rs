@@ -99,10 +99,11 @@ fn pods_are_listed(scene: &Scene) -> Outcome {
 }
 
 /// Samples of the text format, by name and labels; every line is checked.
-struct Metrics(BTreeMap<String, f64>);
+pub struct Metrics(BTreeMap<String, f64>);
 
 impl Metrics {
-    fn read(text: &str) -> Outcome<Self> {
+    /// Of a whole text.
+    pub fn read(text: &str) -> Outcome<Self> {
         let (mut family, mut done) = (("", ""), Vec::new());
         let mut samples = BTreeMap::new();
         ensure!(text.ends_with('\n'), "the text does not end with a line: {text:?}");
@@ -332,7 +333,7 @@ fn a_start_is_traced(scene: &Scene) -> Outcome {
 }
 
 /// Asks over HTTP; returns the head and the body.
-fn get(path: &Path) -> Outcome<(String, String)> {
+pub fn get(path: &Path) -> Outcome<(String, String)> {
     let directory = std::fs::File::open(path.parent().ok_or("no directory")?)?;
     let fd = std::os::fd::AsRawFd::as_raw_fd(&directory);
     let mut stream = UnixStream::connect(format!("/proc/self/fd/{fd}/metrics.sock"))?;
