@@ -264,7 +264,7 @@ fn lie(connection: &mut File, call: &Call) -> io::Result<()> {
         "PodStats" => frame::answer(connection, call.stream, &absurd_pod()),
         "ReadLog" => frame::answer(connection, call.stream, &absurd_log()),
         // Whether the volume is new in the guest, nobody can know.
-        "UpdateVolume" => frame::answer_bytes(connection, call.stream, vec![0xff; LONG]),
+        "UpdateVolume" => frame::answer_bytes(connection, call.stream, vec![0xff; 1000]),
         "ContainerStats" => {
             let device = IoDeviceStats { major: u32::MAX, reads: u64::MAX, ..Default::default() };
             let hugetlb = HugetlbStats { page_size: "../\n\"".into(), limit: u64::MAX, ..Default::default() };

@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
-use k8s_cri::v1::{PodSandboxState, PodSandboxStatsRequest};
+use k8s_cri::v1::{LinuxContainerResources, PodSandboxState, PodSandboxStatsRequest};
 use serde_json::json;
 
 use super::config::Configuration;
@@ -397,6 +397,9 @@ fn behind_kubelet(scene: &Scene) -> Outcome {
     let config = |fault: &str| {
         let mut config = cri.pod_config(fault)?;
         config.annotations.insert(PARAMS.to_owned(), format!("rogue={fault}"));
+        // It takes no more memory than it began with.
+        let all = LinuxContainerResources { memory_limit_in_bytes: 64 << 20, ..Default::default() };
+        config.linux.get_or_insert_default().resources = Some(all);
         Outcome::Ok(config)
     };
     let check = |fault: &str, error: &str, words: &[&str]| {
@@ -423,7 +426,7 @@ fn behind_kubelet(scene: &Scene) -> Outcome {
     }
     // One that has started, and ends by itself, or dies.
     for fault in ["none", "dies"] {
-        let pod = cri.run(config(fault)?)?;
+        let pod = cri.run(config(fault)?).map_err(|error| format!("{fault}: {error}"))?;
         let until = Instant::now() + DEADLINE;
         while cri.pod_status(&pod)?.state() != PodSandboxState::SandboxNotready {
             ensure!(Instant::now() < until, "{fault}: the pod does not end");
@@ -433,7 +436,7 @@ fn behind_kubelet(scene: &Scene) -> Outcome {
     }
     // One that goes on, and is asked for what it refuses, or lies about.
     for fault in ["lies", "starves-for-ever"] {
-        let pod = cri.run(config(fault)?)?;
+        let pod = cri.run(config(fault)?).map_err(|error| format!("{fault}: {error}"))?;
         let made = cri.launch(&pod, container("main", PATIENT));
         if fault == "lies" {
             check(fault, &made.err().ok_or("lies: the container runs")?.to_string(), &["the agent"])?;
