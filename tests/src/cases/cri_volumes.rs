@@ -7,7 +7,7 @@ use std::io::{Read, Write};
 use std::os::unix::fs::{PermissionsExt, chown, symlink};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use k8s_cri::v1::{ContainerConfig, ImageSpec, Mount};
 use rustix::mount::{MountFlags, UnmountFlags, mount, mount_bind, unmount};
@@ -264,6 +264,42 @@ impl Drop for Unwatched {
 /// How long what is new may take to be seen.
 const SOON: Duration = Duration::from_secs(1);
 
+/// Notes what it sees first in which file, and when.
+const NOTE: &str = "import sys, time
+seen = {}
+while True:
+    for path in sys.argv[1:]:
+        try: text = open(path).read()
+        except OSError: continue
+        if seen.get(path) != text:
+            seen[path] = text
+            print(path, text, time.time_ns(), flush=True)
+    time.sleep(0.02)
+";
+
+/// Has a container note what is in its files from now on.
+fn note(cri: &Cri, id: &str, files: &str) -> Outcome {
+    cri.exec(id, &["sh", "-c", &format!("cat >/note <<'EOF'\n{NOTE}\nEOF\n")], 0)?;
+    cri.shell(id, &format!("python3 /note {files} >/noted 2>&1 & until [ -s /noted ]; do sleep 0.1; done")).map(drop)
+}
+
+/// Waits until it has noted this; it was to see it soon after it was written.
+fn noted(cri: &Cri, id: &str, file: &str, text: &str, written: SystemTime) -> Outcome {
+    let until = Instant::now() + DEADLINE;
+    let line = format!("{file} {text} ");
+    loop {
+        let all = cri.shell(id, "cat /noted")?;
+        if let Some(time) = all.lines().find_map(|noted| noted.strip_prefix(&line)) {
+            let seen = SystemTime::UNIX_EPOCH + Duration::from_nanos(time.parse()?);
+            // Its clock is not this one; that it is right is of another test.
+            let late = seen.duration_since(written).unwrap_or_default();
+            ensure!(late <= SOON, "{file} is {text} after {late:?}");
+            return Ok(());
+        }
+        ensure!(Instant::now() < until, "{file} is never {text}: {all}");
+    }
+}
+
 /// What is written anew is seen within a second, and who waits for that is told.
 fn updated_meanwhile(scene: &Scene) -> Outcome {
     let cri = Cri::start(scene)?;
@@ -288,11 +324,14 @@ fn updated_meanwhile(scene: &Scene) -> Outcome {
     ensure_eq!(cri.exec(&id, &["touch", "/etc/settings/new"], 0)?.status, 1, "status of who writes");
     cri.exec(&id, &["sh", "-c", &format!("cat >/watch <<'EOF'\n{WATCH}\nEOF\n")], 0)?;
     cri.shell(&id, "python3 /watch >/told 2>&1 & until grep -q watching /told; do sleep 0.1; done")?;
+    note(&cri, &id, "/etc/settings/key /etc/secret/word")?;
 
     let settings = [("key", "second"), ("other", "same"), ("third", "new"), ("deep/er/key", "deeper")];
     write_atomically(&config_map, "2", plain, &settings)?;
+    let written = SystemTime::now();
     write_atomically(&secret.0, "2", guarded, &[("word", "two")])?;
-    std::thread::sleep(SOON);
+    noted(&cri, &id, "/etc/settings/key", "second", written)?;
+    noted(&cri, &id, "/etc/secret/word", "two", written)?;
     let seen =
         cri.shell(&id, "cd /etc; cat settings/key settings/third settings/deep/er/key secret/word; ls settings")?;
     ensure_eq!(seen, "secondnewdeepertwodeep\nkey\nother\nthird\n", "what it has a second later");
@@ -313,7 +352,7 @@ fn updated_meanwhile(scene: &Scene) -> Outcome {
             let text = version.to_string();
             write_atomically(&config_map, &text, plain, &[("key", &text), (&format!("key-{text}"), &text)])?;
         }
-        std::thread::sleep(SOON);
+        noted(&cri, &id, "/etc/settings/key", &last.to_string(), SystemTime::now())?;
         let expected = format!("{last}..{last}\n..data\nkey\nkey-{last}\n");
         let seen = cri.shell(&id, "cd /etc/settings; cat key; LC_ALL=C ls -A")?;
         ensure_eq!(seen, expected, "what it has after {count} in a row");
@@ -323,9 +362,11 @@ fn updated_meanwhile(scene: &Scene) -> Outcome {
     let unwatched = Unwatched::begin()?;
     let second = cri.launch(&pod, with_python("second", vec![volume(&config_map, "/etc/settings", true)]))?;
     drop(unwatched);
+    note(&cri, &second, "/etc/settings/key")?;
+    let written = SystemTime::now();
     write_atomically(&config_map, "200", plain, &[("key", "200")])?;
-    std::thread::sleep(SOON);
     for container in [&id, &second] {
+        noted(&cri, container, "/etc/settings/key", "200", written)?;
         ensure_eq!(cri.shell(container, "cat /etc/settings/key")?, "200", "what each has");
     }
     cri.remove_pod(&pod)?;
