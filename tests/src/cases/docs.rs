@@ -18,6 +18,7 @@ pub const CASES: &[Case] = &[
     podhull("docs::docker", docker_page),
     podhull("docs::containerd", containerd_page),
     podhull("docs::operations", operations_page),
+    podhull("docs::configuration", configuration_page),
 ];
 
 /// The blocks of a page in one language.
@@ -113,10 +114,14 @@ fn operations_page(scene: &Scene) -> Outcome {
     let host = Configuration::new()?;
     host.write("config.toml", &blocks(page, "toml").concat())?;
     let container = Container::make(scene, &scene.debian()?.sh("echo ready; exec sleep 1000"), &["run", "-d"])?;
+    // One of a shim's, too.
+    let containerd = Containerd::start(scene, Shim::Podhull)?;
+    containerd.run(&["-d"], "web", &["sleep", "1000"])?.output()?;
     let file = scene.directory.join("hello.json").display().to_string();
     let own = |line: &str| {
         let own = line.replace("/tmp/hello.json", &file).replace("hello", &container.id);
-        own.replace(&format!("/{}.json", container.id), "/hello.json")
+        let own = own.replace("podhull/k8s.io", "podhull/default").replace("pods/ID ", "pods/web ");
+        own.replace("trace ID", "trace web").replace(&format!("/{}.json", container.id), "/hello.json")
     };
     let typed = type_each(page, own, |line, said, expected| {
         ensure!(!said.is_empty() || line.contains(" -o "), "{line} prints nothing");
@@ -126,7 +131,24 @@ fn operations_page(scene: &Scene) -> Outcome {
         }
         Ok(())
     })?;
-    ensure!(typed >= 9 && std::path::Path::new(&file).exists(), "{typed} commands on the page");
+    ensure!(typed >= 11 && std::path::Path::new(&file).exists(), "{typed} commands on the page");
+    containerd.call(&["task", "delete", "--force", "web"])?.output()?;
+    containerd.call(&["container", "delete", "web"])?.output()?;
+    containerd.end()?;
     container.end()?;
-    before.check()
+    containerd::check(&before)
+}
+
+/// What the example of a configuration comes to is as the page shows it, down to the columns.
+fn configuration_page(scene: &Scene) -> Outcome {
+    let page = include_str!("../../../docs/configuration.md");
+    let [config] = blocks(page, "toml")[..] else { return Err("not one configuration on the page".into()) };
+    let shown = page.split("```\n# podhull config show\n").nth(1).and_then(|rest| rest.split_once("...\n"));
+    let (shown, _) = shown.ok_or("nothing shown on the page")?;
+    ensure!(shown.lines().count() >= 4, "shown on the page: {shown}");
+    let host = Configuration::new()?;
+    host.write("config.toml", config)?;
+    let said = scene.call(&["config", "show"])?.output()?;
+    ensure!(said.starts_with(shown), "it is {said}, and not {shown}");
+    Ok(())
 }
