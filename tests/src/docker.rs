@@ -19,6 +19,9 @@ pub fn check(before: &Leaks) -> Outcome {
     for own in [
         "run/docker/plugins",
         "run/docker",
+        "run/containerd/runc/moby/pods",
+        "run/containerd/runc/moby",
+        "run/containerd/runc",
         "run/containerd/podhull/moby/pods",
         "run/containerd/podhull/moby",
         "run/containerd/podhull",
