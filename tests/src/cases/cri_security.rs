@@ -5,13 +5,15 @@ use std::path::Path;
 
 use k8s_cri::v1::security_profile::ProfileType;
 use k8s_cri::v1::{
-    Capability, ContainerConfig, Int64Value, NamespaceMode, NamespaceOption, SecurityProfile, SupplementalGroupsPolicy,
+    Capability, ContainerConfig, Int64Value, NamespaceMode, NamespaceOption, SeLinuxOption, SecurityProfile,
+    SupplementalGroupsPolicy,
 };
 use serde_json::json;
 
 use super::disks::Loop;
 use super::{oci, podhull};
 use crate::cri::{Cri, PATIENT, Pod, container, security};
+use crate::run::Running;
 use crate::suite::{Case, Scene};
 use crate::{Outcome, ensure, ensure_eq};
 
@@ -24,6 +26,7 @@ pub const CASES: &[Case] = &[
     oci("cri_security::parameters_that_are_the_node_s", parameters_that_are_the_node_s),
     oci("cri_security::groups", groups),
     oci("cri_security::proc_is_masked_or_not", proc_is_masked_or_not),
+    oci("cri_security::profiles_of_the_node", profiles_of_the_node),
     podhull("cri_security::what_is_the_node_s", what_is_the_node_s),
 ];
 
@@ -290,6 +293,37 @@ fn proc_is_masked_or_not(scene: &Scene) -> Outcome {
     cri.end()
 }
 
+fn run(words: &[&str]) -> Outcome<String> {
+    Running::start(&words.iter().map(Into::into).collect::<Vec<_>>(), &[])?.wait()?.output()
+}
+
+/// Profiles of AppArmor and labels of SELinux: with a host that has neither containerd refuses the former, unless nothing is asked for,
+/// and knows nothing of the latter; with AppArmor a profile of one's own is refused, as it would be of no effect in a machine.
+fn profiles_of_the_node(scene: &Scene) -> Outcome {
+    let cri = Cri::start(scene)?;
+    let pod = cri.run(cri.pod_config("profiles")?)?;
+    let of = |name: &str, profile| cri.launch(&pod, with(name, |security| security.apparmor = profile));
+    let free = of("free", profile(ProfileType::Unconfined, ""))?;
+    ensure_eq!(cri.shell(&free, "echo here")?, "here\n", "what is executed without a profile");
+    let node_has = Path::new("/sys/kernel/security/apparmor").exists() && Path::new("/sbin/apparmor_parser").exists();
+    let usual = of("usual", profile(ProfileType::RuntimeDefault, ""));
+    ensure_eq!(usual.is_ok(), node_has, "whether one runs with the runtime's profile: {usual:?}");
+    let own =
+        of("own", profile(ProfileType::Localhost, "no-such-profile")).err().ok_or("one of no such profile runs")?;
+    ensure!(own.to_string().to_lowercase().contains("apparmor"), "refusal {own}");
+    let labelled = cri.launch(
+        &pod,
+        with("labelled", |security| {
+            let word = |word: &str| word.to_owned();
+            security.selinux_options =
+                Some(SeLinuxOption { user: word("u"), role: word("r"), r#type: word("t"), level: word("s0:c1,c2") });
+        }),
+    )?;
+    ensure_eq!(cri.shell(&labelled, "echo here")?, "here\n", "what is executed with a label");
+    cri.remove_pod(&pod)?;
+    cri.end()
+}
+
 /// Its network is refused; its processes and IPC are those of the machine.
 fn what_is_the_node_s(scene: &Scene) -> Outcome {
     let cri = Cri::start(scene)?;
@@ -310,9 +344,21 @@ fn what_is_the_node_s(scene: &Scene) -> Outcome {
     let pod = with("rest", of_node)?;
     let mut config = container("main", PATIENT);
     of_node(security(&mut config).namespace_options.get_or_insert_default());
-    let id = cri.launch(&pod, config)?;
+    let id = cri.launch(&pod, config.clone())?;
     let seen = cri.shell(&id, "ps -o args")?;
     ensure!(seen.contains("agent") && !seen.contains("containerd"), "processes of the machine: {seen}");
+    // Its queues, semaphores and shared memory: one for all that ask for them, and nothing of the node's.
+    let made = run(&["ipcmk", "-M", "4096"])?;
+    let number = made.trim().rsplit(' ').next().unwrap_or_default().to_owned();
+    config.metadata.get_or_insert_default().name = "other".into();
+    let other = cri.launch(&pod, config)?;
+    let look = "readlink /proc/self/ns/ipc /proc/1/ns/ipc; wc -l </proc/sysvipc/shm";
+    let (seen, by_other) = (cri.shell(&id, look)?, cri.shell(&other, look)?);
+    run(&["ipcrm", "-m", &number])?;
+    let lines: Vec<_> = seen.lines().collect();
+    ensure!(lines.len() == 3 && lines[0] == lines[1], "IPC of a container, and of the machine: {seen}");
+    ensure_eq!(lines[2], "1", "lines about shared memory, the first its head");
+    ensure_eq!(by_other, seen, "IPC of the other");
     cri.remove_pod(&pod)?;
     fs::remove_dir("/sys/fs/cgroup/kubepods/pod-network")?;
     cri.end()
