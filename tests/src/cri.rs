@@ -88,7 +88,10 @@ impl Cri {
         let more = format!(
             "[{service}]\nstream_server_address = \"127.0.0.1\"\nstream_server_port = \"0\"\n{image}\n\
              [{runtime}.containerd.runtimes.runc]\nruntime_type = \"io.containerd.runc.v2\"\n\
+             [{runtime}.containerd.runtimes.runc.options]\nSystemdCgroup = {}\n\
              [{runtime}.cni]\n{programs}\nconf_dir = {:?}\n{}",
+            // Other runtimes see by the form of a group whose it is.
+            Path::new("/run/systemd/system").is_dir(),
             network.display().to_string(),
             documented()?,
         );
@@ -295,13 +298,18 @@ impl Cri {
         self.ready()
     }
 
-    /// Stops and removes it, and looks that nothing is left of its containers.
-    pub fn remove_pod(&self, pod: &Pod) -> Outcome {
+    /// Stops and removes it.
+    pub fn take_down(&self, pod: &Pod) -> Outcome {
         let pod_sandbox_id = pod.id.clone();
         let stop = api::StopPodSandboxRequest { pod_sandbox_id: pod_sandbox_id.clone() };
         self.call(async |mut client| client.stop_pod_sandbox(stop).await)?;
         let remove = api::RemovePodSandboxRequest { pod_sandbox_id };
-        self.call(async |mut client| client.remove_pod_sandbox(remove).await)?;
+        self.call(async |mut client| client.remove_pod_sandbox(remove).await).map(drop)
+    }
+
+    /// Stops and removes it, and looks that nothing is left of its containers.
+    pub fn remove_pod(&self, pod: &Pod) -> Outcome {
+        self.take_down(pod)?;
         let name = &pod.config.metadata.as_ref().ok_or("no name")?.name;
         // The group is kubelet's, and must be empty by now.
         let group = Path::new(PODS).join(format!("pod-{name}"));

@@ -1,15 +1,18 @@
 //! What pods and their containers may use, as kubelet says, and what follows when it is not enough.
 
+use std::fs;
 use std::thread;
 use std::time::{Duration, Instant};
 
 use k8s_cri::v1 as api;
-use rustix::process::Signal;
+use rustix::process::{Pid, Signal};
 use serde_json::Value;
 
+use super::cgroups::{group_of, machines_beside};
+use super::systemd::property;
 use super::{oci, podhull};
 use crate::cri::{Cri, PATIENT, Pod, container, resources};
-use crate::run::DEADLINE;
+use crate::run::{DEADLINE, Running};
 use crate::suite::{Case, Scene};
 use crate::{Outcome, ensure, ensure_eq};
 
@@ -18,6 +21,8 @@ pub const CASES: &[Case] = &[
     oci("cri_limits::of_shared_memory", of_shared_memory),
     podhull("cri_limits::a_machine_changes_with_its_containers", a_machine_changes_with_its_containers),
     podhull("cri_limits::a_machine_begins_as_its_pod_says", a_machine_begins_as_its_pod_says),
+    // With the others that need systemd.
+    oci("systemd::pods_are_in_kubelet_s_slices", pods_are_in_kubelet_s_slices),
 ];
 
 /// kubelet shows the reason, and whoever listens to containerd is told of the container.
@@ -146,6 +151,38 @@ fn a_machine_begins_as_its_pod_says(scene: &Scene) -> Outcome {
         let (memory, _) = machine(&cri, &id)?;
         ensure!((300..=400).contains(&memory), "{memory} MiB of memory with {key} of 400");
         cri.remove_pod(&pod)?;
+    }
+    cri.end()
+}
+
+/// With systemd as kubelet's driver of control groups, containerd names a slice, and each container is a scope in it.
+fn pods_are_in_kubelet_s_slices(scene: &Scene) -> Outcome {
+    let cri = Cri::start(scene)?;
+    let mut config = cri.pod_config("sliced")?;
+    fs::remove_dir("/sys/fs/cgroup/kubepods/pod-sliced")?;
+    "/kubepods.slice/kubepods-podsliced.slice".clone_into(&mut config.linux.get_or_insert_default().cgroup_parent);
+    let pod = cri.run(config)?;
+    let mut config = container("main", PATIENT);
+    *resources(&mut config) = limits(128, 1);
+    let id = cri.launch(&pod, config)?;
+    let unit = format!("cri-containerd-{id}.scope");
+    let slice = group_of(Pid::from_raw(cri.process(&id)?).ok_or("no process")?)?;
+    ensure!(slice.ends_with(format!("kubepods.slice/kubepods-podsliced.slice/{unit}")), "group {}", slice.display());
+    ensure_eq!(property(&unit, "ActiveState")?, "active", "state of the scope");
+    ensure_eq!(property(&unit, "MemoryMax")?, (128 << 20).to_string(), "memory of the scope");
+    if scene.runtime.is_virtual() {
+        let machines = machines_beside(&slice)?;
+        ensure!(machines.len() == 1, "machines beside it: {machines:?}");
+    }
+    update(&cri, &id, limits(96, 1))?;
+    ensure_eq!(property(&unit, "MemoryMax")?, (96 << 20).to_string(), "memory of the scope afterwards");
+    ensure_eq!(cri.shell(&id, "cat /sys/fs/cgroup/memory.max")?, format!("{}\n", 96 << 20), "limit inside");
+    cri.stop(&id, 30)?;
+    ensure_eq!(cri.status(&id)?.exit_code, 3, "exit status");
+    cri.take_down(&pod)?;
+    ensure_eq!(property(&unit, "LoadState")?, "not-found", "state of the scope when its pod is gone");
+    for slice in ["kubepods-podsliced.slice", "kubepods.slice"] {
+        Running::start(&["systemctl", "stop", slice].map(Into::into), &[])?.wait()?.output()?;
     }
     cri.end()
 }
