@@ -352,7 +352,7 @@ fn what_is_the_node_s(scene: &Scene) -> Outcome {
     let number = made.trim().rsplit(' ').next().unwrap_or_default().to_owned();
     config.metadata.get_or_insert_default().name = "other".into();
     let other = cri.launch(&pod, config)?;
-    let look = "readlink /proc/self/ns/ipc /proc/1/ns/ipc; wc -l </proc/sysvipc/shm";
+    let look = "readlink /proc/self/ns/ipc; readlink /proc/1/ns/ipc; wc -l </proc/sysvipc/shm";
     let (seen, by_other) = (cri.shell(&id, look)?, cri.shell(&other, look)?);
     run(&["ipcrm", "-m", &number])?;
     let lines: Vec<_> = seen.lines().collect();
