@@ -244,7 +244,17 @@ impl Agent {
     pub async fn read_log(&self, max_bytes: u32) -> Result<Vec<LogLine>, AgentError> {
         let request = ReadLogRequest { max_bytes, ..Default::default() };
         let _long = self.bounds.for_long();
-        Ok(self.call("ReadLog", self.client.read_log(with_duration(PROMPT), &request)).await?.lines)
+        let mut lines = self.call("ReadLog", self.client.read_log(with_duration(PROMPT), &request)).await?.lines;
+        // A guest may say more than it was asked for.
+        let mut left = usize::try_from(max_bytes).unwrap_or(usize::MAX);
+        let fits = |line: &&LogLine| {
+            let rest = left.checked_sub(line.text.len().saturating_add(32));
+            left = rest.unwrap_or(0);
+            rest.is_some()
+        };
+        let kept = lines.iter().rev().take_while(fits).count();
+        lines.drain(..lines.len() - kept);
+        Ok(lines)
     }
 
     /// Executes a further program in a container.

@@ -40,6 +40,8 @@ pub enum Shim {
     Runc,
     /// That of podhull.
     Podhull,
+    /// The same by the name that it has for who comes from Kata Containers.
+    Kata,
 }
 
 /// The first number of the version of containerd on this host. From 2 on its plugins for pods have other names, and its configuration a
@@ -110,6 +112,7 @@ impl Containerd {
                 ["--runtime", "io.containerd.runc.v2", "--runc-binary", &program].map(str::to_owned).into()
             }
             Shim::Podhull => ["--runtime", "io.containerd.podhull.v2"].map(str::to_owned).into(),
+            Shim::Kata => ["--runtime", "io.containerd.kata.v2"].map(str::to_owned).into(),
         };
         let netns = netns.map(|netns| netns.path.clone());
         let mut containerd = Self { daemon: None, directory, runtime, netns };

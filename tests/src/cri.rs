@@ -30,6 +30,9 @@ const PODS: &str = "/sys/fs/cgroup/kubepods";
 /// Where podhull knows its containers.
 pub const STATE: &str = "/run/containerd/podhull/k8s.io";
 
+/// Waits until it is told to end, and then exits with 3. When it listens to signals there is `/ready`, where it may write that.
+pub const PATIENT: &[&str] = &["sh", "-c", "trap 'exit 3' TERM; touch /ready 2>/dev/null; while :; do sleep 0.1; done"];
+
 /// What answers when pods are made.
 pub struct Cri {
     containerd: Containerd,
@@ -104,7 +107,10 @@ impl Cri {
         let more = format!(
             "[{service}]\nstream_server_address = \"127.0.0.1\"\nstream_server_port = \"0\"\n{image}\n\
              [{runtime}.containerd.runtimes.runc]\nruntime_type = \"io.containerd.runc.v2\"\n\
+             [{runtime}.containerd.runtimes.runc.options]\nSystemdCgroup = {}\n\
              [{runtime}.cni]\n{programs}\nmax_conf_num = {count}\nconf_dir = {:?}\n{}\n{}",
+            // Other runtimes see by the form of a group whose it is.
+            Path::new("/run/systemd/system").is_dir(),
             configurations.display().to_string(),
             documented()?,
             class.map_or_else(String::new, |class| {
@@ -314,13 +320,18 @@ impl Cri {
         self.ready()
     }
 
-    /// Stops and removes it, and looks that nothing is left of its containers.
-    pub fn remove_pod(&self, pod: &Pod) -> Outcome {
+    /// Stops and removes it.
+    pub fn take_down(&self, pod: &Pod) -> Outcome {
         let pod_sandbox_id = pod.id.clone();
         let stop = api::StopPodSandboxRequest { pod_sandbox_id: pod_sandbox_id.clone() };
         self.call(async |mut client| client.stop_pod_sandbox(stop).await)?;
         let remove = api::RemovePodSandboxRequest { pod_sandbox_id };
-        self.call(async |mut client| client.remove_pod_sandbox(remove).await)?;
+        self.call(async |mut client| client.remove_pod_sandbox(remove).await).map(drop)
+    }
+
+    /// Stops and removes it, and looks that nothing is left of its containers.
+    pub fn remove_pod(&self, pod: &Pod) -> Outcome {
+        self.take_down(pod)?;
         let name = &pod.config.metadata.as_ref().ok_or("no name")?.name;
         // The group is kubelet's, and must be empty by now.
         let group = Path::new(PODS).join(format!("pod-{name}"));
@@ -427,6 +438,7 @@ impl Cri {
 
     /// Ends it, and looks that nothing is left.
     pub fn end(self) -> Outcome {
+        self.check_network()?;
         self.containerd.end()?;
         drop(self.netns);
         for own in ["/run/netns", "/run/containerd/podhull/k8s.io/pods", "/run/containerd/podhull/k8s.io", PODS] {
@@ -437,6 +449,31 @@ impl Cri {
         }
         check(&self.before)
     }
+
+    /// The node has bridges, nothing that is on them, and no address is given to anybody: with its namespace what is left would go
+    /// unseen.
+    fn check_network(&self) -> Outcome {
+        let all = self.netns.ip("-o link")?;
+        let own = self.netns.ip("-o link show type bridge")?;
+        let name = |line: &str| line.split(": ").nth(1).unwrap_or_default().to_owned();
+        let own: Vec<_> = own.lines().map(name).chain(["lo".to_owned()]).collect();
+        let left: Vec<_> = all.lines().map(name).filter(|name| !own.contains(name)).collect();
+        ensure!(left.is_empty(), "network devices that are left on the node: {left:?}");
+        let addresses = self.directory.join("addresses");
+        for network in names(&addresses) {
+            let mut leases = names(&addresses.join(network));
+            // What the plugin keeps for itself.
+            leases.retain(|name| name != "lock" && !name.starts_with("last_reserved_ip."));
+            ensure!(leases.is_empty(), "addresses that are still given away: {leases:?}");
+        }
+        Ok(())
+    }
+}
+
+/// Names of what is in a directory, if it is there.
+fn names(directory: &Path) -> Vec<String> {
+    let entries = fs::read_dir(directory).into_iter().flatten().flatten();
+    entries.map(|entry| entry.file_name().to_string_lossy().into_owned()).collect()
 }
 
 fn connect(tokio: &tokio::runtime::Runtime, containerd: &Containerd) -> Outcome<Channel> {
@@ -507,10 +544,14 @@ fn documented() -> Outcome<String> {
     let [first, second, third] = blocks.map(|(block, _)| block).collect::<Vec<_>>()[..] else {
         return Err("not three configurations on the page".into());
     };
+    // In the same table, from the page about annotations.
+    let page = include_str!("../../docs/configuration.md");
+    let annotations = page.split('`').find(|words| words.starts_with("pod_annotations = "));
+    let annotations = annotations.ok_or("no pod_annotations on the page")?;
     match (containerd::major()?, sandboxer()?) {
-        (1, None) => Ok(first.into()),
+        (1, None) => Ok(format!("{first}{annotations}")),
         (1, Some(_)) => Err("containerd 1 has no sandboxer".into()),
-        (_, None) => Ok(second.into()),
+        (_, None) => Ok(format!("{second}{annotations}")),
         (_, Some(_)) => Ok(format!("{second}{third}")),
     }
 }

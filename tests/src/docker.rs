@@ -19,6 +19,9 @@ pub fn check(before: &Leaks) -> Outcome {
     for own in [
         "run/docker/plugins",
         "run/docker",
+        "run/containerd/runc/moby/pods",
+        "run/containerd/runc/moby",
+        "run/containerd/runc",
         "run/containerd/podhull/moby/pods",
         "run/containerd/podhull/moby",
         "run/containerd/podhull",
@@ -55,9 +58,14 @@ impl Docker {
         Ok(docker)
     }
 
+    /// The name by which containerd finds the shim of the program under test.
+    pub fn shim(scene: &Scene) -> &'static str {
+        if scene.runtime.is_virtual() { "io.containerd.kata.v2" } else { "io.containerd.runc.v2" }
+    }
+
     /// The same with further options, and without an image.
     pub fn by_shim(scene: &Scene, netns: &Netns, options: &[&str]) -> Outcome<Self> {
-        let shim = if scene.runtime.is_virtual() { "io.containerd.kata.v2" } else { "io.containerd.runc.v2" };
+        let shim = Self::shim(scene);
         let config = serde_json::json!({ "default-runtime": "shim", "runtimes": { "shim": { "runtimeType": shim } } });
         Self::with_config(scene, netns, &config.to_string(), options)
     }

@@ -19,6 +19,13 @@ pub struct Process {
 }
 
 impl Process {
+    /// Whether it is the shim of a pod, of whichever runtime, and not one that starts or deletes another.
+    pub fn is_shim(&self) -> bool {
+        let mut words = self.command.split(' ');
+        words.next().is_some_and(|name| name.contains("containerd-shim-"))
+            && words.all(|word| !["start", "delete"].contains(&word))
+    }
+
     fn read(pid: i32) -> Option<Self> {
         let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
         // The name may contain anything, so fields are counted from the last parenthesis: state, parent (proc(5)).

@@ -13,7 +13,7 @@ use std::process::Command;
 
 use gtmpl::{Context, FuncError, Template, Value as Go};
 use k8s_openapi::api::apps::v1::DaemonSet;
-use k8s_openapi::api::core::v1::{Namespace, ServiceAccount};
+use k8s_openapi::api::core::v1::{Namespace, Pod, ServiceAccount};
 use k8s_openapi::api::node::v1::RuntimeClass;
 use k8s_openapi::api::rbac::v1::{ClusterRole, ClusterRoleBinding};
 use serde::Serialize;
@@ -111,6 +111,7 @@ fn check(documents: &[Value]) -> Vec<&str> {
             "ClusterRoleBinding" => check_as::<ClusterRoleBinding>(document),
             "DaemonSet" => check_as::<DaemonSet>(document),
             "RuntimeClass" => check_as::<RuntimeClass>(document),
+            "Pod" => check_as::<Pod>(document),
             other => panic!("{other}: the test does not know this kind"),
         }
         kinds.push(kind);
@@ -269,4 +270,42 @@ fn the_pages_name_files_that_are_there() {
         }
     }
     assert!(named >= 7, "only {named} names");
+}
+
+/// What users are told to tell a cluster it understands, and what they are told to type is about what is there.
+#[test]
+fn the_page_for_kubernetes_is_about_what_is_there() {
+    let page = read("../docs/kubernetes.md");
+    let block = page.split("```yaml\n").nth(1).unwrap().split("```").next().unwrap();
+    let told = documents(block);
+    assert_eq!(check(&told), ["RuntimeClass", "Pod"]);
+    assert_eq!(told[1]["spec"]["runtimeClassName"], told[0]["metadata"]["name"]);
+    let classes = values(&[])["classes"].clone();
+    assert!(classes.as_array().unwrap().contains(&told[0]["handler"]), "{classes}");
+
+    // In blocks and in sentences, there over the ends of lines.
+    let text = page.replace('\n', " ").replace('`', " ; ");
+    let (mut customized, mut set) = (0, 0);
+    let words: Vec<&str> = text.split(' ').filter(|word| !word.is_empty()).collect();
+    for pair in words.windows(2) {
+        match pair[0] {
+            "-k" => {
+                let directory = Path::new(env!("CARGO_MANIFEST_DIR")).join("..").join(pair[1]);
+                assert!(directory.join("kustomization.yaml").exists(), "{}", pair[1]);
+                customized += 1;
+            }
+            "--set" => {
+                let (key, value) = pair[1].split_once('=').unwrap();
+                render(&values(&[(key, json!(value))]));
+                set += 1;
+            }
+            "status" => {
+                let installed = documents(&render(&values(&[])));
+                let name = &of_kind(&installed, "DaemonSet")[0]["metadata"]["name"];
+                assert_eq!(pair[1], format!("daemonset/{}", name.as_str().unwrap()));
+            }
+            _ => {}
+        }
+    }
+    assert_eq!((customized, set), (3, 2), "{text}");
 }

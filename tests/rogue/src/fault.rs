@@ -5,8 +5,9 @@ use std::io::{self, Write};
 use std::thread;
 
 use podhull_protocol::{
-    ContainerStatsResponse, CreateContainerResponse, CreatePodResponse, Empty, Event, EventsRequest,
-    ExecProcessResponse, Exit, GrowResponse, HugetlbStats, IoDeviceStats, IoStats, MemoryStats, OutOfMemory, event,
+    ContainerStatsResponse, CreateContainerResponse, CreatePodResponse, DiskStats, Empty, Event, EventsRequest,
+    ExecProcessResponse, Exit, GrowResponse, GuestCpuStats, GuestMemoryStats, HugetlbStats, InterfaceStats,
+    IoDeviceStats, IoStats, LogLine, MemoryStats, NamedStats, OutOfMemory, PodStatsResponse, ReadLogResponse, event,
 };
 use protobuf::Message;
 use ttrpc::proto::MESSAGE_TYPE_RESPONSE;
@@ -260,6 +261,10 @@ fn tell(connection: &mut File, stream: u32, request: &EventsRequest, fault: Faul
 /// As long as fits, and nothing that can be.
 fn lie(connection: &mut File, call: &Call) -> io::Result<()> {
     match &*call.request.method {
+        "PodStats" => frame::answer(connection, call.stream, &absurd_pod()),
+        "ReadLog" => frame::answer(connection, call.stream, &absurd_log()),
+        // Whether the volume is new in the guest, nobody can know.
+        "UpdateVolume" => frame::answer_bytes(connection, call.stream, vec![0xff; 1000]),
         "ContainerStats" => {
             let device = IoDeviceStats { major: u32::MAX, reads: u64::MAX, ..Default::default() };
             let hugetlb = HugetlbStats { page_size: "../\n\"".into(), limit: u64::MAX, ..Default::default() };
@@ -283,4 +288,46 @@ fn lie(connection: &mut File, call: &Call) -> io::Result<()> {
         "StartContainer" => frame::answer(connection, call.stream, &Empty::default()),
         _ => frame::refuse(connection, call.stream, Code::UNKNOWN, &"no\n".repeat(30_000)),
     }
+}
+
+/// A name that is a line of its own in a terminal, and the end of a label in Prometheus' text; of many, most are not the only one.
+fn absurd_name(number: usize) -> String {
+    format!("\n\u{1b}[2J\"}} 1\npodhull_pod_info{{pod=\"{}", number % 7)
+}
+
+/// Numbers that cannot be, of containers, interfaces and disks that are not there.
+fn absurd_pod() -> PodStatsResponse {
+    let memory = MemoryStats { usage: u64::MAX, limit: 1, ..Default::default() };
+    let stats = ContainerStatsResponse { memory: Some(memory).into(), ..Default::default() };
+    let containers = (0..1000).map(|number| NamedStats {
+        id: absurd_name(number),
+        stats: Some(stats.clone()).into(),
+        ..Default::default()
+    });
+    let interfaces = (0..1000).map(|number| InterfaceStats {
+        name: absurd_name(number),
+        received_bytes: u64::MAX,
+        ..Default::default()
+    });
+    let disks = (0..1000).map(|number| DiskStats { name: absurd_name(number), reads: u64::MAX, ..Default::default() });
+    PodStatsResponse {
+        containers: containers.collect(),
+        cpu: Some(GuestCpuStats { user_ms: u64::MAX, idle_ms: u64::MAX, ..Default::default() }).into(),
+        memory: Some(GuestMemoryStats { total: 0, free: u64::MAX, available: u64::MAX, ..Default::default() }).into(),
+        interfaces: interfaces.collect(),
+        disks: disks.collect(),
+        uptime_ms: u64::MAX,
+        ..Default::default()
+    }
+}
+
+/// More than was asked for, of what does things to a terminal.
+fn absurd_log() -> ReadLogResponse {
+    let line = LogLine {
+        priority: u32::MAX,
+        time_us: u64::MAX,
+        text: "\u{1b}[2Jevil\n\u{9b}31m\r\0".repeat(100),
+        ..Default::default()
+    };
+    ReadLogResponse { lines: vec![line; 700], ..Default::default() }
 }

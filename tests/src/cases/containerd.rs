@@ -1,5 +1,9 @@
 //! containerd calls the runtime through its shim for runc, by `BinaryName`, or podhull by its own shim.
 
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+use std::time::{Duration, Instant};
+
 use super::{oci, podhull};
 use crate::containerd::{Containerd, Shim, check};
 use crate::leaks::Leaks;
@@ -11,6 +15,8 @@ use crate::{Outcome, ensure, ensure_eq};
 pub const CASES: &[Case] = &[
     oci("containerd::tasks", |scene| tasks(scene, Shim::Runc)),
     podhull("containerd::tasks_of_our_own_shim", |scene| tasks(scene, Shim::Podhull)),
+    podhull("containerd::tasks_by_kata_s_name", |scene| tasks(scene, Shim::Kata)),
+    oci("containerd::logs_go_where_they_are_told", logs_go_where_they_are_told),
 ];
 
 /// The status of a task, as `ctr task list` has it.
@@ -23,9 +29,14 @@ pub fn status(containerd: &Containerd, id: &str) -> Outcome<String> {
 
 /// Waits for the end of a task.
 pub fn stopped(containerd: &Containerd, id: &str) -> Outcome {
-    let until = std::time::Instant::now() + DEADLINE;
+    stopped_within(containerd, id, DEADLINE)
+}
+
+/// The same for one that may take another time.
+pub fn stopped_within(containerd: &Containerd, id: &str, deadline: Duration) -> Outcome {
+    let until = Instant::now() + deadline;
     while status(containerd, id)? != "STOPPED" {
-        ensure!(std::time::Instant::now() < until, "{id} does not stop");
+        ensure!(Instant::now() < until, "{id} does not stop");
     }
     Ok(())
 }
@@ -84,6 +95,46 @@ fn tasks(scene: &Scene, shim: Shim) -> Outcome {
     ensure_eq!(attached.wait_open(DEADLINE)?.status, 6, "exit status of who attached");
     containerd.call(&["container", "delete", "third"])?.output()?;
     ensure_eq!(containerd.call(&["container", "list", "-q"])?.output()?, "", "containers");
+    containerd.end()?;
+    check(&before)
+}
+
+/// Into a file, and to a program that takes them, which is told whose they are.
+fn logs_go_where_they_are_told(scene: &Scene) -> Outcome {
+    let before = Leaks::watch();
+    let shim = if scene.runtime.is_virtual() { Shim::Podhull } else { Shim::Runc };
+    let containerd = Containerd::start(scene, shim)?;
+    let say = ["sh", "-c", "echo out; echo err >&2; exit 5"];
+    let run = |id: &str, log: &str| -> Outcome {
+        containerd.run(&["-d", "--log-uri", log], id, &say)?.output()?;
+        stopped(&containerd, id)?;
+        let deleted = containerd.call(&["task", "delete", id])?;
+        ensure!(deleted.stderr.contains("non-zero exit code 5"), "exit status: {:?}", deleted.stderr);
+        containerd.call(&["container", "delete", id])?.output().map(drop)
+    };
+    let (file, taken, logger) =
+        (scene.directory.join("file.log"), scene.directory.join("taken"), scene.directory.join("logger"));
+    // Twice: what is there stays.
+    for id in ["one", "two"] {
+        run(id, &format!("file://{}", file.display()))?;
+    }
+    let mut lines: Vec<_> = fs::read_to_string(&file)?.lines().map(str::to_owned).collect();
+    lines.sort();
+    ensure_eq!(lines, ["err", "err", "out", "out"], "what is in the file");
+
+    // Output is its descriptor 3, errors 4, and who has started it waits for 5.
+    let script = "#!/bin/sh\n{ echo \"$CONTAINER_NAMESPACE $CONTAINER_ID $*\"; exec 5>&-; sed 's/^/o /' <&3; sed 's/^/e /' <&4; } \
+        >\"$2.part\"\nmv \"$2.part\" \"$2\"\n";
+    fs::write(&logger, script)?;
+    fs::set_permissions(&logger, fs::Permissions::from_mode(0o755))?;
+    run("three", &format!("binary://{}?to={}", logger.display(), taken.display()))?;
+    let until = Instant::now() + DEADLINE;
+    while !taken.exists() {
+        ensure!(Instant::now() < until, "the program has taken nothing");
+        std::thread::sleep(Duration::from_millis(100));
+    }
+    let expected = format!("default three to {}\no out\ne err\n", taken.display());
+    ensure_eq!(fs::read_to_string(&taken)?, expected, "what the program has taken");
     containerd.end()?;
     check(&before)
 }

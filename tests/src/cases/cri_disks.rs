@@ -9,15 +9,12 @@ use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
 
 use super::disks::Loop;
 use super::oci;
-use crate::cri::{Cri, container, volume};
+use crate::cri::{Cri, PATIENT, container, volume};
 use crate::suite::{Case, Scene};
 use crate::{Outcome, ensure, ensure_eq};
 
 pub const CASES: &[Case] =
     &[oci("cri_disks::as_they_are", as_they_are), oci("cri_disks::with_a_file_system", with_a_file_system)];
-
-/// Waits until it is told to end.
-const PATIENT: &[&str] = &["sh", "-c", "trap 'exit 0' TERM; while :; do sleep 0.1; done"];
 
 fn device(disk: &Loop, path: &str, permissions: &str) -> Device {
     Device { container_path: path.into(), host_path: disk.path.display().to_string(), permissions: permissions.into() }

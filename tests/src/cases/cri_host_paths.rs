@@ -8,10 +8,10 @@ use std::path::Path;
 use k8s_cri::v1::{Mount, MountPropagation};
 use rustix::mount::{MountPropagationFlags, mount_change};
 
-use super::cri_volumes::{Memory, PATIENT, directory};
+use super::cri_volumes::{Memory, directory};
 use super::disks::Loop;
 use super::oci;
-use crate::cri::{Cri, container, volume, with_python};
+use crate::cri::{Cri, PATIENT, container, volume, with_python};
 use crate::suite::{Case, Scene};
 use crate::{Outcome, ensure, ensure_eq, image};
 

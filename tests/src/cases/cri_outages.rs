@@ -157,6 +157,11 @@ impl Two {
         Ok(Self { pod, ids })
     }
 
+    /// The ids of its containers, and its own.
+    fn all(&self) -> Vec<String> {
+        [&self.ids[..], std::slice::from_ref(&self.pod.id)].concat()
+    }
+
     /// Its containers have ended as if they had been killed, it is not ready any more, and can be removed.
     fn check_killed(&self, cri: &Cri, statuses: &[i32]) -> Outcome {
         for id in &self.ids {
@@ -167,8 +172,8 @@ impl Two {
             Ok(cri.pod_status(&self.pod)?.state() == api::PodSandboxState::SandboxNotready)
         })?;
         cri.remove_pod(&self.pod)?;
-        let left: Vec<_> =
-            processes::all().into_iter().filter(|process| process.command.contains(&self.pod.id)).collect();
+        let of = |process: &processes::Process| self.all().iter().any(|id| process.command.contains(id));
+        let left: Vec<_> = processes::all().into_iter().filter(of).collect();
         ensure!(left.is_empty(), "processes that are left: {left:?}");
         Ok(())
     }
@@ -185,17 +190,31 @@ fn kill_one(what: &str, is_it: impl Fn(&processes::Process) -> bool) -> Outcome 
 fn a_killed_shim(scene: &Scene) -> Outcome {
     let cri = Cri::start(scene)?;
     for round in 0..scene.repeat.min(MOST) {
+        let mut events = cri.client(&["events"])?;
         let two = Two::run(&cri, &format!("s{round}"))?;
-        kill_one("shims", |process| {
-            let mut words = process.command.split(' ');
-            words.next().is_some_and(|name| name.contains("containerd-shim-"))
-                && process.command.contains(&two.pod.id)
-                && words.all(|word| !["start", "delete"].contains(&word))
-        })?;
+        kill_one("shims", |process| process.is_shim() && process.command.contains(&two.pod.id))?;
         // 255 is what containerd makes of a shim that it was waiting for; of what cleans up after it, it hears 137.
         two.check_killed(&cri, &[137, 255]).map_err(|error| format!("round {round}: {error}"))?;
+        check_told(&mut events, &two.ids).map_err(|error| format!("round {round}: {error}"))?;
+        events.signal(Signal::KILL)?;
+        events.wait()?;
     }
     cri.end()
+}
+
+/// The end of each of these is told, as of one that was killed.
+fn check_told(events: &mut Running, ids: &[String]) -> Outcome {
+    let mut told = Vec::new();
+    while !ids.iter().all(|id| told.contains(id)) {
+        let line = events.line().map_err(|error| format!("told of {told:?}, and not of all of {ids:?}: {error}"))?;
+        let Some((_, text)) = line.split_once(" /tasks/exit ") else { continue };
+        let event: Value = serde_json::from_str(text)?;
+        if event["id"] == event["container_id"] {
+            ensure_eq!(event["exit_status"], 137, "status in {line}");
+            told.push(event["id"].as_str().unwrap_or_default().to_owned());
+        }
+    }
+    Ok(())
 }
 
 fn a_killed_machine(scene: &Scene) -> Outcome {
@@ -259,7 +278,7 @@ fn ends_of_machines(scene: &Scene, cri: &Cri, letter: &str, mut end: impl FnMut(
 fn check_order(events: &mut Running, two: &Two) -> Outcome {
     let mut ended: HashMap<String, Vec<String>> = HashMap::new();
     let mut deleted = Vec::new();
-    let all = [&two.ids[..], std::slice::from_ref(&two.pod.id)].concat();
+    let all = two.all();
     while !all.iter().all(|id| deleted.contains(id)) {
         let line = events.line()?;
         let Some((_, rest)) = line.split_once(" /tasks/") else { continue };

@@ -5,12 +5,15 @@ use std::path::Path;
 
 use k8s_cri::v1::security_profile::ProfileType;
 use k8s_cri::v1::{
-    Capability, ContainerConfig, Int64Value, NamespaceMode, NamespaceOption, SecurityProfile, SupplementalGroupsPolicy,
+    Capability, ContainerConfig, Int64Value, NamespaceMode, NamespaceOption, SeLinuxOption, SecurityProfile,
+    SupplementalGroupsPolicy,
 };
 use serde_json::json;
 
+use super::disks::Loop;
 use super::{oci, podhull};
-use crate::cri::{Cri, Pod, container, resources, security};
+use crate::cri::{Cri, PATIENT, Pod, container, resources, security};
+use crate::run::Running;
 use crate::suite::{Case, Scene};
 use crate::{Outcome, ensure, ensure_eq, processes};
 
@@ -23,12 +26,10 @@ pub const CASES: &[Case] = &[
     oci("cri_security::parameters_that_are_the_node_s", parameters_that_are_the_node_s),
     oci("cri_security::groups", groups),
     oci("cri_security::proc_is_masked_or_not", proc_is_masked_or_not),
+    oci("cri_security::profiles_of_the_node", profiles_of_the_node),
     podhull("cri_security::what_is_the_node_s", what_is_the_node_s),
     podhull("cri_security::who_goes_first_without_memory", who_goes_first_without_memory),
 ];
-
-/// Waits until it is told to end.
-const PATIENT: &[&str] = &["sh", "-c", "trap 'exit 0' TERM; while :; do sleep 0.1; done"];
 
 /// A container whose security context was changed.
 fn with(name: &str, change: impl FnOnce(&mut k8s_cri::v1::LinuxContainerSecurityContext)) -> ContainerConfig {
@@ -101,6 +102,7 @@ fn users_and_rights(scene: &Scene) -> Outcome {
 
 /// It may whatever there is to do in its machine, or on its node, and has none of the host's devices.
 fn privileged(scene: &Scene) -> Outcome {
+    let disk = Loop::new(scene)?;
     let cri = Cri::start(scene)?;
     let mut config = cri.pod_config("privileged")?;
     config.linux.get_or_insert_default().security_context.get_or_insert_default().privileged = true;
@@ -111,6 +113,11 @@ fn privileged(scene: &Scene) -> Outcome {
     ensure_eq!(u64::from_str_radix(&line(&status, "CapEff"), 16)?, (1 << (last + 1)) - 1, "capabilities");
     ensure_eq!(line(&status, "Seccomp"), "0", "seccomp");
     cri.shell(&id, "mkdir /mnt; mount -t tmpfs tmpfs /mnt && umount /mnt")?;
+    let name = disk.path.file_name().ok_or("no name")?.display();
+    let seen = cri.shell(&id, &format!("ls -d /dev/{name} /sys/block/{name} 2>/dev/null || true"))?;
+    // runc on a node has them all.
+    let expected = if scene.runtime.is_virtual() { String::new() } else { format!("/dev/{name}\n/sys/block/{name}\n") };
+    ensure_eq!(seen, expected, "what it has of a disk of the host's");
     cri.shell(&id, "echo 1 >/proc/sys/net/ipv4/ip_forward; mkdir /sys/fs/cgroup/inside; rmdir /sys/fs/cgroup/inside")?;
     cri.remove_pod(&pod)?;
     cri.end()
@@ -287,6 +294,37 @@ fn proc_is_masked_or_not(scene: &Scene) -> Outcome {
     cri.end()
 }
 
+fn run(words: &[&str]) -> Outcome<String> {
+    Running::start(&words.iter().map(Into::into).collect::<Vec<_>>(), &[])?.wait()?.output()
+}
+
+/// Profiles of AppArmor and labels of SELinux: with a host that has neither containerd refuses the former, unless nothing is asked for,
+/// and knows nothing of the latter; with AppArmor a profile of one's own is refused, as it would be of no effect in a machine.
+fn profiles_of_the_node(scene: &Scene) -> Outcome {
+    let cri = Cri::start(scene)?;
+    let pod = cri.run(cri.pod_config("profiles")?)?;
+    let of = |name: &str, profile| cri.launch(&pod, with(name, |security| security.apparmor = profile));
+    let free = of("free", profile(ProfileType::Unconfined, ""))?;
+    ensure_eq!(cri.shell(&free, "echo here")?, "here\n", "what is executed without a profile");
+    let node_has = Path::new("/sys/kernel/security/apparmor").exists() && Path::new("/sbin/apparmor_parser").exists();
+    let usual = of("usual", profile(ProfileType::RuntimeDefault, ""));
+    ensure_eq!(usual.is_ok(), node_has, "whether one runs with the runtime's profile: {usual:?}");
+    let own =
+        of("own", profile(ProfileType::Localhost, "no-such-profile")).err().ok_or("one of no such profile runs")?;
+    ensure!(own.to_string().to_lowercase().contains("apparmor"), "refusal {own}");
+    let labelled = cri.launch(
+        &pod,
+        with("labelled", |security| {
+            let word = |word: &str| word.to_owned();
+            security.selinux_options =
+                Some(SeLinuxOption { user: word("u"), role: word("r"), r#type: word("t"), level: word("s0:c1,c2") });
+        }),
+    )?;
+    ensure_eq!(cri.shell(&labelled, "echo here")?, "here\n", "what is executed with a label");
+    cri.remove_pod(&pod)?;
+    cri.end()
+}
+
 /// Its network is refused; its processes and IPC are those of the machine.
 fn what_is_the_node_s(scene: &Scene) -> Outcome {
     let cri = Cri::start(scene)?;
@@ -307,9 +345,21 @@ fn what_is_the_node_s(scene: &Scene) -> Outcome {
     let pod = with("rest", of_node)?;
     let mut config = container("main", PATIENT);
     of_node(security(&mut config).namespace_options.get_or_insert_default());
-    let id = cri.launch(&pod, config)?;
+    let id = cri.launch(&pod, config.clone())?;
     let seen = cri.shell(&id, "ps -o args")?;
     ensure!(seen.contains("agent") && !seen.contains("containerd"), "processes of the machine: {seen}");
+    // Its queues, semaphores and shared memory: one for all that ask for them, and nothing of the node's.
+    let made = run(&["ipcmk", "-M", "4096"])?;
+    let number = made.trim().rsplit(' ').next().unwrap_or_default().to_owned();
+    config.metadata.get_or_insert_default().name = "other".into();
+    let other = cri.launch(&pod, config)?;
+    let look = "readlink /proc/self/ns/ipc; readlink /proc/1/ns/ipc; wc -l </proc/sysvipc/shm";
+    let (seen, by_other) = (cri.shell(&id, look)?, cri.shell(&other, look)?);
+    run(&["ipcrm", "-m", &number])?;
+    let lines: Vec<_> = seen.lines().collect();
+    ensure!(lines.len() == 3 && lines[0] == lines[1], "IPC of a container, and of the machine: {seen}");
+    ensure_eq!(lines[2], "1", "lines about shared memory, the first its head");
+    ensure_eq!(by_other, seen, "IPC of the other");
     cri.remove_pod(&pod)?;
     fs::remove_dir("/sys/fs/cgroup/kubepods/pod-network")?;
     cri.end()

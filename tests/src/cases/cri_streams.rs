@@ -3,7 +3,7 @@
 use k8s_cri::v1 as api;
 
 use super::oci;
-use crate::cri::{Cri, container};
+use crate::cri::{Cri, PATIENT, container};
 use crate::cri_streams::{RESIZE, STATUS, STDERR, STDIN, STDOUT, Streams};
 use crate::suite::{Case, Scene};
 use crate::{Outcome, ensure, ensure_eq};
@@ -13,9 +13,6 @@ pub const CASES: &[Case] = &[
     oci("cri_streams::of_the_container", of_the_container),
     oci("cri_streams::of_ports", of_ports),
 ];
-
-/// Waits until it is told to end.
-const PATIENT: &[&str] = &["sh", "-c", "trap 'exit 0' TERM; while :; do sleep 0.1; done"];
 
 fn exec(cri: &Cri, request: api::ExecRequest) -> Outcome<Streams> {
     let url = cri.call(async |mut client| client.exec(request).await)?.url;

@@ -5,13 +5,13 @@ use std::ffi::{CString, OsString};
 use std::fs::{self, File};
 use std::os::unix::fs::{PermissionsExt, chown, symlink};
 use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use k8s_cri::v1::{ImageSpec, Mount};
 use rustix::mount::{MountFlags, UnmountFlags, mount, mount_bind, unmount};
 
 use super::oci;
-use crate::cri::{Cri, Pod, container, volume, with_python};
+use crate::cri::{Cri, PATIENT, Pod, container, volume, with_python};
 use crate::run::DEADLINE;
 use crate::suite::{Case, Scene};
 use crate::{Outcome, ensure, ensure_eq, image};
@@ -22,9 +22,6 @@ pub const CASES: &[Case] = &[
     oci("cri_volumes::updated_meanwhile", updated_meanwhile),
     oci("cri_volumes::of_an_image", of_an_image),
 ];
-
-/// Waits until it is told to end.
-pub const PATIENT: &[&str] = &["sh", "-c", "trap 'exit 0' TERM; while :; do sleep 0.1; done"];
 
 /// The directory of a pod's volume, where kubelet has it.
 pub fn directory(scene: &Scene, kind: &str, name: &str) -> Outcome<PathBuf> {
@@ -260,6 +257,42 @@ impl Drop for Unwatched {
 /// How long what is new may take to be seen.
 const SOON: Duration = Duration::from_secs(1);
 
+/// Notes what it sees first in which file, and when.
+const NOTE: &str = "import sys, time
+seen = {}
+while True:
+    for path in sys.argv[1:]:
+        try: text = open(path).read()
+        except OSError: continue
+        if seen.get(path) != text:
+            seen[path] = text
+            print(path, text, time.time_ns(), flush=True)
+    time.sleep(0.02)
+";
+
+/// Has a container note what is in its files from now on.
+fn note(cri: &Cri, id: &str, files: &str) -> Outcome {
+    cri.exec(id, &["sh", "-c", &format!("cat >/note <<'EOF'\n{NOTE}\nEOF\n")], 0)?;
+    cri.shell(id, &format!("python3 /note {files} >/noted 2>&1 & until [ -s /noted ]; do sleep 0.1; done")).map(drop)
+}
+
+/// Waits until it has noted this; it was to see it soon after it was written.
+fn noted(cri: &Cri, id: &str, file: &str, text: &str, written: SystemTime) -> Outcome {
+    let until = Instant::now() + DEADLINE;
+    let line = format!("{file} {text} ");
+    loop {
+        let all = cri.shell(id, "cat /noted")?;
+        if let Some(time) = all.lines().find_map(|noted| noted.strip_prefix(&line)) {
+            let seen = SystemTime::UNIX_EPOCH + Duration::from_nanos(time.parse()?);
+            // Its clock is not this one; that it is right is of another test.
+            let late = seen.duration_since(written).unwrap_or_default();
+            ensure!(late <= SOON, "{file} is {text} after {late:?}");
+            return Ok(());
+        }
+        ensure!(Instant::now() < until, "{file} is never {text}: {all}");
+    }
+}
+
 /// What is written anew is seen within a second, and who waits for that is told.
 fn updated_meanwhile(scene: &Scene) -> Outcome {
     let cri = Cri::start(scene)?;
@@ -296,13 +329,18 @@ fn updated_meanwhile(scene: &Scene) -> Outcome {
     ensure_eq!(cri.exec(&id, &["touch", "/etc/settings/new"], 0)?.status, 1, "status of who writes");
     cri.exec(&id, &["sh", "-c", &format!("cat >/watch <<'EOF'\n{WATCH}\nEOF\n")], 0)?;
     cri.shell(&id, "python3 /watch >/told 2>&1 & until grep -q watching /told; do sleep 0.1; done")?;
+    note(&cri, &id, "/etc/settings/key /etc/secret/word /run/secrets/token/token /etc/pod/labels")?;
 
     let settings = [("key", "second"), ("other", "same"), ("third", "new"), ("deep/er/key", "deeper")];
     write_atomically(&config_map, "2", plain, &settings)?;
+    let written = SystemTime::now();
     write_atomically(&secret.0, "2", guarded, &[("word", "two")])?;
     write_atomically(&token.0, "2", plain, &[("token", "new"), ("namespace", "default")])?;
     write_atomically(&pod_info.0, "2", plain, &[("labels", "c=\"d\"")])?;
-    std::thread::sleep(SOON);
+    noted(&cri, &id, "/etc/settings/key", "second", written)?;
+    noted(&cri, &id, "/etc/secret/word", "two", written)?;
+    noted(&cri, &id, "/run/secrets/token/token", "new", written)?;
+    noted(&cri, &id, "/etc/pod/labels", "c=\"d\"", written)?;
     let seen =
         cri.shell(&id, "cd /etc; cat settings/key settings/third settings/deep/er/key secret/word; ls settings")?;
     ensure_eq!(seen, "secondnewdeepertwodeep\nkey\nother\nthird\n", "what it has a second later");
@@ -326,7 +364,7 @@ fn updated_meanwhile(scene: &Scene) -> Outcome {
             let text = version.to_string();
             write_atomically(&config_map, &text, plain, &[("key", &text), (&format!("key-{text}"), &text)])?;
         }
-        std::thread::sleep(SOON);
+        noted(&cri, &id, "/etc/settings/key", &last.to_string(), SystemTime::now())?;
         let expected = format!("{last}..{last}\n..data\nkey\nkey-{last}\n");
         let seen = cri.shell(&id, "cd /etc/settings; cat key; LC_ALL=C ls -A")?;
         ensure_eq!(seen, expected, "what it has after {count} in a row");
@@ -336,9 +374,11 @@ fn updated_meanwhile(scene: &Scene) -> Outcome {
     let unwatched = Unwatched::begin()?;
     let second = cri.launch(&pod, with_python("second", PATIENT, vec![volume(&config_map, "/etc/settings", true)]))?;
     drop(unwatched);
+    note(&cri, &second, "/etc/settings/key")?;
+    let written = SystemTime::now();
     write_atomically(&config_map, "200", plain, &[("key", "200")])?;
-    std::thread::sleep(SOON);
     for container in [&id, &second] {
+        noted(&cri, container, "/etc/settings/key", "200", written)?;
         ensure_eq!(cri.shell(container, "cat /etc/settings/key")?, "200", "what each has");
     }
     cri.remove_pod(&pod)?;

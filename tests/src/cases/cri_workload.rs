@@ -42,6 +42,14 @@ while True:
         stream.sendall(f"HTTP/1.0 {status}\r\n\r\n{number}\n".encode())
 "#;
 
+/// A request of the application that does not come from the web server.
+const ASK_APP: &str = r#"
+import socket, sys
+stream = socket.create_connection(("127.0.0.1", 8000))
+stream.sendall(b"GET /0 HTTP/1.0\r\n\r\n")
+sys.exit(b" 200 OK" not in stream.recv(65536))
+"#;
+
 const POSTGRES: &str = "listen_addresses = '127.0.0.1'\nshared_buffers = 16MB\nunix_socket_directories = '/tmp'\n\
     autovacuum = off\njit = off\n";
 
@@ -82,6 +90,23 @@ impl Shop<'_> {
         }
         security(&mut config).run_as_username = user.into();
         self.cri.launch(&self.pod, config)
+    }
+
+    /// Waits until a part answers that was asked by itself. It is asked seldom: a database that recovers has work to do.
+    fn answers(&self, part: usize, server: SocketAddr) -> Outcome {
+        let until = Instant::now() + 2 * DEADLINE;
+        loop {
+            let answer = match part {
+                0 => self.ask_database("SELECT 1").map(|answer| answer == "1"),
+                1 => self.cri.exec(&self.ids[1], &["python3", "-c", ASK_APP], 0).map(|ended| ended.status == 0),
+                _ => Netns::at(&self.cri.netns.path).within(move || ask(server, 0)),
+            };
+            if answer.as_ref().is_ok_and(|answer| *answer) {
+                return Ok(());
+            }
+            ensure!(Instant::now() < until, "{} does not answer: {answer:?}", PARTS[part].0);
+            thread::sleep(Duration::from_secs(1));
+        }
     }
 
     fn ask_database(&self, query: &str) -> Outcome<String> {
@@ -179,8 +204,10 @@ fn what_is_confirmed_stays(scene: &Scene) -> Outcome {
             ensure_eq!(cri.ended(&old)?.exit_code, 137, "status of {}", PARTS[part].0);
             shop.ids[part] = shop.launch(part, u32::try_from(round)? + 1)?;
             cri.remove(&old)?;
-            await_more(&format!("after {} was killed", PARTS[part].0))?;
+            shop.answers(part, server)?;
+            // From now on nothing is missing, and no request may be lost any more.
             outages.push((began, Instant::now()));
+            await_more(&format!("after {} was killed", PARTS[part].0))?;
         }
         Ok(())
     })();

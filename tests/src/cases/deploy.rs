@@ -5,20 +5,22 @@ use std::path::Path;
 
 use k8s_cri::v1 as api;
 
-use super::{oci, podhull};
+use super::{long, oci, podhull};
 use crate::containerd::{Containerd, Shim, check};
 use crate::cri::{Cri, container, resources};
 use crate::image;
 use crate::leaks::Leaks;
 use crate::run::{Ended, Running};
 use crate::suite::{Case, Scene};
+use crate::terminal::shell_line;
 use crate::{Outcome, ensure, ensure_eq};
 
 pub const CASES: &[Case] = &[
     podhull("deploy::containerd_is_told", containerd_is_told),
     podhull("deploy::pods_keep_a_version", pods_keep_a_version),
     podhull("deploy::the_image_installs", the_image_installs),
-    oci("deploy::the_overhead_is_enough", the_overhead_is_enough),
+    oci("deploy::the_overhead_is_enough", |scene| overhead(scene, &[("small", &[64]), ("three", &[128, 64, 64])])),
+    long(oci("deploy::the_overhead_of_a_large_pod", |scene| overhead(scene, &[("large", &[1024, 512])]))),
     // With the others that need systemd.
     podhull("systemd::containerd_of_a_node_is_restarted", containerd_of_a_node_is_restarted),
 ];
@@ -104,22 +106,30 @@ fn pods_keep_a_version(scene: &Scene) -> Outcome {
 /// The image of the installer, as a container that has a node's files in a directory.
 fn the_image_installs(scene: &Scene) -> Outcome {
     let before = Leaks::watch();
-    let (context, tree) = (scene.make_directory("context")?, scene.make_directory("node")?);
+    let page = include_str!("../../../docs/kubernetes.md");
+    let build = page.lines().find(|line| line.starts_with("buildah build ")).ok_or("no buildah on the page")?;
+    let name = build.split(' ').find(|word| word.starts_with("podhull-node:")).ok_or("no image on the page")?;
+    // What the page is typed in: the repository, after `make install`.
+    let (repository, tree) = (scene.make_directory("repository")?, scene.make_directory("node")?);
+    let context = repository.join("target/node");
     for (directory, files) in [("usr/bin", &["podhull"][..]), ("usr/lib/podhull", &["vmlinux", "guest.img"])] {
         fs::create_dir_all(context.join(directory))?;
         for file in files {
             fs::copy(Path::new("/").join(directory).join(file), context.join(directory).join(file))?;
         }
     }
-    fs::write(context.join("Containerfile"), include_str!("../../../deploy/Containerfile"))?;
+    fs::create_dir(repository.join("deploy"))?;
+    fs::write(repository.join("deploy/Containerfile"), include_str!("../../../deploy/Containerfile"))?;
     fs::create_dir(tree.join("proc"))?;
     let storage = scene.make_directory("buildah")?;
     let path = |name: &str| storage.join(name).to_string_lossy().into_owned();
     let (root, runroot) = (path("root"), path("run"));
     let own = [&["buildah", "--root", &root, "--runroot", &runroot][..], image::DRIVER].concat();
     let call = |words: &[&str]| run(&[&own[..], words].concat())?.output();
-    call(&["build", "-q", "-t", "podhull-node", &context.to_string_lossy()])?;
-    call(&["from", "--pull-never", "--name", "work", "localhost/podhull-node"])?;
+    let words = shell_line(&own.iter().map(Into::into).collect::<Vec<_>>());
+    let typed = build.replacen("buildah", &words, 1);
+    run(&["sh", "-c", &format!("cd {} && {typed}", repository.display())])?.output()?;
+    call(&["from", "--pull-never", "--name", "work", &format!("localhost/{name}")])?;
     let volume = format!("{}:/host", tree.display());
     let installer = |words: &[&str]| {
         let container = ["run", "--isolation", "oci", "--runtime", "runc", "--network", "none", "-v", &volume, "work"];
@@ -210,12 +220,12 @@ fn containerd_of_a_node_is_restarted(scene: &Scene) -> Outcome {
 
 /// Pods in the group that kubelet makes for them, limited to what their containers may have and the overhead of the runtime class,
 /// whose containers use all of theirs: nothing is killed for it.
-fn the_overhead_is_enough(scene: &Scene) -> Outcome {
+fn overhead(scene: &Scene, pods: &[(&str, &[i64])]) -> Outcome {
     let values = include_str!("../../../deploy/chart/values.yaml");
     let overhead = values.lines().find_map(|line| line.trim().strip_prefix("memory: ")?.strip_suffix("Mi"));
     let overhead: i64 = overhead.ok_or("no overhead among the chart's values")?.parse()?;
     let cri = Cri::start(scene)?;
-    for (name, limits) in [("small", &[64_i64][..]), ("three", &[128, 64, 64])] {
+    for (name, limits) in pods {
         let all = limits.iter().sum::<i64>();
         let mut config = cri.pod_config(name)?;
         let group = Path::new("/sys/fs/cgroup/kubepods").join(format!("pod-{name}"));
@@ -236,7 +246,7 @@ fn the_overhead_is_enough(scene: &Scene) -> Outcome {
             resources(&mut config).memory_limit_in_bytes = limit << 20;
             ids.push(cri.launch(&pod, config)?);
         }
-        for (id, limit) in ids.iter().zip(limits) {
+        for (id, limit) in ids.iter().zip(*limits) {
             // Files, which the guest keeps in what is left, and the host in the same group; and memory that stays.
             cri.shell(id, "dd if=/dev/zero of=/file bs=1M count=100 2>/dev/null; cat /file >/dev/null")?;
             let held = limit - 16;
@@ -262,6 +272,9 @@ fn the_overhead_is_enough(scene: &Scene) -> Outcome {
         let stays: i64 = ["anon ", "kernel ", "shmem "].into_iter().map(value).sum();
         ensure!(stays < (all + overhead) << 20, "{name}: {stays} bytes stay of {all} MiB and {overhead} MiB");
         ensure!(stays > (all - 24 * limits.len() as i64) << 20, "{name}: only {stays} bytes are held");
+        // As the page says it of any size, and of containers; there is more for what they leave of their limits.
+        let beside = 64 + 18 * all / 1024 + 4 * (limits.len() as i64 - 1);
+        ensure!(stays <= (all + beside) << 20, "{name}: {stays} bytes stay of {all} MiB, and {beside} MiB beside");
         eprintln!("{name}: limits of {all} MiB, {} MiB beside that stay", (stays >> 20) - all);
         cri.remove_pod(&pod)?;
     }

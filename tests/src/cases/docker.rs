@@ -21,14 +21,15 @@ const SERVE: &str =
     "trap 'echo bye; exit 3' TERM; echo hello; echo data > /file; httpd -p 80 -h /; while :; do sleep 0.1; done";
 
 fn by_path(scene: &Scene) -> Outcome {
-    containers(scene, Docker::start)
+    containers(scene, Docker::start, None)
 }
 
 fn by_the_shim(scene: &Scene) -> Outcome {
-    containers(scene, Docker::start_by_shim)
+    containers(scene, Docker::start_by_shim, Some(Docker::shim(scene)))
 }
 
-fn containers(scene: &Scene, start: fn(&Scene, &Netns) -> Outcome<Docker>) -> Outcome {
+/// The containers of a Docker that was so started; with the name of a shim, one by that name of which its configuration says nothing.
+fn containers(scene: &Scene, start: fn(&Scene, &Netns) -> Outcome<Docker>, shim: Option<&str>) -> Outcome {
     let host = Netns::new(scene, "host")?;
     let before = Leaks::watch();
     let docker = start(scene, &host)?;
@@ -37,6 +38,10 @@ fn containers(scene: &Scene, start: fn(&Scene, &Netns) -> Outcome<Docker>) -> Ou
     in_a_terminal(scene, &docker)?;
     by_their_names(&docker)?;
     built(scene, &docker)?;
+    if let Some(shim) = shim {
+        let release = docker.call(&["run", "--rm", "--runtime", shim, image::NAME, "uname", "-r"])?.output()?;
+        ensure_eq!(release.contains("podhull"), scene.runtime.is_virtual(), "whether {release:?} is of a guest kernel");
+    }
     docker.end()?;
     check(&before)
 }
@@ -74,6 +79,7 @@ fn in_the_background(scene: &Scene, host: &Netns, docker: &Docker) -> Outcome {
     ensure!(fields.next().is_some_and(|pids| pids.parse::<u32>().is_ok_and(|pids| pids > 0)), "stats {stats:?}");
     ensure!(fields.next().is_some_and(|memory| memory != "0B") && stats.ends_with(" / 64MiB\n"), "stats {stats:?}");
 
+    what_is_used(docker)?;
     docker.call(&["stop", "-t", "60", "first"])?.output()?;
     ensure_eq!(docker.call(&["logs", "first"])?.output()?, "hello\nbye\n", "logs");
     ensure_eq!(docker.call(&["wait", "first"])?.output()?, "3\n", "exit status");
@@ -86,6 +92,32 @@ fn in_the_background(scene: &Scene, host: &Netns, docker: &Docker) -> Outcome {
     docker.call(&[&limits[..], &[image::NAME, "tail", "/dev/zero"]].concat())?.expect_status(137)?;
     ensure_eq!(docker.call(&["inspect", "-f", "{{.State.OOMKilled}}", "greedy"])?.output()?, "true\n", "why it ended");
     docker.call(&["rm", "greedy"])?.output()?;
+    Ok(())
+}
+
+/// `docker stats` tells of what a container holds and does: of memory, of a processor, and of its processes.
+fn what_is_used(docker: &Docker) -> Outcome {
+    let look = || -> Outcome<(f64, f64, u32)> {
+        let format = ["--format", "{{.MemUsage}} {{.CPUPerc}} {{.PIDs}}"];
+        let said = docker.call(&[&["stats", "--no-stream"], &format[..], &["first"]].concat())?.output()?;
+        let words: Vec<_> = said.split_whitespace().collect();
+        let [memory, "/", "64MiB", cpu, pids] = words[..] else { return Err(format!("stats {said:?}").into()) };
+        let memory = memory.strip_suffix("MiB").ok_or_else(|| format!("stats {said:?}"))?.parse()?;
+        let cpu = cpu.strip_suffix('%').ok_or_else(|| format!("stats {said:?}"))?.parse()?;
+        Ok((memory, cpu, pids.parse()?))
+    };
+    let before = look()?;
+    let busy =
+        "dd if=/dev/zero of=/dev/shm/held bs=1M count=30 2>/dev/null; touch /busy; while [ -e /busy ]; do :; done";
+    docker.call(&["exec", "-d", "first", "sh", "-c", busy])?.output()?;
+    docker.call(&["exec", "first", "sh", "-c", "until [ -e /busy ]; do sleep 0.1; done"])?.output()?;
+    let after = look()?;
+    docker.call(&["exec", "first", "sh", "-c", "rm /busy /dev/shm/held"])?.output()?;
+    let memory = after.0 - before.0;
+    ensure!((28.0..33.0).contains(&memory), "30 MiB are held, and {memory} told of: {before:?}, {after:?}");
+    // Of one processor most, which is not alone for it where there is but one.
+    ensure!((25.0..125.0).contains(&after.1) && after.1 > before.1, "use of a processor: {before:?}, {after:?}");
+    ensure!((1..=4).contains(&before.2) && after.2 > before.2, "processes: {before:?}, {after:?}");
     Ok(())
 }
 

@@ -18,6 +18,7 @@ pub const CASES: &[Case] = &[
     podhull("docs::docker", docker_page),
     podhull("docs::containerd", containerd_page),
     podhull("docs::operations", operations_page),
+    podhull("docs::configuration", configuration_page),
 ];
 
 /// The blocks of a page in one language.
@@ -26,27 +27,39 @@ fn blocks<'a>(page: &'a str, language: &str) -> Vec<&'a str> {
     page.split(&*begin).skip(1).filter_map(|rest| rest.split_once("```").map(|(block, _)| block)).collect()
 }
 
-/// Types what follows each `# ` of the page's consoles, with `rewrite` in between, and compares what comes. What installs podhull
-/// was done already: it is how it came to this host. What pulls an image has no registry to pull it from.
+/// Types what follows each `# ` of the page's consoles, with `rewrite` in between, and compares what comes.
 fn type_all(page: &str, rewrite: impl Fn(&str) -> String) -> Outcome {
+    let typed = type_each(page, rewrite, |line, said, expected| {
+        if !line.starts_with("podhull check") {
+            ensure_eq!(said.trim_end(), expected.trim_end(), "output of {line}");
+        }
+        Ok(())
+    })?;
+    ensure!(typed >= 4, "{typed} commands on the page");
+    Ok(())
+}
+
+/// Types them, and has what each says looked at: the line, what it said, and what the page says. What installs podhull was done
+/// already: it is how it came to this host. What pulls an image has no registry to pull it from. Returns how many were typed.
+fn type_each(
+    page: &str,
+    rewrite: impl Fn(&str) -> String,
+    look: impl Fn(&str, &str, &str) -> Outcome,
+) -> Outcome<usize> {
     let mut typed = 0;
     for block in blocks(page, "console") {
         for (line, expected) in block.split("\n# ").map(|part| part.split_once('\n').unwrap_or((part, ""))) {
-            let line = line.trim_start_matches("# ");
+            let line = line.trim_start_matches("# ").trim_end();
             if line.starts_with("make ") || line.contains(" pull ") {
                 continue;
             }
-            let words = ["sh", "-c", &rewrite(line)].map(Into::into);
-            let ended = Running::start(&words, &[])?.wait()?;
+            let ended = Running::start(&["sh", "-c", &rewrite(line)].map(Into::into), &[])?.wait()?;
             ensure_eq!(ended.status, 0, "{line}: {:?}", ended.stderr);
-            if !line.starts_with("podhull check") {
-                ensure_eq!(ended.stdout.trim_end(), expected.trim_end(), "output of {line}");
-            }
+            look(line, &ended.stdout, expected)?;
             typed += 1;
         }
     }
-    ensure!(typed >= 4, "{typed} commands on the page");
-    Ok(())
+    Ok(typed)
 }
 
 /// What the pages load from a registry: there is none here, and of a Debian they need no more than busybox has.
@@ -101,24 +114,45 @@ fn operations_page(scene: &Scene) -> Outcome {
     let host = Configuration::new()?;
     host.write("config.toml", &blocks(page, "toml").concat())?;
     let container = Container::make(scene, &scene.debian()?.sh("echo ready; exec sleep 1000"), &["run", "-d"])?;
+    // One of a shim's, too.
+    let containerd = Containerd::start(scene, Shim::Podhull)?;
+    containerd.run(&["-d"], "web", &["sleep", "1000"])?.output()?;
     let file = scene.directory.join("hello.json").display().to_string();
-    let mut typed = 0;
-    for block in blocks(page, "console") {
-        for (line, expected) in block.split("\n# ").map(|part| part.split_once('\n').unwrap_or((part, ""))) {
-            let line = line.trim_start_matches("# ").trim_end();
-            let own = line.replace("/tmp/hello.json", &file).replace("hello", &container.id);
-            let own = own.replace(&format!("/{}.json", container.id), "/hello.json");
-            let ended = Running::start(&["sh", "-c", &own].map(Into::into), &[])?.wait()?;
-            ensure_eq!(ended.status, 0, "{own}: {:?}", ended.stderr);
-            ensure!(!ended.stdout.is_empty() || line.contains(" -o "), "{own} prints nothing");
-            if let Some(head) = expected.lines().next().filter(|head| head.starts_with("POD")) {
-                let words = |line: &str| line.split_whitespace().map(str::to_owned).collect::<Vec<_>>();
-                ensure_eq!(words(ended.stdout.lines().next().unwrap_or_default()), words(head), "head of {line}");
-            }
-            typed += 1;
+    let own = |line: &str| {
+        let own = line.replace("/tmp/hello.json", &file).replace("hello", &container.id);
+        let own = own.replace("podhull/k8s.io", "podhull/default").replace("pods/ID ", "pods/web ");
+        own.replace("trace ID", "trace web").replace(&format!("/{}.json", container.id), "/hello.json")
+    };
+    let typed = type_each(page, own, |line, said, expected| {
+        ensure!(!said.is_empty() || line.contains(" -o "), "{line} prints nothing");
+        if let Some(head) = expected.lines().next().filter(|head| head.starts_with("POD")) {
+            let words = |line: &str| line.split_whitespace().map(str::to_owned).collect::<Vec<_>>();
+            ensure_eq!(words(said.lines().next().unwrap_or_default()), words(head), "head of {line}");
         }
-    }
-    ensure!(typed >= 9 && std::path::Path::new(&file).exists(), "{typed} commands on the page");
+        Ok(())
+    })?;
+    ensure!(typed >= 11 && std::path::Path::new(&file).exists(), "{typed} commands on the page");
+    containerd.call(&["task", "delete", "--force", "web"])?.output()?;
+    containerd.call(&["container", "delete", "web"])?.output()?;
+    containerd.end()?;
     container.end()?;
-    before.check()
+    containerd::check(&before)
+}
+
+/// What the example of a configuration comes to is as the page shows it.
+fn configuration_page(scene: &Scene) -> Outcome {
+    let page = include_str!("../../../docs/configuration.md");
+    let [config] = blocks(page, "toml")[..] else { return Err("not one configuration on the page".into()) };
+    let shown = page.split("```\n# podhull config show\n").nth(1).and_then(|rest| rest.split_once("...\n"));
+    let (shown, _) = shown.ok_or("nothing shown on the page")?;
+    ensure!(shown.lines().count() >= 4, "shown on the page: {shown}");
+    let host = Configuration::new()?;
+    host.write("config.toml", config)?;
+    let said = scene.call(&["config", "show"])?.output()?;
+    let rows = |table: &str| -> Vec<Vec<String>> {
+        table.lines().map(|row| row.split_whitespace().map(str::to_owned).collect()).collect()
+    };
+    // Columns are as wide as what is not shown there.
+    ensure!(rows(&said).starts_with(&rows(shown)), "it is {said}, and not {shown}");
+    Ok(())
 }

@@ -13,10 +13,12 @@ mod crashes;
 mod cri;
 mod cri_disks;
 mod cri_host_paths;
+mod cri_limits;
 mod cri_many;
 mod cri_network;
 mod cri_outages;
 mod cri_security;
+mod cri_statistics;
 mod cri_streams;
 mod cri_volumes;
 mod cri_workload;
@@ -106,11 +108,13 @@ pub const ALL: &[&[Case]] = &[
     sandbox::CASES,
     cri::CASES,
     cri_disks::CASES,
+    cri_limits::CASES,
     cri_outages::CASES,
     cri_many::CASES,
     cri_workload::CASES,
     cri_network::CASES,
     cri_security::CASES,
+    cri_statistics::CASES,
     cri_streams::CASES,
     cri_host_paths::CASES,
     cri_volumes::CASES,

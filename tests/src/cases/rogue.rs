@@ -3,20 +3,24 @@
 
 use std::collections::HashMap;
 use std::fs;
-use std::path::Path;
+use std::os::unix::fs::symlink;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
+use k8s_cri::v1::{LinuxContainerResources, PodSandboxState, PodSandboxStatsRequest};
 use serde_json::json;
 
 use super::config::Configuration;
-use super::containerd::stopped;
+use super::containerd::{stopped, stopped_within};
+use super::operations::{Metrics, get};
 use super::{long, podhull};
 use crate::bundle::Bundle;
 use crate::container::Container;
 use crate::containerd::{Containerd, Shim, check};
+use crate::cri::{Cri, PATIENT, container};
 use crate::leaks::Leaks;
 use crate::run::{DEADLINE, Ended, Running};
 use crate::suite::{Case, Scene};
@@ -26,8 +30,10 @@ pub const CASES: &[Case] = &[
     podhull("rogue::a_start", a_start),
     podhull("rogue::a_container_that_runs", a_container_that_runs),
     podhull("rogue::what_has_no_end", what_has_no_end),
+    podhull("rogue::who_looks_at_it", who_looks_at_it),
     long(podhull("rogue::commands", commands)),
     podhull("rogue::behind_containerd", behind_containerd),
+    podhull("rogue::behind_kubelet", behind_kubelet),
 ];
 
 /// The image with the agent that misbehaves.
@@ -46,11 +52,17 @@ const MOST_OF_MACHINE: u64 = 400 << 20;
 /// half a minute.
 const LATEST: Duration = Duration::from_secs(240);
 
+/// What is said of a machine that is reset, which guests do that panic.
+const RESET: &str = "the guest's kernel panicked, or its agent died: the virtual machine was reset";
+
 /// Has machines start from the image, for as long as it is there.
 fn configuration() -> Outcome<Configuration> {
     ensure!(Path::new(IMAGE).is_file(), "no {IMAGE}: `make stage` makes it");
     let host = Configuration::new()?;
-    let text = format!("[machine]\nimage = {IMAGE:?}\n[annotations]\nallow = [\"machine.kernel_params\"]\n");
+    let text = format!(
+        "[machine]\nimage = {IMAGE:?}\n[annotations]\nallow = [\"machine.kernel_params\"]\n\
+        [debug]\nshell = \"/bin/busybox\"\n"
+    );
     host.write("config.toml", &text)?;
     Ok(host)
 }
@@ -166,7 +178,7 @@ fn a_start(scene: &Scene) -> Outcome {
         ("version", &["the versions differ"]),
         ("absurd-pid", &["nonsense: the process id of the container"]),
         ("no-streams", &["cannot connect the container's"]),
-        ("vanishes", &["reset", "agent", "machine"]),
+        ("vanishes", &[RESET]),
         ("wrong-ids", &[]),
         ("storm", &[]),
     ];
@@ -177,12 +189,27 @@ fn a_container_that_runs(scene: &Scene) -> Outcome {
     let slow: &[(&str, &[&str])] = &[("output-after-exit", &["the container has ended, but its output has not"])];
     let quick: &[(&str, &[&str])] = &[
         ("absurd-exit", &["nonsense: the exit status of the container"]),
-        ("dies", &["panic"]),
+        ("dies", &[RESET]),
         ("foreign-events", &[]),
         ("long-event", &["nonsense: an event that is too long"]),
         ("events-after-exit", &[]),
     ];
     run_all(scene, slow, quick)
+}
+
+/// Ticks of processors that the processes of a container have used, but its machine.
+fn worked(id: &str) -> u64 {
+    let ours =
+        |process: &processes::Process| process.program.as_ref().is_some_and(|program| program.ends_with("podhull"));
+    let all = processes::all().into_iter().filter(ours);
+    let of = all.filter(|process| process.command.contains(id) && !process.command.starts_with("podhull vmm"));
+    // User and system time are the twelfth and thirteenth field behind the name (proc(5)).
+    let ticks = |process: processes::Process| {
+        let stat = fs::read_to_string(format!("/proc/{}/stat", process.pid)).unwrap_or_default();
+        let fields = stat.rsplit_once(')').map(|(_, fields)| fields).unwrap_or_default();
+        fields.split_whitespace().skip(11).take(2).filter_map(|field| field.parse::<u64>().ok()).sum::<u64>()
+    };
+    of.map(ticks).sum()
 }
 
 /// It is ended from outside.
@@ -201,8 +228,12 @@ fn what_has_no_end(scene: &Scene) -> Outcome {
             ensure!(Instant::now() < until, "{fault}: it does not begin: {}", run.stderr());
             thread::sleep(Duration::from_millis(50));
         }
-        // Long enough for what is kept to be seen.
-        thread::sleep(Duration::from_secs(10));
+        // When it has worked for two seconds, what it keeps would be seen.
+        let until = Instant::now() + LATEST;
+        while worked(&id) < 200 {
+            ensure!(Instant::now() < until, "{fault}: it has worked for {} hundredths of a second", worked(&id));
+            thread::sleep(Duration::from_millis(100));
+        }
         scene.call(&["delete", "--force", &id])?.expect_status(0)?;
         let ended = run.wait_within(LATEST)?;
         ensure!(ended.status != 0 && !ended.stderr.contains("panicked at"), "{fault}: {:.300?}", ended.stderr);
@@ -212,6 +243,51 @@ fn what_has_no_end(scene: &Scene) -> Outcome {
     Ok(())
 }
 
+/// Every command ends, and shows nothing that does something to a terminal, or that Prometheus does not understand.
+fn answers(scene: &Scene, fault: &str, id: &str, commands: impl Iterator<Item = &'static [&'static str]>) -> Outcome {
+    let mut running = Vec::new();
+    for command in commands {
+        let words = super::broken::words(command, id);
+        let mut all = vec![scene.runtime.program().into()];
+        all.extend(words.iter().map(Into::into));
+        running.push((words, Running::start(&all, &[])?));
+    }
+    for (words, run) in running {
+        let ended = run.wait_within(LATEST)?;
+        check_words(&format!("{fault}: {words:?}"), &ended)?;
+        let said = &ended.stdout;
+        ensure!(
+            said.chars().all(|c| c == '\n' || !c.is_control()) && said.len() < 8 << 20,
+            "{fault}: {words:?}: {} bytes of {said:.300?}",
+            said.len()
+        );
+        match &*words[0] {
+            "metrics" => drop(Metrics::read(said)?),
+            // It was asked for no more than a thousand bytes of the guest's, and escapes them.
+            "logs" if words.contains(&"--bytes".to_owned()) => {
+                ensure!(said.len() < 16 << 10, "{fault}: {words:?}: {} bytes", said.len());
+            }
+            _ => {}
+        }
+    }
+    Ok(())
+}
+
+/// Who looks after a host's pods.
+fn who_looks_at_it(scene: &Scene) -> Outcome {
+    let _host = configuration()?;
+    let before = Leaks::watch();
+    let peaks = Peaks::watch();
+    let bundle = bundle(scene, "lies")?;
+    let container = Container::create(scene, &bundle)?;
+    let more: [&[&str]; 3] = [&["events", "--stats", "ID"], &["exec", "ID", "true"], &["ps", "ID"]];
+    answers(scene, "lies", &container.id, super::broken::LOOKS.into_iter().chain(more))?;
+    scene.call(&["delete", "--force", &container.id])?.output()?;
+    ensure!(container.wait()? != 0, "it succeeded");
+    peaks.check()?;
+    before.check()
+}
+
 /// Every command on such a container ends, whatever it is told; one that ends the container needs nothing of the guest.
 fn commands(scene: &Scene) -> Outcome {
     let _host = configuration()?;
@@ -219,20 +295,9 @@ fn commands(scene: &Scene) -> Outcome {
         let before = Leaks::watch();
         let peaks = Peaks::watch();
         let container = Container::create(scene, &bundle(scene, fault)?)?;
-        let mut running = Vec::new();
-        for command in super::broken::COMMANDS {
-            if matches!(command, ["delete", ..] | ["events", "ID"]) {
-                continue;
-            }
-            let words = super::broken::words(command, &container.id);
-            let mut all = vec![scene.runtime.program().into()];
-            all.extend(words.iter().map(Into::into));
-            running.push((words, Running::start(&all, &[])?));
-        }
-        for (words, run) in running {
-            let ended = run.wait_within(LATEST)?;
-            check_words(&format!("{fault}: {words:?}"), &ended)?;
-        }
+        let ends = |command: &&[&str]| !matches!(command, ["delete", ..] | ["events", "ID"]);
+        let commands = super::broken::COMMANDS.into_iter().filter(ends).chain(super::broken::LOOKS);
+        answers(scene, fault, &container.id, commands)?;
         scene.call(&["delete", "--force", &container.id])?.output()?;
         // It may have given such a guest up before.
         ensure!(container.wait()? != 0, "{fault}: it succeeded");
@@ -248,9 +313,11 @@ fn behind_containerd(scene: &Scene) -> Outcome {
     let before = Leaks::watch();
     let peaks = Peaks::watch();
     let containerd = Containerd::start(scene, Shim::Podhull)?;
+    let volume = Volume::new(scene)?;
+    let mount = format!("type=bind,src={},dst=/etc/settings,options=rbind:ro", volume.0.display());
     let run = |fault: &str| {
         let annotation = format!("{PARAMS}=rogue={fault}");
-        let options = ["-d", "--null-io", "--memory-limit", "67108864", "--annotation", &annotation];
+        let options = ["-d", "--null-io", "--memory-limit", "67108864", "--annotation", &annotation, "--mount", &mount];
         Running::start(&containerd.run_words(&options, fault, &["true"]), &[])?.wait_within(LATEST)
     };
     for fault in ["garbage", "hangs-up", "absurd-pid", "version"] {
@@ -260,6 +327,20 @@ fn behind_containerd(scene: &Scene) -> Outcome {
     }
     for fault in ["starves-for-ever", "lies"] {
         run(fault)?.output()?;
+    }
+    let (_, body) = get(Path::new("/run/containerd/podhull/default/pods/lies/metrics.sock"))?;
+    Metrics::read(&body)?;
+    // It cannot say that it has what is new.
+    volume.update()?;
+    let directory = containerd.socket().with_file_name("state/io.containerd.runtime.v2.task/default/lies");
+    let until = Instant::now() + DEADLINE;
+    loop {
+        let log = fs::read_to_string(directory.join("log.json"))?;
+        if log.contains("settings stays as it was") {
+            break;
+        }
+        ensure!(Instant::now() < until, "nothing is said of the volume: {log}");
+        thread::sleep(Duration::from_millis(100));
     }
     for question in ["metrics", "ps", "pause", "resume"] {
         // Whatever the answer is.
@@ -277,11 +358,12 @@ fn behind_containerd(scene: &Scene) -> Outcome {
         containerd.call(&["container", "delete", "dies"])?.output()?;
     }
     // It says that it does, and does not: in the end its shadow is killed.
-    for fault in ["starves-for-ever", "lies"] {
-        containerd.call(&["task", "kill", "--signal", "SIGKILL", fault])?.output()?;
-    }
+    containerd.call(&["task", "kill", "--signal", "SIGKILL", "starves-for-ever"])?.output()?;
+    // It may have been given up before.
+    let killed = containerd.call(&["task", "kill", "--signal", "SIGKILL", "lies"])?;
+    ensure!(killed.status == 0 || killed.stderr.contains("process already finished"), "{:?}", killed.stderr);
     for fault in ["absurd-exit", "starves-for-ever", "lies"] {
-        stopped_within(&containerd, fault)?;
+        stopped_within(&containerd, fault, LATEST)?;
         containerd.call(&["task", "delete", fault])?;
         containerd.call(&["container", "delete", fault])?.output()?;
     }
@@ -290,11 +372,77 @@ fn behind_containerd(scene: &Scene) -> Outcome {
     check(&before)
 }
 
-fn stopped_within(containerd: &Containerd, id: &str) -> Outcome {
-    let until = Instant::now() + LATEST;
-    while super::containerd::status(containerd, id)? != "STOPPED" {
-        ensure!(Instant::now() < until, "{id} does not stop");
-        thread::sleep(Duration::from_millis(500));
+/// A ConfigMap's, of which the guest is told when kubelet writes it anew.
+struct Volume(PathBuf);
+
+impl Volume {
+    fn new(scene: &Scene) -> Outcome<Self> {
+        let path = scene.directory.join("pods/uid/volumes/kubernetes.io~configmap/settings");
+        fs::create_dir_all(path.join("..1"))?;
+        symlink("..1", path.join("..data"))?;
+        Ok(Self(path))
     }
-    Ok(())
+
+    fn update(&self) -> Outcome {
+        fs::create_dir(self.0.join("..2"))?;
+        symlink("..2", self.0.join("..data_tmp"))?;
+        Ok(fs::rename(self.0.join("..data_tmp"), self.0.join("..data"))?)
+    }
+}
+
+/// Such a pod does not start, or can be removed as any other; kubelet is told so in as many words as it can keep.
+fn behind_kubelet(scene: &Scene) -> Outcome {
+    let _host = configuration()?;
+    let peaks = Peaks::watch();
+    let cri = Cri::start(scene)?;
+    let config = |fault: &str| {
+        let mut config = cri.pod_config(fault)?;
+        config.annotations.insert(PARAMS.to_owned(), format!("rogue={fault}"));
+        // It takes no more memory than it began with.
+        let all = LinuxContainerResources { memory_limit_in_bytes: 64 << 20, ..Default::default() };
+        config.linux.get_or_insert_default().resources = Some(all);
+        Outcome::Ok(config)
+    };
+    let check = |fault: &str, error: &str, words: &[&str]| {
+        ensure!(words.iter().any(|word| error.contains(word)), "{fault}: none of {words:?} in {error:.600?}");
+        ensure!(
+            error.len() < 8192 && !error.contains("panicked at"),
+            "{fault}: {} bytes of {error:.600?}",
+            error.len()
+        );
+        Outcome::Ok(())
+    };
+    for (fault, words) in [
+        ("garbage", &["nonsense: an answer that is too long", "nonsense: an event that is too long"][..]),
+        ("hangs-up", &["the agent in the guest is gone"]),
+        ("version", &["the versions differ"]),
+        ("absurd-pid", &["nonsense: the process id of the container"]),
+        ("vanishes", &[RESET]),
+        ("lies", &["cannot configure the network of the virtual machine: no no no "]),
+    ] {
+        let error = cri.run(config(fault)?).err().ok_or_else(|| format!("{fault}: the pod runs"))?;
+        check(fault, &error.to_string(), words)?;
+        // It is kubelet's, and nothing is in it.
+        fs::remove_dir(Path::new("/sys/fs/cgroup/kubepods").join(format!("pod-{fault}")))
+            .map_err(|error| format!("{fault}: its group: {error}"))?;
+    }
+    // One that has started, and ends by itself, or dies.
+    for fault in ["none", "dies"] {
+        let pod = cri.run(config(fault)?).map_err(|error| format!("{fault}: {error}"))?;
+        let until = Instant::now() + DEADLINE;
+        while cri.pod_status(&pod)?.state() != PodSandboxState::SandboxNotready {
+            ensure!(Instant::now() < until, "{fault}: the pod does not end");
+            thread::sleep(Duration::from_millis(100));
+        }
+        cri.remove_pod(&pod)?;
+    }
+    // One that goes on, and says without end that it has no memory left.
+    let pod = cri.run(config("starves-for-ever")?)?;
+    cri.launch(&pod, container("main", PATIENT))?;
+    let stats = PodSandboxStatsRequest { pod_sandbox_id: pod.id.clone() };
+    cri.call(async |mut client| client.pod_sandbox_stats(stats).await)?;
+    ensure_eq!(cri.pod_status(&pod)?.state(), PodSandboxState::SandboxReady, "state of the pod");
+    cri.remove_pod(&pod)?;
+    peaks.check()?;
+    cri.end()
 }

@@ -85,13 +85,6 @@ fn containerd_killed_meanwhile(scene: &Scene) -> Outcome {
     check(&before)
 }
 
-/// Not one that starts or deletes.
-fn is_shim(process: &processes::Process) -> bool {
-    let mut words = process.command.split(' ');
-    words.next().is_some_and(|name| name.ends_with("containerd-shim-podhull-v2"))
-        && words.all(|word| !["start", "delete"].contains(&word))
-}
-
 /// containerd is told that the container was killed, and nothing is left of it.
 fn killed(scene: &Scene) -> Outcome {
     let before = Leaks::watch();
@@ -113,7 +106,7 @@ fn killed(scene: &Scene) -> Outcome {
         let id = format!("c{number}");
         // What its client makes for streams, nobody but its client removes.
         containerd.run(&["-d", "--null-io"], &id, &["sh", "-c", PATIENT])?.output()?;
-        let shims: Vec<_> = processes::all().into_iter().filter(is_shim).collect();
+        let shims: Vec<_> = processes::all().into_iter().filter(processes::Process::is_shim).collect();
         let [shim] = &shims[..] else { return Err(format!("{} shims", shims.len()).into()) };
         kill_process(Pid::from_raw(shim.pid).ok_or("no pid")?, Signal::KILL)?;
         let until = std::time::Instant::now() + DEADLINE;

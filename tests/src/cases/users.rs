@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 use super::{oci, podhull};
 use crate::bundle::Bundle;
 use crate::container::Container;
-use crate::cri::{Cri, container, security, volume};
+use crate::cri::{Cri, PATIENT, container, security, volume};
 use crate::leaks::Leaks;
 use crate::podman::{self, Podman};
 use crate::suite::{Case, Scene};
@@ -22,9 +22,6 @@ pub const CASES: &[Case] = &[
     oci("users::of_podman_s_pods", of_podman_s_pods),
     oci("users::of_kubernetes_pods", of_kubernetes_pods),
 ];
-
-/// Waits until it is told to end.
-const PATIENT: &[&str] = &["sh", "-c", "trap 'exit 0' TERM; while :; do sleep 0.1; done"];
 
 /// Users 0 to 65535 of the container are these of the host, and its groups those.
 const USERS: [(&str, u32); 2] = [("uidMappings", 100_000), ("gidMappings", 200_000)];
