@@ -4,14 +4,20 @@ use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use rustix::io::Errno;
+
 use crate::cli::ROOT;
 use crate::config;
+use crate::descriptors::raise_limit;
 use crate::shim;
 use crate::state::{self, Known, StateError, Status};
 
 /// Annotations by which CRI's runtimes name a pod: its namespace, and its name. containerd's own, and kubelet's, which CRI-O passes on.
 const NAMES: [&str; 2] = ["io.kubernetes.cri.sandbox-namespace", "io.kubernetes.cri.sandbox-name"];
 const NAMES_WITH_CRI_O: [&str; 2] = ["io.kubernetes.pod.namespace", "io.kubernetes.pod.name"];
+
+/// Descriptors of who looks at many pods: one for each container, and three more for each pod.
+const DESCRIPTORS: u64 = 65536;
 
 /// Ticks of a second in `/proc` (`USER_HZ` is 100 on every architecture that has KVM).
 pub const TICKS: u64 = 100;
@@ -25,9 +31,24 @@ pub enum InspectError {
     /// None of that name.
     #[error("pod {0:?} is not running: see `podhull pods`")]
     Missing(String),
+    /// More than one of it.
+    #[error("{name:?} is more than one pod: {}: say its id, and --root", listed(found))]
+    Several {
+        /// What was asked for.
+        name: String,
+        /// Their ids, and the state roots they are under.
+        found: Vec<(String, PathBuf)>,
+    },
     /// No event loop.
     #[error("cannot set up event handling: {0}")]
     Events(#[source] std::io::Error),
+    /// Descriptors.
+    #[error("cannot look at all pods at once: {0}: raise the limit of open files (ulimit -n)")]
+    TooMany(Errno),
+}
+
+fn listed(pods: &[(String, PathBuf)]) -> String {
+    pods.iter().map(|(id, root)| format!("{id} under {}", root.display())).collect::<Vec<_>>().join(", ")
 }
 
 /// A machine that runs, and the containers in it.
@@ -106,6 +127,11 @@ pub fn chosen_under(root: &Path, id: &str) -> Result<Vec<Pod>, InspectError> {
     if pods.is_empty() { Err(InspectError::Missing(id.into())) } else { Ok(pods) }
 }
 
+/// Lets this process look at as many pods as there may be.
+pub fn expect_many() {
+    raise_limit(DESCRIPTORS);
+}
+
 /// Those with these ids, or names as `namespace/name`; all if there are none.
 pub fn chosen(root: &Path, names: &[String]) -> Result<Vec<Pod>, InspectError> {
     let mut pods = Vec::new();
@@ -119,6 +145,19 @@ pub fn chosen(root: &Path, names: &[String]) -> Result<Vec<Pod>, InspectError> {
         return Err(InspectError::Missing(missing.clone()));
     }
     Ok(pods.into_iter().filter(|pod| names.is_empty() || names.iter().any(|name| is(pod, name))).collect())
+}
+
+/// The one with this id or name.
+pub fn one(root: &Path, name: &str) -> Result<Pod, InspectError> {
+    let mut pods = chosen(root, &[name.to_owned()])?;
+    match (pods.pop(), pods.is_empty()) {
+        (Some(pod), true) => Ok(pod),
+        (None, _) => Err(InspectError::Missing(name.into())),
+        (Some(last), false) => {
+            let found = pods.iter().chain([&last]).map(|pod| (pod.id().to_owned(), pod.root.clone())).collect();
+            Err(InspectError::Several { name: name.into(), found })
+        }
+    }
 }
 
 #[cfg(test)]

@@ -332,7 +332,7 @@ fn one_installer_works_at_a_time() {
     made.install("one").unwrap();
     let tree = made.node().tree;
     let locked = |operation| flock(fs::File::open(made.path("/opt/podhull")).unwrap(), operation);
-    for take in [|tree: &Tree| Versions::find(tree).unwrap().unwrap(), |tree| Versions::make(tree).unwrap()] {
+    for take in [|tree: &Tree| Versions::find(tree).unwrap().unwrap(), |tree: &Tree| Versions::make(tree).unwrap()] {
         let versions = take(&tree);
         assert_eq!(locked(FlockOperation::NonBlockingLockExclusive), Err(Errno::WOULDBLOCK));
         drop(versions);
