@@ -205,7 +205,12 @@ impl Node {
     /// them it gets those from before.
     fn apply(&self, versions: &Versions, changes: Vec<Change>, say: &mut dyn FnMut(&str)) -> Result<(), NodeError> {
         let note = versions.note(TO_RESTART);
-        if !changes.is_empty() && !self.offline {
+        // Before anything is changed: one that did not start is not active.
+        let service = match !self.offline && (!changes.is_empty() || note.exists()) {
+            true => Some(service::active(&self.tree)?),
+            false => None,
+        };
+        if service.is_some() {
             tree::replace(&note, 0o644, |_| Ok(())).map_err(|error| NodeError::file("write", note.clone(), error))?;
         }
         let mut before = Vec::new();
@@ -217,18 +222,16 @@ impl Node {
             });
             say(&self.make(&change)?);
         }
-        if self.offline || !note.exists() {
-            return Ok(());
-        }
-        match service::restart(&self.tree) {
-            Ok(service) => say(&format!("{service} is restarted")),
+        let Some(service) = service else { return Ok(()) };
+        match service::restart(&self.tree, service) {
+            Ok(()) => say(&format!("{service} is restarted")),
             Err(first) if before.is_empty() => return Err(first),
             Err(first) => {
                 for change in before.iter().rev() {
                     self.make(change)?;
                     say(&format!("{} is as it was before", change.path().display()));
                 }
-                if let Err(again) = service::restart(&self.tree) {
+                if let Err(again) = service::restart(&self.tree, service) {
                     return Err(NodeError::Twice { first: Box::new(first), again: Box::new(again) });
                 }
                 done(note)?;

@@ -26,15 +26,19 @@ pub fn check(tree: &Tree, version: &str) -> Result<(), NodeError> {
     run(tree, &[&format!("{DIRECTORY}/{VERSIONS}/{version}/bin/podhull"), "check"])
 }
 
-/// Starts containerd anew; pods go on meanwhile.
-pub fn restart(tree: &Tree) -> Result<&'static str, NodeError> {
+/// The service with the node's containerd, while that runs.
+pub fn active(tree: &Tree) -> Result<&'static str, NodeError> {
     for service in SERVICES {
         if carry_out(tree, &["systemctl", "is-active", "--quiet", service])?.0.success() {
-            run(tree, &["systemctl", "restart", service])?;
             return Ok(service);
         }
     }
     Err(NodeError::NoService(SERVICES.join(", ")))
+}
+
+/// Starts containerd anew; pods go on meanwhile.
+pub fn restart(tree: &Tree, service: &str) -> Result<(), NodeError> {
+    run(tree, &["systemctl", "restart", service])
 }
 
 fn run(tree: &Tree, words: &[&str]) -> Result<(), NodeError> {

@@ -291,7 +291,7 @@ fn a_node_whose_processes_are_not_to_be_seen_has_some() {
 }
 
 #[test]
-fn what_containerd_was_not_restarted_with_is_taken_back() {
+fn what_containerd_cannot_be_restarted_for_is_not_begun() {
     for files in [&[(CONFIG, V2)][..], &[]] {
         let mut made = Made::of(files);
         made.install("one").unwrap();
@@ -302,8 +302,7 @@ fn what_containerd_was_not_restarted_with_is_taken_back() {
         let mut said = Vec::new();
         let refused = node.uninstall(&mut |text| said.push(text.to_owned())).unwrap_err().to_string();
         assert!(refused.contains("/proc/1/ns/mnt"), "{refused}");
-        assert_eq!(made.read(CONFIG), config, "{said:?}");
-        assert_eq!(said.last(), Some(&format!("{CONFIG} is as it was before")));
+        assert_eq!((made.read(CONFIG), said.len()), (config, 0), "{said:?}");
         // With the next attempt it goes on.
         made.uninstall().unwrap();
         assert!(!made.path("/opt/podhull").exists());
