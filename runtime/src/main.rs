@@ -13,6 +13,7 @@ mod cgroup;
 mod cli;
 mod config;
 mod confine;
+mod descriptors;
 mod handover;
 mod inspect;
 mod log;

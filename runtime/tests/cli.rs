@@ -455,3 +455,48 @@ fn a_host_without_kvm_and_a_full_disk_are_named() {
     let text = String::from_utf8(output.stderr).unwrap();
     assert!(text.contains("cannot write") && text.contains("No space left on device"), "{text}");
 }
+
+/// Containers that run, as who looks at them sees them: nobody answers for their machines.
+fn containers_that_run(place: &Place, count: usize) -> Vec<fs::File> {
+    let held = |number: usize| {
+        let id = format!("c{number}");
+        let directory = place.0.join("root").join(&id);
+        fs::create_dir_all(&directory).unwrap();
+        let process = json!({ "pid": i32::MAX, "startTime": 1 });
+        let state = json!({
+            "version": 1, "ociVersion": "1.2.0", "id": id, "pid": i32::MAX, "startTime": 1, "status": "running",
+            "bundle": "/b", "rootfs": "/r", "created": "2026-01-01T00:00:00Z", "machine": process,
+        });
+        fs::write(directory.join("state.json"), state.to_string()).unwrap();
+        let directory = fs::File::open(&directory).unwrap();
+        flock(&directory, FlockOperation::LockExclusive).unwrap();
+        directory
+    };
+    (0..count).map(held).collect()
+}
+
+#[test]
+fn of_many_pods_none_is_left_out() {
+    let place = Place::new("many");
+    let _held = containers_that_run(&place, 60);
+    let limited = |soft: u64, hard: u64, words: &[&str]| {
+        let mut command = Command::new("prlimit");
+        command.arg(format!("--nofile={soft}:{hard}")).arg(PODHULL).arg("--root").arg(place.0.join("root"));
+        command.args(words).output().unwrap()
+    };
+    for words in [&["pods", "--format", "json"][..], &["metrics"]] {
+        let output = limited(40, 1000, words);
+        let text = String::from_utf8(output.stdout).unwrap();
+        let found = match words[0] {
+            "pods" => serde_json::from_str::<Vec<Value>>(&text).unwrap().len(),
+            _ => text.matches("\npodhull_pod_info{").count(),
+        };
+        assert_eq!(found, 60, "{words:?}: {text}{}", String::from_utf8_lossy(&output.stderr));
+    }
+    // What cannot be had is named.
+    for words in [&["pods"][..], &["metrics"], &["list"]] {
+        let output = limited(40, 40, words);
+        let text = String::from_utf8(output.stderr).unwrap();
+        assert!(!output.status.success() && text.contains("Too many open files"), "{words:?}: {text}");
+    }
+}

@@ -64,9 +64,7 @@ impl Arguments {
 
     /// The container that the pod's machine was made for.
     fn known(&self, context: &Context) -> Result<Known, Failure> {
-        let pods = inspect::chosen(&context.root, std::slice::from_ref(&self.pod))?;
-        let pod = pods.into_iter().next().ok_or_else(|| Failure::Debug(format!("no pod {:?}", self.pod)))?;
-        Ok(pod.first)
+        Ok(inspect::one(&context.root, &self.pod)?.first)
     }
 }
 

@@ -8,7 +8,7 @@ use serde_json::json;
 use super::{Context, Failure};
 use crate::agent::Agent;
 use crate::config::Config;
-use crate::inspect;
+use crate::inspect::{self, InspectError};
 use crate::log::Format;
 use crate::pod::ask;
 use crate::state::check_id;
@@ -54,6 +54,7 @@ impl Arguments {
     pub fn execute(self, context: &Context) -> Result<u8, Failure> {
         let lines = match self.of_agent(context) {
             Ok(lines) => lines,
+            Err(Failure::Inspect(error @ InspectError::Several { .. })) => return Err(error.into()),
             Err(error) => self.of_console()?.ok_or(error)?,
         };
         let mut text = String::new();
@@ -69,8 +70,7 @@ impl Arguments {
     }
 
     fn of_agent(&self, context: &Context) -> Result<Vec<Line>, Failure> {
-        let pods = inspect::chosen(&context.root, std::slice::from_ref(&self.pod))?;
-        let Some(pod) = pods.first() else { return Ok(Vec::new()) };
+        let pod = inspect::one(&context.root, &self.pod)?;
         let lines = ask(&pod.first, async |agent: Agent| agent.read_log(self.bytes).await)?;
         let line = |line: podhull_protocol::LogLine| Line {
             head: Some((line.time_us as f64 / 1e6, line.priority % 8)),

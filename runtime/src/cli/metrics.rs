@@ -21,6 +21,7 @@ pub struct Arguments {
 impl Arguments {
     /// Prints them.
     pub fn execute(self, context: &Context) -> Result<u8, Failure> {
+        inspect::expect_many();
         let text = inspect::metrics(&inspect::chosen(&context.root, &self.pods)?)?;
         std::io::stdout().write_all(text.as_bytes())?;
         Ok(0)

@@ -62,6 +62,7 @@ struct Row {
 impl Arguments {
     /// Prints them.
     pub fn execute(self, context: &Context) -> Result<u8, Failure> {
+        inspect::expect_many();
         let mut before = HashMap::new();
         let mut rows = || -> Result<Vec<Row>, Failure> {
             let pods = inspect::chosen(&context.root, &self.pods)?;

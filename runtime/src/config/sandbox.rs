@@ -1,14 +1,16 @@
 //! What CRI's runtimes say of a pod in advance: which container is the sandbox's, which runs nothing but `pause`, and how much the
 //! containers together will ask for, which come one after the other.
+//!
+//! CRI-O hands all annotations of a pod on, containerd only those that its administrator lets through: where CRI-O says what a container
+//! is, names that are containerd's are the pod's own, and say nothing.
 
 use serde::Deserialize;
 
 use super::{Annotations, ConfigError};
 use crate::pod::Demand;
 
-/// Who says that a container is the sandbox's: containerd and CRI-O.
-const TYPES: [&str; 2] = ["io.kubernetes.cri.container-type", TYPE_OF_CRIO];
-const TYPE_OF_CRIO: &str = "io.kubernetes.cri-o.ContainerType";
+/// What a container is: CRI-O's, and containerd's.
+const TYPES: [&str; 2] = ["io.kubernetes.cri-o.ContainerType", "io.kubernetes.cri.container-type"];
 
 /// containerd's, in microseconds and bytes; 0 is no limit. A fourth, `sandbox-cpu-shares`, is no limit.
 const QUOTA: &str = "io.kubernetes.cri.sandbox-cpu-quota";
@@ -27,14 +29,14 @@ struct Resources {
     memory_limit_in_bytes: i64,
 }
 
-/// Whether a container holds a pod open and does nothing else.
-pub fn is_sandbox(annotations: &Annotations) -> bool {
-    TYPES.iter().any(|name| annotations.get(*name).is_some_and(|kind| kind == "sandbox"))
+/// Whether they are of a container of CRI-O's.
+pub fn is_of_cri_o(annotations: &Annotations) -> bool {
+    annotations.contains_key(TYPES[0])
 }
 
-/// Whether it is CRI-O that has such a container made.
-pub fn is_sandbox_of_crio(annotations: &Annotations) -> bool {
-    annotations.get(TYPE_OF_CRIO).is_some_and(|kind| kind == "sandbox")
+/// Whether a container holds a pod open and does nothing else.
+pub fn is_sandbox(annotations: &Annotations) -> bool {
+    TYPES.iter().find_map(|name| annotations.get(*name)).is_some_and(|kind| kind == "sandbox")
 }
 
 /// How much the containers of a pod will ask for together, as far as somebody says.
@@ -44,9 +46,12 @@ pub fn expected(annotations: &Annotations) -> Result<Option<Demand>, ConfigError
         Some(text) => text.parse::<i64>().map(Some).map_err(|_| wrong(name, format!("{text:?} is not a whole number"))),
         None => Ok(None),
     };
-    let (memory, quota, period) = (number(MEMORY)?, number(QUOTA)?, number(PERIOD)?);
-    if memory.is_some() || quota.is_some() {
-        return Ok(Demand::expected(memory.unwrap_or_default(), quota.unwrap_or_default(), period.unwrap_or_default()));
+    if !is_of_cri_o(annotations) {
+        let (memory, quota, period) = (number(MEMORY)?, number(QUOTA)?, number(PERIOD)?);
+        if memory.is_some() || quota.is_some() {
+            let [memory, quota, period] = [memory, quota, period].map(Option::unwrap_or_default);
+            return Ok(Demand::expected(memory, quota, period));
+        }
     }
     for name in RESOURCES {
         if let Some(text) = annotations.get(name) {
@@ -95,5 +100,15 @@ mod tests {
             assert!(is_sandbox(&annotations(&[(name, "sandbox")])));
             assert!(!is_sandbox(&annotations(&[(name, "container")])));
         }
+    }
+
+    #[test]
+    fn what_cri_o_says_itself_is_no_matter_of_a_pod_s_own_annotations() {
+        let of_crio = ("io.kubernetes.cri-o.ContainerType", "container");
+        assert!(!is_sandbox(&annotations(&[of_crio, ("io.kubernetes.cri.container-type", "sandbox")])));
+        let resources = r#"{"memory_limit_in_bytes":134217728}"#;
+        let given = annotations(&[of_crio, (RESOURCES[0], resources), (MEMORY, "lots"), (QUOTA, "1")]);
+        assert_eq!(expected(&given).unwrap(), Demand::expected(128 << 20, 0, 0));
+        assert_eq!(expected(&annotations(&[of_crio, (MEMORY, "1000000")])).unwrap(), None);
     }
 }

@@ -2,18 +2,21 @@
 //! nobody for long, and the host's numbers are there all the same.
 
 use std::collections::BTreeMap;
+use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::time::Duration;
 
 use podhull_protocol::PodStatsResponse;
 use podhull_vmm::control::Measured;
+use rustix::io::Errno;
 use tokio::task::JoinSet;
 
 use super::pods::{InspectError, Pod};
 use super::processes::{self, Kind, Numbers};
-use crate::agent::Agent;
+use crate::agent::{Agent, AgentError};
 use crate::calls::{Calls, Durations};
-use crate::machine::Control;
+use crate::machine::{Control, MachineError};
+use crate::state::StateError;
 
 /// How long a machine and its agent may take together: less than Prometheus waits by default.
 const DEADLINE: Duration = Duration::from_secs(8);
@@ -45,17 +48,21 @@ pub fn look_at_all(pods: &[Pod]) -> Result<Vec<Look>, InspectError> {
     let mut answers = runtime.block_on(async {
         let mut asked = JoinSet::new();
         for (index, pod) in pods.iter().enumerate() {
-            // One that ends while we look answers nothing.
-            if let Ok(directory) = pod.first.pod() {
-                asked.spawn(async move { (index, ask(directory).await) });
+            match pod.first.pod() {
+                Ok(directory) => drop(asked.spawn(async move { (index, ask(directory).await) })),
+                Err(StateError::Write(_, error)) => enough(&error)?,
+                // One that ends while we look answers nothing.
+                Err(_) => {}
             }
         }
         let mut answers = BTreeMap::new();
-        while let Some(answer) = asked.join_next().await {
-            answers.extend(answer);
+        while let Some(answered) = asked.join_next().await {
+            if let Ok((index, answer)) = answered {
+                answers.insert(index, answer?);
+            }
         }
-        answers
-    });
+        Ok::<_, InspectError>(answers)
+    })?;
     let looks = pods.iter().enumerate().map(|(index, pod)| {
         let (machine, guest) = answers.remove(&index).unwrap_or_default();
         let calls = pod.first.pod().ok().and_then(|directory| Calls::open(directory.as_fd()).ok());
@@ -66,14 +73,29 @@ pub fn look_at_all(pods: &[Pod]) -> Result<Vec<Look>, InspectError> {
 }
 
 /// What a pod's machine and agent say, as far as they do.
-async fn ask(pod: OwnedFd) -> (Option<Measured>, Option<PodStatsResponse>) {
+async fn ask(pod: OwnedFd) -> Result<(Option<Measured>, Option<PodStatsResponse>), InspectError> {
     let machine = async {
-        let asked = async { Control::dial(pod.as_fd())?.measure().await };
-        tokio::time::timeout(DEADLINE, asked).await.ok()?.ok()
+        let asked = async { Control::dial_in_loop(pod.as_fd())?.measure().await };
+        match tokio::time::timeout(DEADLINE, asked).await {
+            Ok(Err(MachineError::Dial(error))) => enough(&error).map(|()| None),
+            answered => Ok(answered.ok().and_then(Result::ok)),
+        }
     };
     let guest = async {
         let asked = async { Agent::dial_in_loop(pod.as_fd()).await?.pod_stats().await };
-        tokio::time::timeout(DEADLINE, asked).await.ok()?.ok()
+        match tokio::time::timeout(DEADLINE, asked).await {
+            Ok(Err(AgentError::Connect(error))) => enough(&error).map(|()| None),
+            answered => Ok(answered.ok().and_then(Result::ok)),
+        }
     };
-    tokio::join!(machine, guest)
+    let (machine, guest) = tokio::join!(machine, guest);
+    Ok((machine?, guest?))
+}
+
+/// What this process lacks is no answer of a pod's.
+fn enough(error: &io::Error) -> Result<(), InspectError> {
+    match Errno::from_io_error(error) {
+        Some(errno @ (Errno::MFILE | Errno::NFILE)) => Err(InspectError::TooMany(errno)),
+        _ => Ok(()),
+    }
 }

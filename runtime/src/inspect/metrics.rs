@@ -6,7 +6,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use podhull_protocol::{ContainerStatsResponse, PodStatsResponse};
 use podhull_vmm::control::Measured;
 
-use super::exposition::{Exposition, Family, Type};
+use super::exposition::{Exposition, Family, Labels, Type};
 use super::look::{Look, look_at_all};
 use super::pods::{InspectError, Pod};
 use crate::calls::BOUNDS;
@@ -106,21 +106,21 @@ pub fn text(pods: &[Pod]) -> Result<String, InspectError> {
 }
 
 fn say(to: &mut Exposition, pod: &Pod, look: &Look) {
-    let id = pod.id();
-    let own = &[("pod", id)];
     let (namespace, name) = pod.name().unwrap_or_default();
     let root = pod.root.to_string_lossy();
-    to.add("podhull_pod_info", &[("pod", id), ("namespace", namespace), ("name", name), ("root", &root)], 1);
+    // Ids are those of a root: another may have the same.
+    let own: Labels<'_> = &[("pod", pod.id()), ("root", &root)];
+    to.add("podhull_pod_info", &with(own, &[("namespace", namespace), ("name", name)]), 1);
     to.add("podhull_pod_containers", own, pod.count());
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     to.add("podhull_pod_start_time_seconds", own, now.saturating_sub(pod.uptime()).as_secs_f64());
-    starts(to, pod);
+    starts(to, own, pod);
     for calls in &look.calls {
-        let labels = &[("pod", id), ("method", calls.method)];
-        to.histogram("podhull_agent_request_duration_seconds", labels, &BOUNDS, &calls.buckets, calls.seconds);
+        let labels = with(own, &[("method", calls.method)]);
+        to.histogram("podhull_agent_request_duration_seconds", &labels, &BOUNDS, &calls.buckets, calls.seconds);
     }
     for (kind, numbers) in &look.processes {
-        let labels = &[("pod", id), ("process", kind.name())];
+        let labels = &with(own, &[("process", kind.name())]);
         to.add("podhull_processes", labels, numbers.processes);
         to.add("podhull_process_cpu_seconds_total", labels, numbers.cpu.as_secs_f64());
         to.add("podhull_process_resident_memory_bytes", labels, numbers.resident);
@@ -129,23 +129,28 @@ fn say(to: &mut Exposition, pod: &Pod, look: &Look) {
         to.add("podhull_process_threads", labels, numbers.threads);
     }
     if let Some(measured) = &look.machine {
-        machine(to, id, measured);
+        machine(to, own, measured);
     }
     to.add("podhull_guest_up", own, u8::from(look.guest.is_some()));
     let Some(stats) = &look.guest else { return };
-    guest(to, id, stats);
+    guest(to, own, stats);
     // Those that the host knows: of others a guest may tell what it likes.
     for known in pod.containers() {
         let container = &known.state.id;
         let of = stats.containers.iter().find(|named| named.id == *container);
         if let Some(stats) = of.and_then(|named| named.stats.as_ref()) {
-            self::container(to, &[("pod", id), ("container", container)], stats);
+            self::container(to, &with(own, &[("container", container)]), stats);
         }
     }
 }
 
+/// A pod's labels and others.
+fn with<'a>(own: Labels<'a>, others: &[(&'static str, &'a str)]) -> Vec<(&'static str, &'a str)> {
+    [own, others].concat()
+}
+
 /// What each phase took of each container's start. How long a container waits for `start` is not podhull's affair.
-fn starts(to: &mut Exposition, pod: &Pod) {
+fn starts(to: &mut Exposition, own: Labels<'_>, pod: &Pod) {
     let mut phases: BTreeMap<Phase, ([u64; PHASES.len() + 1], f64)> = BTreeMap::new();
     let spans = pod.containers().flat_map(|known| known.state.timeline.spans());
     for span in spans.filter(|span| span.phase != Phase::Wait) {
@@ -155,14 +160,14 @@ fn starts(to: &mut Exposition, pod: &Pod) {
         *sum += seconds;
     }
     for (phase, (buckets, sum)) in phases {
-        let labels = &[("pod", pod.id()), ("phase", phase.name())];
-        to.histogram("podhull_start_phase_duration_seconds", labels, &PHASES, &buckets, sum);
+        let labels = with(own, &[("phase", phase.name())]);
+        to.histogram("podhull_start_phase_duration_seconds", &labels, &PHASES, &buckets, sum);
     }
 }
 
-fn machine(to: &mut Exposition, pod: &str, measured: &Measured) {
-    to.add("podhull_vm_cpus", &[("pod", pod)], measured.cpus);
-    to.add("podhull_vm_memory_bytes", &[("pod", pod)], measured.memory_bytes);
+fn machine(to: &mut Exposition, own: Labels<'_>, measured: &Measured) {
+    to.add("podhull_vm_cpus", own, measured.cpus);
+    to.add("podhull_vm_memory_bytes", own, measured.memory_bytes);
     let exits = &measured.exits;
     for (reason, count) in [
         ("port_read", exits.port_reads),
@@ -171,12 +176,11 @@ fn machine(to: &mut Exposition, pod: &str, measured: &Measured) {
         ("mmio_write", exits.mmio_writes),
         ("other", exits.others),
     ] {
-        to.add("podhull_vm_exits_total", &[("pod", pod), ("reason", reason)], count);
+        to.add("podhull_vm_exits_total", &with(own, &[("reason", reason)]), count);
     }
 }
 
-fn guest(to: &mut Exposition, pod: &str, stats: &PodStatsResponse) {
-    let own = &[("pod", pod)];
+fn guest(to: &mut Exposition, own: Labels<'_>, stats: &PodStatsResponse) {
     let seconds = |milliseconds: u64| Duration::from_millis(milliseconds).as_secs_f64();
     to.add("podhull_guest_uptime_seconds", own, seconds(stats.uptime_ms));
     if let Some(cpu) = stats.cpu.as_ref() {
@@ -191,7 +195,7 @@ fn guest(to: &mut Exposition, pod: &str, stats: &PodStatsResponse) {
             ("softirq", cpu.softirq_ms),
             ("steal", cpu.steal_ms),
         ] {
-            to.add("podhull_guest_cpu_seconds_total", &[("pod", pod), ("mode", mode)], seconds(milliseconds));
+            to.add("podhull_guest_cpu_seconds_total", &with(own, &[("mode", mode)]), seconds(milliseconds));
         }
     }
     if let Some(memory) = stats.memory.as_ref() {
@@ -211,7 +215,7 @@ fn guest(to: &mut Exposition, pod: &str, stats: &PodStatsResponse) {
     };
     for interface in stats.interfaces.iter().take(MOST) {
         let Some(name) = once(&interface.name) else { continue };
-        let labels = &[("pod", pod), ("interface", &*name)];
+        let labels = &with(own, &[("interface", &name)]);
         to.add("podhull_guest_network_receive_bytes_total", labels, interface.received_bytes);
         to.add("podhull_guest_network_receive_packets_total", labels, interface.received_packets);
         to.add("podhull_guest_network_receive_errors_total", labels, interface.received_errors);
@@ -223,7 +227,7 @@ fn guest(to: &mut Exposition, pod: &str, stats: &PodStatsResponse) {
     }
     for disk in stats.disks.iter().take(MOST) {
         let Some(name) = once(&disk.name) else { continue };
-        let labels = &[("pod", pod), ("disk", &*name)];
+        let labels = &with(own, &[("disk", &name)]);
         to.add("podhull_guest_disk_read_bytes_total", labels, disk.read_bytes);
         to.add("podhull_guest_disk_reads_total", labels, disk.reads);
         to.add("podhull_guest_disk_written_bytes_total", labels, disk.written_bytes);
@@ -231,7 +235,7 @@ fn guest(to: &mut Exposition, pod: &str, stats: &PodStatsResponse) {
     }
 }
 
-fn container(to: &mut Exposition, labels: &[(&'static str, &str)], stats: &ContainerStatsResponse) {
+fn container(to: &mut Exposition, labels: Labels<'_>, stats: &ContainerStatsResponse) {
     let seconds = |microseconds: u64| Duration::from_micros(microseconds).as_secs_f64();
     if let Some(cpu) = stats.cpu.as_ref() {
         to.add("podhull_container_cpu_usage_seconds_total", labels, seconds(cpu.usage_usec));
@@ -307,7 +311,7 @@ mod tests {
             ..Default::default()
         };
         let mut exposition = Exposition::new(FAMILIES);
-        guest(&mut exposition, "p", &stats);
+        guest(&mut exposition, &[("pod", "p")], &stats);
         let text = exposition.text();
         assert_eq!(text.matches("podhull_guest_network_receive_bytes_total{").count(), MOST - 1, "{text}");
         assert!(text.contains(r#"{pod="p",interface="a\""} 5"#), "{text}");

@@ -11,5 +11,5 @@ mod trace;
 
 pub use look::{Look, look_at_all};
 pub use metrics::text as metrics;
-pub use pods::{InspectError, Pod, chosen, chosen_under};
+pub use pods::{InspectError, Pod, chosen, chosen_under, expect_many, one};
 pub use trace::json as trace;

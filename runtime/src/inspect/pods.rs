@@ -1,18 +1,23 @@
 //! The pods that there are.
 
+use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use rustix::io::Errno;
+
 use crate::cli::ROOT;
 use crate::config;
+use crate::descriptors::raise_limit;
 use crate::shim;
 use crate::state::{self, Known, StateError, Status};
 
-/// Annotations by which CRI's runtimes name a pod: its namespace, and its name. Those of containerd and of CRI-O.
-const NAMES: [[&str; 2]; 2] = [
-    ["io.kubernetes.cri.sandbox-namespace", "io.kubernetes.cri.sandbox-name"],
-    ["io.kubernetes.pod.namespace", "io.kubernetes.pod.name"],
-];
+/// Annotations by which CRI's runtimes name a pod: its namespace, and its name. containerd's own, and kubelet's, which CRI-O passes on.
+const NAMES: [&str; 2] = ["io.kubernetes.cri.sandbox-namespace", "io.kubernetes.cri.sandbox-name"];
+const NAMES_WITH_CRI_O: [&str; 2] = ["io.kubernetes.pod.namespace", "io.kubernetes.pod.name"];
+
+/// Descriptors of who looks at many pods: one for each container, and three more for each pod.
+const DESCRIPTORS: u64 = 65536;
 
 /// Ticks of a second in `/proc` (`USER_HZ` is 100 on every architecture that has KVM).
 pub const TICKS: u64 = 100;
@@ -26,9 +31,24 @@ pub enum InspectError {
     /// None of that name.
     #[error("pod {0:?} is not running: see `podhull pods`")]
     Missing(String),
+    /// More than one of it.
+    #[error("{name:?} is more than one pod: {}: say its id, and --root", listed(found))]
+    Several {
+        /// What was asked for.
+        name: String,
+        /// Their ids, and the state roots they are under.
+        found: Vec<(String, PathBuf)>,
+    },
     /// No event loop.
     #[error("cannot set up event handling: {0}")]
     Events(#[source] std::io::Error),
+    /// Descriptors.
+    #[error("cannot look at all pods at once: {0}: raise the limit of open files (ulimit -n)")]
+    TooMany(Errno),
+}
+
+fn listed(pods: &[(String, PathBuf)]) -> String {
+    pods.iter().map(|(id, root)| format!("{id} under {}", root.display())).collect::<Vec<_>>().join(", ")
 }
 
 /// A machine that runs, and the containers in it.
@@ -54,11 +74,7 @@ impl Pod {
 
     /// Its namespace and name, if it is Kubernetes'.
     pub fn name(&self) -> Option<(&str, &str)> {
-        let annotations = self.first.state.annotations.as_ref()?;
-        NAMES.iter().find_map(|names| {
-            let [namespace, name] = names.map(|name| annotations.get(name));
-            Some((namespace?.as_str(), name?.as_str()))
-        })
+        name_in(self.first.state.annotations.as_ref()?)
     }
 
     /// How many of its containers have not ended; what holds a pod of Kubernetes' open is none of them.
@@ -77,6 +93,13 @@ impl Pod {
         let now = Duration::new(now.tv_sec.cast_unsigned(), u32::try_from(now.tv_nsec).unwrap_or(0));
         now.saturating_sub(Duration::from_millis(ticks * 1000 / TICKS))
     }
+}
+
+/// Namespace and name in the annotations of a pod's first container. A pod may have some of its own under the names of another runtime.
+fn name_in(annotations: &HashMap<String, String>) -> Option<(&str, &str)> {
+    let names = if config::is_of_cri_o(annotations) { NAMES_WITH_CRI_O } else { NAMES };
+    let [namespace, name] = names.map(|name| annotations.get(name));
+    Some((namespace?, name?))
 }
 
 /// Where pods are: below this root, and if it is the one that commands have by default, below those of shims too.
@@ -104,6 +127,11 @@ pub fn chosen_under(root: &Path, id: &str) -> Result<Vec<Pod>, InspectError> {
     if pods.is_empty() { Err(InspectError::Missing(id.into())) } else { Ok(pods) }
 }
 
+/// Lets this process look at as many pods as there may be.
+pub fn expect_many() {
+    raise_limit(DESCRIPTORS);
+}
+
 /// Those with these ids, or names as `namespace/name`; all if there are none.
 pub fn chosen(root: &Path, names: &[String]) -> Result<Vec<Pod>, InspectError> {
     let mut pods = Vec::new();
@@ -117,4 +145,38 @@ pub fn chosen(root: &Path, names: &[String]) -> Result<Vec<Pod>, InspectError> {
         return Err(InspectError::Missing(missing.clone()));
     }
     Ok(pods.into_iter().filter(|pod| names.is_empty() || names.iter().any(|name| is(pod, name))).collect())
+}
+
+/// The one with this id or name.
+pub fn one(root: &Path, name: &str) -> Result<Pod, InspectError> {
+    let mut pods = chosen(root, &[name.to_owned()])?;
+    match (pods.pop(), pods.is_empty()) {
+        (Some(pod), true) => Ok(pod),
+        (None, _) => Err(InspectError::Missing(name.into())),
+        (Some(last), false) => {
+            let found = pods.iter().chain([&last]).map(|pod| (pod.id().to_owned(), pod.root.clone())).collect();
+            Err(InspectError::Several { name: name.into(), found })
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_pod_cannot_take_the_name_of_another_by_its_own_annotations() {
+        let of = |given: &[(&str, &str)]| {
+            let annotations = given.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect();
+            name_in(&annotations).map(|(namespace, name)| format!("{namespace}/{name}"))
+        };
+        let containerd = [(NAMES[0], "shop"), (NAMES[1], "web")];
+        let cri_o = [(NAMES_WITH_CRI_O[0], "bank"), (NAMES_WITH_CRI_O[1], "till")];
+        let is_cri_o = ("io.kubernetes.cri-o.ContainerType", "sandbox");
+        assert_eq!(of(&containerd).as_deref(), Some("shop/web"));
+        assert_eq!(of(&[&containerd[..], &cri_o].concat()).as_deref(), Some("shop/web"));
+        assert_eq!(of(&[&containerd[..], &cri_o, &[is_cri_o]].concat()).as_deref(), Some("bank/till"));
+        assert_eq!(of(&[&containerd[..], &[is_cri_o]].concat()), None);
+        assert_eq!(of(&cri_o), None);
+    }
 }

@@ -29,6 +29,16 @@ impl Control {
     pub fn dial(pod: BorrowedFd<'_>) -> Result<Self, MachineError> {
         let socket = crate::stdio::connect_packets(pod, CONTROL_SOCKET, DEADLINE).map_err(MachineError::Dial)?;
         rustix::io::ioctl_fionbio(&socket, true).map_err(|e| MachineError::Dial(e.into()))?;
+        Self::speak(socket)
+    }
+
+    /// The same without holding up the event loop, in a process that sees the host's files: a machine that takes no more connections is
+    /// not waited for.
+    pub fn dial_in_loop(pod: BorrowedFd<'_>) -> Result<Self, MachineError> {
+        Self::speak(crate::stdio::connect_packets_in_loop(pod, CONTROL_SOCKET).map_err(MachineError::Dial)?)
+    }
+
+    fn speak(socket: OwnedFd) -> Result<Self, MachineError> {
         // SAFETY: the descriptor is owned by the AsyncFd from here on, and never replaced.
         let socket = unsafe { AsyncFd::register(socket) }.map_err(|e| MachineError::Watch(e.into()))?;
         Ok(Self { socket, lost: false })
@@ -176,5 +186,34 @@ mod tests {
         server.join().unwrap();
         assert!(matches!(control.set_cpus(1).await, Err(MachineError::Channel(ChannelError::Closed))));
         assert!(matches!(Control::dial(pod.as_fd()), Err(MachineError::Dial(_))));
+    }
+
+    #[tokio::test]
+    async fn a_machine_that_takes_no_connections_holds_up_no_loop() {
+        let directory = tempfile::tempdir().unwrap();
+        let flags = SocketFlags::CLOEXEC;
+        let listener = rustix::net::socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None).unwrap();
+        let path = directory.path().join(CONTROL_SOCKET);
+        rustix::net::bind(&listener, &SocketAddrUnix::new(path).unwrap()).unwrap();
+        rustix::net::listen(&listener, 1).unwrap();
+        let pod = std::fs::File::open(directory.path()).unwrap();
+        let began = std::time::Instant::now();
+        let mut waiting = Vec::new();
+        let full = loop {
+            match Control::dial_in_loop(pod.as_fd()) {
+                Ok(control) if waiting.len() < 100 => waiting.push(control),
+                refused => break refused.err().map(|error| error.to_string()),
+            }
+        };
+        assert!(full.is_some_and(|error| error.contains("temporarily unavailable")), "{}", waiting.len());
+        assert!(!waiting.is_empty() && began.elapsed() < DEADLINE / 2, "{:?}", began.elapsed());
+        // Those that are in are answered when it goes on.
+        let server = std::thread::spawn(move || {
+            let client = rustix::net::accept(listener).unwrap();
+            assert!(matches!(control::receive(&client).unwrap(), (Request::SetCpus(1), _)));
+            control::send(&client, &Notice::Done, &[]).unwrap();
+        });
+        waiting[0].set_cpus(1).await.unwrap();
+        server.join().unwrap();
     }
 }

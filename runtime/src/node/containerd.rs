@@ -88,6 +88,15 @@ pub enum Change {
     Remove(PathBuf),
 }
 
+impl Change {
+    /// The file.
+    pub fn path(&self) -> &Path {
+        match self {
+            Self::Write(path, _) | Self::Remove(path) => path,
+        }
+    }
+}
+
 /// Makes containerd know the handlers; none if it does already.
 pub fn add(tree: &Tree, config: Option<&Path>, handlers: &[String]) -> Result<Option<Change>, NodeError> {
     let found = find(tree, config)?;

@@ -1,7 +1,8 @@
 //! A node of Kubernetes: podhull's files on it, and containerd told of them. What the installer in `deploy/` does, by hand or in a
 //! container that has the node's files in a directory.
 //!
-//! Each step can be repeated, and a node on which one has failed is as it was or does with the next attempt what is missing.
+//! Each step can be repeated, and a node on which one has failed is as it was or does with the next attempt what is missing. One
+//! installer works on a node at a time.
 
 mod containerd;
 mod service;
@@ -10,6 +11,7 @@ mod versions;
 
 use std::io;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use containerd::Change;
 pub use tree::Tree;
@@ -89,12 +91,34 @@ pub enum NodeError {
         /// One of them.
         first: u32,
     },
+    /// Nobody can be asked who has podhull.
+    #[error("the node's processes are not in {0}: mount its /proc there, or go on with --offline if none runs")]
+    NoProcesses(PathBuf),
+    /// Another installer.
+    #[error("{path}: another installer is at work for more than {} seconds: try again", .waited.as_secs())]
+    Busy {
+        /// Where all of it is.
+        path: PathBuf,
+        /// So long.
+        waited: Duration,
+    },
     /// A program of the node.
-    #[error("{0}: {1}")]
+    #[error("cannot start {0} on the node: {1}")]
     Start(String, io::Error),
     /// Likewise.
     #[error("{0} failed on the node: {1}")]
     Failed(String, String),
+    /// Likewise.
+    #[error("{0} does not come to an end on the node within {secs} seconds", secs = .1.as_secs())]
+    Late(String, Duration),
+    /// There is no containerd now.
+    #[error("{first}; with its files as they were before, once more: {again}; start it by hand")]
+    Twice {
+        /// With the files as they were to be.
+        first: Box<NodeError>,
+        /// With those from before.
+        again: Box<NodeError>,
+    },
     /// Nobody to be told.
     #[error("none of these services is active: {0}; restart containerd, then go on with --offline")]
     NoService(String),
@@ -123,13 +147,15 @@ impl Node {
         containerd::add(&self.tree, self.config(), handlers)?;
         let versions = Versions::make(&self.tree)?;
         versions.add(files)?;
-        say(&format!("podhull {} is installed", files.name()));
         if !self.offline {
-            service::check(&self.tree)?;
+            service::check(&self.tree, files.name())?;
         }
+        // Only now: new pods have it from here on.
+        versions.switch(files.name())?;
+        say(&format!("podhull {} is installed", files.name()));
         let change = containerd::add(&self.tree, self.config(), handlers)?;
         self.apply(&versions, change.into_iter().collect(), say)?;
-        for name in versions.prune(&self.tree)? {
+        for name in versions.prune(&self.tree, self.offline)? {
             say(&format!("podhull {name} is removed: no process has it"));
         }
         Ok(())
@@ -137,9 +163,21 @@ impl Node {
 
     /// Takes all of it away, unless pods have it.
     pub fn uninstall(&self, say: &mut dyn FnMut(&str)) -> Result<(), NodeError> {
-        let Some(versions) = Versions::find(&self.tree)? else {
-            say("podhull is not installed");
-            return Ok(());
+        let versions = match Versions::find(&self.tree)? {
+            Some(versions) => versions,
+            None => match containerd::remove(&self.tree, self.config()) {
+                // Somebody has removed the files alone.
+                Ok(changes) if !changes.is_empty() => Versions::make(&self.tree)?,
+                Ok(_) => {
+                    say("podhull is not installed");
+                    return Ok(());
+                }
+                // What could not be understood was refused by `install`, too.
+                Err(error) => {
+                    say(&format!("podhull is not installed; whether containerd knows it is not known: {error}"));
+                    return Ok(());
+                }
+            },
         };
         self.refuse_if_used(&versions)?;
         let changes = containerd::remove(&self.tree, self.config())?;
@@ -156,38 +194,71 @@ impl Node {
     }
 
     fn refuse_if_used(&self, versions: &Versions) -> Result<(), NodeError> {
-        let used = versions.in_use(&self.tree)?;
+        let used = versions.in_use(&self.tree, self.offline)?;
         match used.first() {
             Some((first, _)) => Err(NodeError::InUse { count: used.len(), first: *first }),
             None => Ok(()),
         }
     }
 
-    /// Changes containerd's files, and has it read them, also if only that is left from an earlier attempt.
+    /// Changes containerd's files, and has it read them, also if only that is left from an earlier attempt. If it does not start with
+    /// them it gets those from before.
     fn apply(&self, versions: &Versions, changes: Vec<Change>, say: &mut dyn FnMut(&str)) -> Result<(), NodeError> {
         let note = versions.note(TO_RESTART);
-        if !changes.is_empty() && !self.offline {
+        // Before anything is changed: one that did not start is not active.
+        let service = match !self.offline && (!changes.is_empty() || note.exists()) {
+            true => Some(service::active(&self.tree)?),
+            false => None,
+        };
+        if service.is_some() {
             tree::replace(&note, 0o644, |_| Ok(())).map_err(|error| NodeError::file("write", note.clone(), error))?;
         }
+        let mut before = Vec::new();
         for change in changes {
-            match change {
-                Change::Write(path, text) => {
-                    self.tree.write(&path, &text)?;
-                    say(&format!("{} is changed", path.display()));
+            let path = change.path();
+            before.push(match self.tree.read(path)? {
+                Some(text) => Change::Write(path.to_owned(), text),
+                None => Change::Remove(path.to_owned()),
+            });
+            say(&self.make(&change)?);
+        }
+        let Some(service) = service else { return Ok(()) };
+        match service::restart(&self.tree, service) {
+            Ok(()) => say(&format!("{service} is restarted")),
+            Err(first) if before.is_empty() => return Err(first),
+            Err(first) => {
+                for change in before.iter().rev() {
+                    self.make(change)?;
+                    say(&format!("{} is as it was before", change.path().display()));
                 }
-                Change::Remove(path) => {
-                    self.tree.remove(&path)?;
-                    say(&format!("{} is removed", path.display()));
+                if let Err(again) = service::restart(&self.tree, service) {
+                    return Err(NodeError::Twice { first: Box::new(first), again: Box::new(again) });
                 }
+                done(note)?;
+                return Err(first);
             }
         }
-        if !self.offline && note.exists() {
-            let service = service::restart(&self.tree)?;
-            say(&format!("{service} is restarted"));
-            std::fs::remove_file(&note).map_err(|error| NodeError::file("remove", note, error))?;
-        }
-        Ok(())
+        done(note)
     }
+
+    /// Changes a file; says what was done.
+    fn make(&self, change: &Change) -> Result<String, NodeError> {
+        match change {
+            Change::Write(path, text) => {
+                self.tree.write(path, text)?;
+                Ok(format!("{} is changed", path.display()))
+            }
+            Change::Remove(path) => {
+                self.tree.remove(path)?;
+                Ok(format!("{} is removed", path.display()))
+            }
+        }
+    }
+}
+
+/// Removes a note.
+fn done(note: PathBuf) -> Result<(), NodeError> {
+    std::fs::remove_file(&note).map_err(|error| NodeError::file("remove", note, error))
 }
 
 #[cfg(test)]

@@ -2,14 +2,15 @@
 
 use std::fs::File;
 use std::io;
-use std::os::unix::process::CommandExt;
-use std::process::{Command, Stdio};
+use std::process::{ExitStatus, Stdio};
+use std::time::Duration;
 
 use rustix::thread::LinkNameSpaceType;
+use tokio::process::Command;
 
 use super::NodeError;
 use super::tree::Tree;
-use super::versions::{CURRENT, DIRECTORY};
+use super::versions::{DIRECTORY, VERSIONS};
 
 /// Where a node's programs are.
 const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
@@ -17,39 +18,54 @@ const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin
 /// Services of which one has the containerd that kubelet asks. Those of k3s and RKE2 have their own.
 const SERVICES: [&str; 5] = ["k3s", "k3s-agent", "rke2-server", "rke2-agent", "containerd"];
 
-/// Whether pods can run on the node, as podhull itself finds there.
-pub fn check(tree: &Tree) -> Result<(), NodeError> {
-    run(tree, &[&format!("{DIRECTORY}/{CURRENT}/bin/podhull"), "check"])
+/// How long a program of the node may take. To restart k3s is to start all that it is made of, which takes a minute or two.
+const DEADLINE: Duration = Duration::from_secs(300);
+
+/// Whether pods of a version can run on the node, as that itself finds there.
+pub fn check(tree: &Tree, version: &str) -> Result<(), NodeError> {
+    run(tree, &[&format!("{DIRECTORY}/{VERSIONS}/{version}/bin/podhull"), "check"])
 }
 
-/// Starts containerd anew; pods go on meanwhile.
-pub fn restart(tree: &Tree) -> Result<&'static str, NodeError> {
+/// The service with the node's containerd, while that runs.
+pub fn active(tree: &Tree) -> Result<&'static str, NodeError> {
     for service in SERVICES {
-        if command(tree, &["systemctl", "is-active", "--quiet", service])?.status().is_ok_and(|status| status.success())
-        {
-            run(tree, &["systemctl", "restart", service])?;
+        if carry_out(tree, &["systemctl", "is-active", "--quiet", service])?.0.success() {
             return Ok(service);
         }
     }
     Err(NodeError::NoService(SERVICES.join(", ")))
 }
 
+/// Starts containerd anew; pods go on meanwhile.
+pub fn restart(tree: &Tree, service: &str) -> Result<(), NodeError> {
+    run(tree, &["systemctl", "restart", service])
+}
+
 fn run(tree: &Tree, words: &[&str]) -> Result<(), NodeError> {
-    let line = words.join(" ");
-    let output = command(tree, words)?.output().map_err(|error| NodeError::Start(line.clone(), error))?;
-    if output.status.success() {
-        return Ok(());
+    match carry_out(tree, words)? {
+        (status, _) if status.success() => Ok(()),
+        (_, said) => {
+            let said: Vec<_> = said.lines().map(str::trim).collect();
+            Err(NodeError::Failed(words.join(" "), said.join("; ")))
+        }
     }
-    let said = [output.stdout, output.stderr].concat();
-    let said: Vec<_> = String::from_utf8_lossy(&said).lines().map(str::trim).map(str::to_owned).collect();
-    Err(NodeError::Failed(line, said.join("; ")))
+}
+
+/// Carries a program out; returns what it has said, too. One that does not come to an end is killed.
+fn carry_out(tree: &Tree, words: &[&str]) -> Result<(ExitStatus, String), NodeError> {
+    let start = |error| NodeError::Start(words.join(" "), error);
+    let mut command = command(tree, words)?;
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_io().enable_time().build().map_err(start)?;
+    let ended = runtime.block_on(async { tokio::time::timeout(DEADLINE, command.output()).await });
+    let output = ended.map_err(|_| NodeError::Late(words.join(" "), DEADLINE))?.map_err(start)?;
+    Ok((output.status, String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into_owned()))
 }
 
 /// A program of the node's, in its mount namespace: from a container, where its files are at another place, it could neither be
 /// loaded nor find its way.
 fn command(tree: &Tree, words: &[&str]) -> Result<Command, NodeError> {
     let mut command = Command::new(words[0]);
-    command.args(&words[1..]).env_clear().env("PATH", PATH).stdin(Stdio::null());
+    command.args(&words[1..]).env_clear().env("PATH", PATH).stdin(Stdio::null()).kill_on_drop(true);
     if !tree.is_own() {
         let path = tree.at("/proc/1/ns/mnt");
         let namespace = File::open(&path).map_err(|error| NodeError::file("open", path, error))?;

@@ -5,6 +5,8 @@ use std::fs;
 use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
 
+use rustix::fs::{FlockOperation, flock};
+use rustix::io::Errno;
 use tempfile::TempDir;
 use toml::de::DeTable;
 
@@ -258,6 +260,91 @@ fn an_upgrade_leaves_pods_the_version_they_have() {
     assert_eq!(made.versions(), 1);
     made.uninstall().unwrap();
     assert_eq!(made.read(CONFIG), V2);
+}
+
+#[test]
+fn a_process_that_cannot_be_looked_at_is_no_reason_to_take_it_for_nobody_s() {
+    let mut made = Made::of(&[(CONFIG, V2)]);
+    made.install("one").unwrap();
+    // One that is gone, and the kernel's own, have no program; that this one cannot be looked at says nothing.
+    fs::create_dir(made.path("/proc/1")).unwrap();
+    symlink("nothing", made.path("/proc/1/exe")).unwrap();
+    fs::create_dir(made.path("/proc/2")).unwrap();
+    symlink("exe", made.path("/proc/2/exe")).unwrap();
+    let config = made.read(CONFIG);
+    let refused = made.uninstall().unwrap_err().to_string();
+    assert!(refused.contains("/proc/2/exe"), "{refused}");
+    assert_eq!(made.read(CONFIG), config);
+    fs::remove_dir_all(made.path("/proc/2")).unwrap();
+    made.uninstall().unwrap();
+}
+
+#[test]
+fn a_node_whose_processes_are_not_to_be_seen_has_some() {
+    let mut made = Made::of(&[(CONFIG, V2)]);
+    made.install("one").unwrap();
+    let config = made.read(CONFIG);
+    let node = Node { offline: false, ..made.node() };
+    let refused = node.uninstall(&mut |_| {}).unwrap_err().to_string();
+    assert!(refused.contains("the node's processes are not in"), "{refused}");
+    assert_eq!(made.read(CONFIG), config);
+}
+
+#[test]
+fn what_containerd_cannot_be_restarted_for_is_not_begun() {
+    for files in [&[(CONFIG, V2)][..], &[]] {
+        let mut made = Made::of(files);
+        made.install("one").unwrap();
+        let config = made.read(CONFIG);
+        // There is nobody to be asked to.
+        fs::create_dir(made.path("/proc/1")).unwrap();
+        let node = Node { offline: false, ..made.node() };
+        let mut said = Vec::new();
+        let refused = node.uninstall(&mut |text| said.push(text.to_owned())).unwrap_err().to_string();
+        assert!(refused.contains("/proc/1/ns/mnt"), "{refused}");
+        assert_eq!((made.read(CONFIG), said.len()), (config, 0), "{said:?}");
+        // With the next attempt it goes on.
+        made.uninstall().unwrap();
+        assert!(!made.path("/opt/podhull").exists());
+    }
+}
+
+#[test]
+fn what_is_left_in_a_configuration_is_taken_out_without_the_files() {
+    let mut made = Made::of(&[(CONFIG, V2)]);
+    made.install("one").unwrap();
+    fs::remove_dir_all(made.path("/opt/podhull")).unwrap();
+    made.uninstall().unwrap();
+    assert_eq!(made.read(CONFIG), V2);
+    assert!(!made.path("/opt/podhull").exists());
+    made.uninstall().unwrap();
+    assert_eq!(made.said, ["podhull is not installed"]);
+    // Where there is nothing of ours, what cannot be understood is nobody's business.
+    let mut made = Made::of(&[(CONFIG, "version = \n")]);
+    made.uninstall().unwrap();
+    assert!(made.said[0].starts_with("podhull is not installed; "), "{:?}", made.said);
+}
+
+#[test]
+fn one_installer_works_at_a_time() {
+    let mut made = Made::of(&[]);
+    made.install("one").unwrap();
+    let tree = made.node().tree;
+    let locked = |operation| flock(fs::File::open(made.path("/opt/podhull")).unwrap(), operation);
+    for take in [|tree: &Tree| Versions::find(tree).unwrap().unwrap(), |tree: &Tree| Versions::make(tree).unwrap()] {
+        let versions = take(&tree);
+        assert_eq!(locked(FlockOperation::NonBlockingLockExclusive), Err(Errno::WOULDBLOCK));
+        drop(versions);
+        assert_eq!(locked(FlockOperation::NonBlockingLockExclusive), Ok(()));
+    }
+    // What another has taken away meanwhile is made again.
+    let other = fs::File::open(made.path("/opt/podhull")).unwrap();
+    flock(&other, FlockOperation::LockExclusive).unwrap();
+    let waiting = std::thread::spawn(move || Versions::make(&tree).map(drop));
+    fs::remove_dir_all(made.path("/opt/podhull")).unwrap();
+    drop(other);
+    waiting.join().unwrap().unwrap();
+    assert!(made.path("/opt/podhull").exists());
 }
 
 #[test]

@@ -10,15 +10,19 @@
 
 use std::fs::{self, File};
 use std::io::{self, Read};
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::{MetadataExt, symlink};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
+use rustix::io::Errno;
 use sha2::{Digest, Sha256};
 
 use super::NodeError;
 use super::tree::{Tree, replace, sync_directory};
 use crate::pod::{IMAGE, KERNEL, library_file};
 use crate::shim;
+use crate::state::lock_in_time;
 
 /// Where all of it is.
 pub const DIRECTORY: &str = "/opt/podhull";
@@ -26,7 +30,11 @@ pub const DIRECTORY: &str = "/opt/podhull";
 /// The version that new pods get.
 pub const CURRENT: &str = "current";
 
-const VERSIONS: &str = "versions";
+/// Where they are.
+pub const VERSIONS: &str = "versions";
+
+/// How long another installer may take: it asks the node's programs, some of which have deadlines of minutes, but most of them end soon.
+const TURN: Duration = Duration::from_secs(120);
 
 /// A directory that is not finished, or on its way out.
 const UNFINISHED: &str = ".unfinished";
@@ -99,21 +107,52 @@ fn digest(path: &Path) -> io::Result<[u8; 32]> {
     }
 }
 
-/// The versions on a node.
+/// The versions on a node. No other installer changes them until this is dropped.
 pub struct Versions {
     directory: PathBuf,
+    /// The directory, locked.
+    _turn: OwnedFd,
 }
 
 impl Versions {
     /// Those that are there; none if there is no directory of them.
     pub fn find(tree: &Tree) -> Result<Option<Self>, NodeError> {
-        Ok(tree.find(DIRECTORY)?.map(|directory| Self { directory }))
+        while let Some(directory) = tree.find(DIRECTORY)? {
+            if let Some(versions) = Self::lock(directory)? {
+                return Ok(Some(versions));
+            }
+        }
+        Ok(None)
     }
 
     /// Likewise, with a directory for them.
     pub fn make(tree: &Tree) -> Result<Self, NodeError> {
-        let directory = tree.make(DIRECTORY)?;
-        Ok(Self { directory })
+        loop {
+            if let Some(versions) = Self::lock(tree.make(DIRECTORY)?)? {
+                return Ok(versions);
+            }
+        }
+    }
+
+    /// None if another has removed it meanwhile: each time that has come to its end.
+    fn lock(directory: PathBuf) -> Result<Option<Self>, NodeError> {
+        let fail = |error| NodeError::file("lock", directory.clone(), error);
+        let opened = match File::open(&directory) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+            other => other.map_err(fail)?,
+        };
+        let own = opened.metadata().map_err(fail)?;
+        let turn = lock_in_time(opened.into(), TURN).map_err(|errno| match errno {
+            Errno::TIMEDOUT => NodeError::Busy { path: directory.clone(), waited: TURN },
+            errno => fail(errno.into()),
+        })?;
+        match fs::metadata(&directory) {
+            Ok(there) if (there.dev(), there.ino()) == (own.dev(), own.ino()) => {
+                Ok(Some(Self { directory, _turn: turn }))
+            }
+            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(fail(error)),
+            _ => Ok(None),
+        }
     }
 
     /// A file that says that something is still to be done.
@@ -121,40 +160,42 @@ impl Versions {
         self.directory.join(name)
     }
 
-    /// Adds one, and makes it that of new pods.
+    /// Adds one, which is nobody's yet.
     pub fn add(&self, files: &Files) -> Result<(), NodeError> {
         let versions = self.directory.join(VERSIONS);
         let place = versions.join(files.name());
         let fail = |error| NodeError::file("write", place.clone(), error);
         fs::create_dir_all(&versions).map_err(fail)?;
-        if !files.are_in(&place) {
-            let unfinished = versions.join(UNFINISHED);
-            remove_if_there(&unfinished).map_err(fail)?;
-            files.copy_to(&unfinished).map_err(fail)?;
-            // Somebody has changed or cut short what is there: it cannot stay under this name.
-            remove_if_there(&place).map_err(fail)?;
-            fs::rename(&unfinished, &place).map_err(fail)?;
-            sync_directory(&versions).map_err(fail)?;
+        if files.are_in(&place) {
+            return Ok(());
         }
-        self.switch(files.name()).map_err(fail)
+        let unfinished = versions.join(UNFINISHED);
+        remove_if_there(&unfinished).map_err(fail)?;
+        files.copy_to(&unfinished).map_err(fail)?;
+        // Somebody has changed or cut short what is there: it cannot stay under this name.
+        remove_if_there(&place).map_err(fail)?;
+        fs::rename(&unfinished, &place).map_err(fail)?;
+        sync_directory(&versions).map_err(fail)
     }
 
-    fn switch(&self, name: &str) -> io::Result<()> {
+    /// Makes one that of new pods.
+    pub fn switch(&self, name: &str) -> Result<(), NodeError> {
         let (current, target) = (self.directory.join(CURRENT), Path::new(VERSIONS).join(name));
         if fs::read_link(&current).is_ok_and(|found| found == target) {
             return Ok(());
         }
+        let fail = |error| NodeError::file("write", current.clone(), error);
         let unfinished = self.directory.join(".current.podhull-new");
         match fs::remove_file(&unfinished) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
-            _ => symlink(target, &unfinished)?,
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(fail(error)),
+            _ => symlink(target, &unfinished).map_err(fail)?,
         }
-        fs::rename(&unfinished, current)?;
-        sync_directory(&self.directory)
+        fs::rename(&unfinished, &current).map_err(fail)?;
+        sync_directory(&self.directory).map_err(fail)
     }
 
-    /// Processes of the node whose program is of one of them, with the version's name.
-    pub fn in_use(&self, tree: &Tree) -> Result<Vec<(u32, String)>, NodeError> {
+    /// Processes of the node whose program is of one of them, with the version's name. Where the node is `offline` it need not have any.
+    pub fn in_use(&self, tree: &Tree, offline: bool) -> Result<Vec<(u32, String)>, NodeError> {
         let mut programs = Vec::new();
         for name in self.names()? {
             if let Ok(metadata) = fs::metadata(self.directory.join(VERSIONS).join(&name).join("bin/podhull")) {
@@ -162,14 +203,23 @@ impl Versions {
             }
         }
         let processes = tree.at("/proc");
+        // A directory in which nothing is mounted has none either.
+        if !offline && !processes.join("1").exists() {
+            return Err(NodeError::NoProcesses(processes));
+        }
         let fail = |error| NodeError::file("list", processes.clone(), error);
         let own = tree.is_own().then(std::process::id);
         let mut found = Vec::new();
         for entry in fs::read_dir(&processes).map_err(fail)? {
             let name = entry.map_err(fail)?.file_name();
             let Some(pid) = name.to_str().and_then(|name| name.parse::<u32>().ok()) else { continue };
-            // One that has ended meanwhile, or is the kernel's own, has none.
-            let Ok(metadata) = fs::metadata(processes.join(&name).join("exe")) else { continue };
+            let program = processes.join(&name).join("exe");
+            let metadata = match fs::metadata(&program) {
+                Ok(metadata) => metadata,
+                // One that has ended meanwhile, or is the kernel's own, has none.
+                Err(error) if matches!(Errno::from_io_error(&error), Some(Errno::NOENT | Errno::SRCH)) => continue,
+                Err(error) => return Err(NodeError::file("look at", program, error)),
+            };
             let file = (metadata.dev(), metadata.ino());
             if let Some((_, version)) = programs.iter().find(|(program, _)| *program == file)
                 && own != Some(pid)
@@ -181,8 +231,8 @@ impl Versions {
     }
 
     /// Removes those that neither new pods nor any process have.
-    pub fn prune(&self, tree: &Tree) -> Result<Vec<String>, NodeError> {
-        let used = self.in_use(tree)?;
+    pub fn prune(&self, tree: &Tree, offline: bool) -> Result<Vec<String>, NodeError> {
+        let used = self.in_use(tree, offline)?;
         let current = fs::read_link(self.directory.join(CURRENT)).unwrap_or_default();
         let mut removed = Vec::new();
         for name in self.names()? {

@@ -246,7 +246,7 @@ fn is_in(known: &Known, kind: LinuxNamespaceType, namespace: &OwnedFd) -> bool {
 /// kernel has in them are sysctls, which the specification has too.
 fn is_pinned(config: &Config, kind: LinuxNamespaceType) -> bool {
     matches!(kind, LinuxNamespaceType::Ipc | LinuxNamespaceType::Uts)
-        && config.spec().annotations().as_ref().is_some_and(config::is_sandbox_of_crio)
+        && config.spec().annotations().as_ref().is_some_and(|all| config::is_of_cri_o(all) && config::is_sandbox(all))
 }
 
 /// Whether a namespace is that of the host's first process; or, where that cannot be seen, ours.

@@ -26,6 +26,9 @@ const PATIENCE: Duration = Duration::from_secs(10);
 /// Clients that are served at a time.
 const CLIENTS: usize = 4;
 
+/// How long one waits who cannot be let in, for lack of descriptors or memory: it would be tried again at once.
+const PAUSE: Duration = Duration::from_secs(1);
+
 /// Serves the pod `id` under a state root, until it is dropped.
 pub async fn serve(root: PathBuf, id: String) -> io::Result<()> {
     let listener = listen(&root, &id)?;
@@ -33,7 +36,10 @@ pub async fn serve(root: PathBuf, id: String) -> io::Result<()> {
     loop {
         // Who comes while all are busy waits in the kernel.
         let Ok(place) = places.clone().acquire_owned().await else { return Ok(()) };
-        let (stream, _) = listener.accept().await?;
+        let Ok((stream, _)) = listener.accept().await else {
+            tokio::time::sleep(PAUSE).await;
+            continue;
+        };
         let (root, id) = (root.clone(), id.clone());
         tokio::spawn(async move {
             // A client that is gone, or slow, or speaks no HTTP, is its own affair.

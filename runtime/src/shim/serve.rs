@@ -7,7 +7,6 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tokio::sync::Notify;
 
 use super::arguments::Arguments;
@@ -16,13 +15,13 @@ use super::events::Publisher;
 use super::service::Tasks;
 use super::start::{EVENTS, LISTENER_FD};
 use super::{fifo, state_root};
+use crate::descriptors::raise_limit;
 use crate::log::{Format, Log};
 
 /// Name of the process.
 const NAME: &std::ffi::CStr = c"podhull-shim";
 
-/// How many descriptors this process may have open, if it may: some five for each program that is executed. Services are given 1024
-/// by default.
+/// How many descriptors this process may have open, if it may: some five for each program that is executed.
 const DESCRIPTORS: u64 = 16384;
 
 /// How long the last answers and events may take.
@@ -56,7 +55,7 @@ pub fn serve(arguments: &Arguments) -> Result<(), ServeError> {
         None => Log::stderr(),
     };
     end_by_panics();
-    raise_limit();
+    raise_limit(DESCRIPTORS);
     let events = std::env::var(EVENTS).unwrap_or_default();
     let runtime =
         tokio::runtime::Builder::new_current_thread().enable_io().enable_time().build().map_err(ServeError::Events)?;
@@ -105,15 +104,6 @@ fn end_by_panics() {
         }
         std::process::abort();
     }));
-}
-
-fn raise_limit() {
-    let limit = getrlimit(Resource::Nofile);
-    let wanted = Some(limit.maximum.unwrap_or(DESCRIPTORS).min(DESCRIPTORS));
-    if limit.current < wanted && limit.current.is_some() {
-        // What it may not, it does without.
-        let _ = setrlimit(Resource::Nofile, Rlimit { current: wanted, ..limit });
-    }
 }
 
 /// The listener that this process was started with.

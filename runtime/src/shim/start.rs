@@ -44,9 +44,11 @@ pub const LISTENER_FD: i32 = 3;
 /// Variable with the address that events are sent to.
 pub const EVENTS: &str = "TTRPC_ADDRESS";
 
-/// Annotations that name the pod of a container: those of Kubernetes' container runtimes, and of containerd's shim for runc.
+/// Annotations that name the pod of a container: those of Kubernetes' container runtimes, and of containerd's shim for runc. A pod may have
+/// some of its own under the names of another runtime than its own, which then come later.
 const GROUPS: [&str; 3] =
     ["io.kubernetes.cri.sandbox-id", "io.kubernetes.cri-o.SandboxID", "io.containerd.runc.v2.group"];
+const GROUPS_OF_CRI_O: [&str; 3] = [GROUPS[1], GROUPS[0], GROUPS[2]];
 
 /// How long the shim of a pod may take to answer, and how long others may take to start theirs.
 const ANSWER: Duration = Duration::from_secs(10);
@@ -174,8 +176,13 @@ fn group(arguments: &Arguments) -> Result<String, StartError> {
         Err(error) if error.kind() == io::ErrorKind::NotFound => HashMap::new(),
         Err(error) => return Err(StartError::Config(error)),
     };
-    let named = GROUPS.iter().find_map(|name| annotations.get(*name)).filter(|name| !name.is_empty());
-    Ok(named.unwrap_or(&arguments.id).clone())
+    Ok(named(&annotations, &arguments.address).unwrap_or(&arguments.id).to_owned())
+}
+
+/// The pod that annotations name to the shim that was started for who listens at this address: CRI-O listens nowhere.
+fn named<'a>(annotations: &'a HashMap<String, String>, address: &str) -> Option<&'a str> {
+    let names = if address.is_empty() { GROUPS_OF_CRI_O } else { GROUPS };
+    names.iter().find_map(|name| annotations.get(*name)).map(String::as_str).filter(|name| !name.is_empty())
 }
 
 /// Name of the socket: paths of sockets are short.
@@ -305,6 +312,21 @@ mod tests {
 
     fn arguments() -> Arguments {
         Arguments::read("s -namespace n -id i start".split(' ').map(OsString::from)).unwrap()
+    }
+
+    #[test]
+    fn a_pod_is_named_by_its_own_runtime() {
+        let of = |names: &[&str], address: &str| {
+            let annotations = names.iter().map(|name| ((*name).to_owned(), (*name).to_owned())).collect();
+            named(&annotations, address).map(str::to_owned)
+        };
+        let all = GROUPS;
+        assert_eq!(of(&all, "/run/containerd.sock").as_deref(), Some("io.kubernetes.cri.sandbox-id"));
+        assert_eq!(of(&all, "").as_deref(), Some("io.kubernetes.cri-o.SandboxID"));
+        for name in all {
+            assert_eq!((of(&[name], "").as_deref(), of(&[name], "/a").as_deref()), (Some(name), Some(name)));
+        }
+        assert_eq!(of(&[], ""), None);
     }
 
     #[test]

@@ -49,7 +49,7 @@ impl Known {
     /// Finds a container.
     pub fn load(root: &Path, id: &str) -> Result<Self, StateError> {
         check_id(id)?;
-        let directory = open(&root.join(id)).ok_or_else(|| StateError::Missing(id.into()))?;
+        let directory = open_container(root, id)?;
         let state = read(&directory, &root.join(id))?;
         Ok(Self { root: root.into(), state, directory, turn: None })
     }
@@ -59,7 +59,7 @@ impl Known {
     pub fn load_to_change(root: &Path, id: &str) -> Result<Self, StateError> {
         check_id(id)?;
         let path = root.join(id);
-        let directory = open(&path).ok_or_else(|| StateError::Missing(id.into()))?;
+        let directory = open_container(root, id)?;
         let turn = take_turn(&directory, &path, TURN_FILE)?;
         // Only now: who had it before has changed it.
         let state = read(&directory, &path)?;
@@ -214,8 +214,14 @@ pub fn list(root: &Path) -> Result<Vec<Known>, StateError> {
     };
     let mut ids: Vec<_> = entries.flatten().filter_map(|entry| entry.file_name().into_string().ok()).collect();
     ids.sort();
-    // One may go while we look; what is no container has another name, or no document.
-    Ok(ids.iter().filter_map(|id| Known::load(root, id).ok()).collect())
+    let known = |id: &String| match Known::load(root, id) {
+        Ok(known) => Some(Ok(known)),
+        // Not for them: some would be missing.
+        Err(error @ StateError::Descriptors(..)) => Some(Err(error)),
+        // One may go while we look; what is no container has another name, or no document.
+        Err(_) => None,
+    };
+    ids.iter().filter_map(known).collect()
 }
 
 /// Whether somebody holds the container of this directory.
@@ -255,6 +261,7 @@ fn read(directory: &OwnedFd, path: &Path) -> Result<State, StateError> {
         Err(Errno::NOENT) if !same_file(directory, path) || is_locked(directory) => {
             return Err(StateError::Missing(id.into()));
         }
+        Err(errno @ (Errno::MFILE | Errno::NFILE)) => return Err(StateError::Descriptors(path.into(), errno)),
         Err(errno) => return Err(unreadable(errno.to_string())),
     };
     let mut text = String::new();
@@ -273,8 +280,21 @@ struct Version {
 }
 
 fn open(path: &Path) -> Option<OwnedFd> {
+    try_open(path).ok()
+}
+
+fn try_open(path: &Path) -> Result<OwnedFd, Errno> {
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-    rustix::fs::open(path, flags, Mode::empty()).ok()
+    rustix::fs::open(path, flags, Mode::empty())
+}
+
+/// The directory of a container that is there.
+fn open_container(root: &Path, id: &str) -> Result<OwnedFd, StateError> {
+    let path = root.join(id);
+    try_open(&path).map_err(|errno| match errno {
+        Errno::MFILE | Errno::NFILE => StateError::Descriptors(path, errno),
+        _ => StateError::Missing(id.into()),
+    })
 }
 
 /// A shared lock is no obstacle to others who look at the same time.

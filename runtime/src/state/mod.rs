@@ -58,6 +58,9 @@ pub enum StateError {
     /// Its `state.json` cannot be used.
     #[error("{0}: {1}; podhull delete --force removes the container")]
     Unreadable(PathBuf, String),
+    /// This process has as many open files as it may.
+    #[error("cannot open {0}: {1}: raise the limit of open files (ulimit -n)")]
+    Descriptors(PathBuf, #[source] Errno),
     /// A machine's mounts could not be changed.
     #[error("pod {0:?}: cannot change the files of its virtual machine: {1}")]
     Mounts(String, String),

@@ -102,6 +102,15 @@ pub fn connect_packets(directory: BorrowedFd<'_>, name: &str, deadline: Duration
     Ok(socket)
 }
 
+/// The same in the event loop of a process that sees the host's files: nothing is waited for, neither here nor when it is used.
+pub fn connect_packets_in_loop(directory: BorrowedFd<'_>, name: &str) -> io::Result<OwnedFd> {
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    let socket = rustix::net::socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None)?;
+    let path = format!("/proc/self/fd/{}/{name}", directory.as_raw_fd());
+    rustix::net::connect(&socket, &SocketAddrUnix::new(path)?)?;
+    Ok(socket)
+}
+
 /// Connects from a directory. There is no `connectat`, the path of a socket is at most 107 bytes long, and a shadow
 /// has no `/proc` it could trust: so a thread goes there.
 fn in_directory<T: Send>(directory: BorrowedFd<'_>, connect: impl FnOnce() -> io::Result<T> + Send) -> io::Result<T> {

@@ -24,7 +24,9 @@ use rustix::rand::GetRandomFlags;
 use tokio::sync::{mpsc, oneshot};
 
 use crate::confine::drop_privileges;
-pub use connect::{SOCKET, connect_here, connect_in_loop, connect_packets, dial, dial_in_loop};
+pub use connect::{
+    SOCKET, connect_here, connect_in_loop, connect_packets, connect_packets_in_loop, dial, dial_in_loop,
+};
 use console::Console;
 pub use console::{pair as terminal_pair, set_size as set_terminal_size};
 pub use proxy::Proxy;

@@ -17,7 +17,7 @@ pub const CASES: &[Case] = &[
     oci("cri::a_pod_and_its_container", a_pod_and_its_container),
     oci("cri::five_containers_come_and_go", five_containers_come_and_go),
     oci("cri::what_is_executed_too_long", what_is_executed_too_long),
-    oci("cri::limits_and_statistics", limits_and_statistics),
+    oci("cri::limits", limits),
     oci("cri::a_log_is_rotated", a_log_is_rotated),
     oci("cri::names_of_a_pod", names_of_a_pod),
     oci("cri::containerd_killed_meanwhile", containerd_killed_meanwhile),
@@ -143,7 +143,7 @@ fn what_is_executed_too_long(scene: &Scene) -> Outcome {
 }
 
 /// What a container may use, before and after it is changed, and what it says that it has used.
-fn limits_and_statistics(scene: &Scene) -> Outcome {
+fn limits(scene: &Scene) -> Outcome {
     let cri = Cri::start(scene)?;
     let pod = cri.run(cri.pod_config("limits")?)?;
     let mut config = container("main", PATIENT);

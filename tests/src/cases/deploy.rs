@@ -1,6 +1,7 @@
 //! podhull on a node of Kubernetes: put there, told to containerd, and taken away.
 
 use std::fs;
+use std::io::Write as _;
 use std::path::Path;
 
 use k8s_cri::v1 as api;
@@ -18,6 +19,7 @@ use crate::{Outcome, ensure, ensure_eq};
 pub const CASES: &[Case] = &[
     podhull("deploy::containerd_is_told", containerd_is_told),
     podhull("deploy::pods_keep_a_version", pods_keep_a_version),
+    podhull("deploy::a_version_that_cannot_run_is_nobody_s", a_version_that_cannot_run_is_nobodys),
     podhull("deploy::the_image_installs", the_image_installs),
     oci("deploy::the_overhead_is_enough", |scene| overhead(scene, &[("small", &[64]), ("three", &[128, 64, 64])])),
     long(oci("deploy::the_overhead_of_a_large_pod", |scene| overhead(scene, &[("large", &[1024, 512])]))),
@@ -103,6 +105,38 @@ fn pods_keep_a_version(scene: &Scene) -> Outcome {
     check(&before)
 }
 
+/// A version with which pods cannot run is not that of new pods, which have the one from before.
+fn a_version_that_cannot_run_is_nobodys(scene: &Scene) -> Outcome {
+    let config = scene.directory.join("config.toml").to_string_lossy().into_owned();
+    node(scene, &["install", "--config", &config])?.output()?;
+    let current = || fs::read_link(Path::new(DIRECTORY).join("current"));
+    let (before, text) = (current()?, fs::read_to_string(&config)?);
+    // Another one by a byte at the end of its image.
+    let library = scene.make_directory("library")?;
+    for file in ["vmlinux", "guest.img"] {
+        fs::copy(Path::new("/usr/lib/podhull").join(file), library.join(file))?;
+    }
+    fs::OpenOptions::new().append(true).open(library.join("guest.img"))?.write_all(b"x")?;
+    let script = format!(
+        "busybox mount --bind /dev/null /dev/kvm && PODHULL_LIBDIR={} exec {} node install --config {config} --handler another",
+        library.display(),
+        scene.runtime.program().display(),
+    );
+    let refused = run(&["unshare", "--mount", "sh", "-c", &script])?.expect_status(1)?;
+    let versions = Path::new(DIRECTORY).join("versions");
+    ensure!(
+        refused.stderr.contains("check failed on the node: ") && refused.stderr.contains("/dev/kvm"),
+        "refusal {:?}",
+        refused.stderr
+    );
+    ensure_eq!(fs::read_dir(&versions)?.count(), 2, "versions");
+    ensure_eq!(current()?, before, "the version of new pods");
+    ensure_eq!(fs::read_to_string(&config)?, text, "what containerd is told");
+    node(scene, &["uninstall", "--config", &config])?.output()?;
+    ensure!(!Path::new(DIRECTORY).exists(), "{DIRECTORY} is still there");
+    Ok(())
+}
+
 /// The image of the installer, as a container that has a node's files in a directory.
 fn the_image_installs(scene: &Scene) -> Outcome {
     let before = Leaks::watch();
@@ -174,7 +208,7 @@ fn containerd_of_a_node_is_restarted(scene: &Scene) -> Outcome {
     let unit = Path::new("/run/systemd/system/containerd.service");
     let service = format!(
         "[Unit]\nDefaultDependencies=no\n[Service]\nType=notify\nExecStart=/usr/bin/containerd --config {config}\n\
-         KillMode=process\nDelegate=yes\n"
+         ExecStartPre=/bin/sh -c '! grep -q runtimes.broken {config}'\nKillMode=process\nDelegate=yes\n"
     );
     fs::write(unit, service)?;
     run(&["systemctl", "daemon-reload"])?.output()?;
@@ -201,6 +235,20 @@ fn containerd_of_a_node_is_restarted(scene: &Scene) -> Outcome {
     ensure!(!said.contains("restarted") && daemon()? == second, "the second time: {said}");
     let refused = installer("uninstall")?.expect_status(1)?;
     ensure!(refused.stderr.contains("processes of podhull"), "refusal {:?}", refused.stderr);
+
+    // With this it does not start: it has what it had before.
+    let had = fs::read_to_string(&config)?;
+    let refused = installer("install --handler kata --handler broken")?.expect_status(1)?;
+    ensure!(
+        refused.stderr.contains("systemctl restart containerd failed on the node: "),
+        "refusal {:?}",
+        refused.stderr
+    );
+    ensure_eq!(fs::read_to_string(&config)?, had, "configuration after a failure");
+    ctr(&["version"])?.output()?;
+    let second = daemon()?;
+    let said = installer("install --handler kata")?.output()?;
+    ensure!(!said.contains("restarted") && daemon()? == second, "after a failure: {said}");
 
     let said = installer("install --handler kata --handler other")?.output()?;
     ensure!(said.contains("containerd is restarted") && daemon()? != second, "another name: {said}");

@@ -5,9 +5,9 @@ use std::io::{Read as _, Write as _};
 use std::os::unix::fs::MetadataExt as _;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
-use rustix::process::Signal;
+use rustix::process::{Pid, Resource, Rlimit, Signal, prlimit};
 use serde_json::Value;
 
 use super::config::Configuration;
@@ -16,6 +16,7 @@ use super::pods::in_the_pod_of;
 use crate::container::Container;
 use crate::containerd::{self, Containerd, Shim};
 use crate::leaks::Leaks;
+use crate::processes;
 use crate::run::{DEADLINE, Running};
 use crate::suite::{Case, Scene};
 use crate::{Outcome, ensure, ensure_eq};
@@ -98,6 +99,11 @@ fn pods_are_listed(scene: &Scene) -> Outcome {
     before.check()
 }
 
+/// What all samples of a pod begin with.
+fn labels_of(id: &str, root: &str) -> String {
+    format!("pod=\"{id}\",root=\"{root}\"")
+}
+
 /// Samples of the text format, by name and labels; every line is checked.
 pub struct Metrics(BTreeMap<String, f64>);
 
@@ -173,7 +179,7 @@ fn metrics_move(scene: &Scene) -> Outcome {
     let container = Container::make(scene, &scene.debian()?.sh("echo ready; exec sleep 1000"), &["run", "-d"])?;
     let made = began.elapsed().as_secs_f64();
     let scrape = || Metrics::read(&scene.call(&["metrics", &container.id])?.output()?);
-    let pod = format!("pod=\"{}\"", container.id);
+    let pod = labels_of(&container.id, "/run/podhull");
     let own = format!("{pod},container=\"{}\"", container.id);
     let began = Instant::now();
     let idle = scrape()?;
@@ -334,11 +340,19 @@ fn a_start_is_traced(scene: &Scene) -> Outcome {
 
 /// Asks over HTTP; returns the head and the body.
 pub fn get(path: &Path) -> Outcome<(String, String)> {
+    answer(ask(path)?)
+}
+
+fn ask(path: &Path) -> Outcome<UnixStream> {
     let directory = std::fs::File::open(path.parent().ok_or("no directory")?)?;
     let fd = std::os::fd::AsRawFd::as_raw_fd(&directory);
     let mut stream = UnixStream::connect(format!("/proc/self/fd/{fd}/metrics.sock"))?;
     stream.set_read_timeout(Some(DEADLINE))?;
     stream.write_all(b"GET /metrics HTTP/1.1\r\nHost: pod\r\n\r\n")?;
+    Ok(stream)
+}
+
+fn answer(mut stream: UnixStream) -> Outcome<(String, String)> {
     let mut text = String::new();
     stream.read_to_string(&mut text)?;
     let (head, body) = text.split_once("\r\n\r\n").ok_or_else(|| format!("answer {text:?}"))?;
@@ -350,35 +364,86 @@ fn a_shim_serves_metrics(scene: &Scene) -> Outcome {
     let containerd = Containerd::start(scene, Shim::Podhull)?;
     let began = Instant::now();
     containerd.run(&["-d"], "web", &["sh", "-c", "trap exit TERM; while :; do sleep 0.1; done"])?.output()?;
-    let socket = Path::new("/run/containerd/podhull/default/pods/web/metrics.sock");
-    let metadata = std::fs::metadata(socket)?;
+    let root = "/run/containerd/podhull/default";
+    let own = labels_of("web", root);
+    let socket = Path::new(root).join("pods/web/metrics.sock");
+    let metadata = std::fs::metadata(&socket)?;
     let directory = std::fs::metadata(socket.parent().ok_or("no directory")?)?;
     ensure_eq!((metadata.uid(), directory.mode() & 0o077), (0, 0), "owner of the socket, and who else gets there");
-    let (head, body) = get(socket)?;
+    let (head, body) = get(&socket)?;
     ensure!(
         head.starts_with("HTTP/1.1 200 OK\r\n") && head.contains("\r\nContent-Type: text/plain; version=0.0.4"),
         "{head}"
     );
     let metrics = Metrics::read(&body)?;
-    ensure_eq!(metrics.of("podhull_guest_up", "pod=\"web\"")?, 1.0, "guests");
+    ensure_eq!(metrics.of("podhull_guest_up", &own)?, 1.0, "guests");
     for process in ["vmm", "shadow", "shim"] {
-        let labels = format!("pod=\"web\",process=\"{process}\"");
+        let labels = format!("{own},process=\"{process}\"");
         let memory = metrics.of("podhull_process_proportional_memory_bytes", &labels)?;
         ensure!((1e5..1e9).contains(&memory), "{memory} bytes of memory of {process}");
     }
-    let time = metrics.of("podhull_container_cpu_usage_seconds_total", "pod=\"web\",container=\"web\"")?;
+    let time = metrics.of("podhull_container_cpu_usage_seconds_total", &format!("{own},container=\"web\""))?;
     let most = began.elapsed().as_secs_f64() * processors()?;
     ensure!((0.001..most).contains(&time), "{time} s of a processor, of {most}");
-    ensure_eq!(metrics.of("podhull_start_phase_duration_seconds_count", "pod=\"web\",phase=\"start\"")?, 1.0, "starts");
+    let starts = format!("{own},phase=\"start\"");
+    ensure_eq!(metrics.of("podhull_start_phase_duration_seconds_count", &starts)?, 1.0, "starts");
     // The commands see it too.
-    ensure_eq!(pods(scene, &[])?[0]["root"], "/run/containerd/podhull/default", "root of the pod");
+    ensure_eq!(pods(scene, &[])?[0]["root"], root, "root of the pod");
     let again = Metrics::read(&scene.call(&["metrics"])?.output()?)?;
-    ensure_eq!(again.of("podhull_pod_containers", "pod=\"web\"")?, 1.0, "containers");
+    ensure_eq!(again.of("podhull_pod_containers", &own)?, 1.0, "containers");
+    a_client_that_is_not_let_in(&socket)?;
+    ids_are_those_of_a_root(scene, root)?;
     containerd.call(&["task", "delete", "--force", "web"])?.output()?;
     containerd.call(&["container", "delete", "web"])?.output()?;
     ensure!(!socket.exists(), "{} is still there", socket.display());
     containerd.end()?;
     containerd::check(&before)
+}
+
+/// A client for whom the shim has no descriptor is let in when it has one again.
+fn a_client_that_is_not_let_in(socket: &Path) -> Outcome {
+    let is_shim = |process: &processes::Process| process.command.contains("containerd-shim-podhull-v2");
+    let shim = processes::all().into_iter().find(is_shim).ok_or("no shim")?.pid;
+    let turns = || -> Outcome<u64> {
+        let status = std::fs::read_to_string(format!("/proc/{shim}/status"))?;
+        let turns = status.lines().find_map(|line| line.strip_prefix("voluntary_ctxt_switches:"));
+        Ok(turns.ok_or("no switches")?.trim().parse()?)
+    };
+    let limit = |limit| prlimit(Pid::from_raw(shim), Resource::Nofile, limit);
+    let before = limit(Rlimit { current: Some(0), maximum: Some(0) })?;
+    let (idle, client) = (turns()?, ask(socket)?);
+    // It has woken up for the client, and waits again.
+    let until = Instant::now() + DEADLINE;
+    while turns()? == idle {
+        ensure!(Instant::now() < until, "the shim does not wake up");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    limit(before)?;
+    let (head, _) = answer(client)?;
+    ensure!(head.starts_with("HTTP/1.1 200 OK\r\n"), "{head}");
+    Ok(())
+}
+
+/// A pod of the command line may have the id of a shim's: they are told apart, and neither is taken for the other.
+fn ids_are_those_of_a_root(scene: &Scene, root: &str) -> Outcome {
+    let bundle = scene.debian()?.sh("exec sleep 1000");
+    bundle.write()?;
+    let run = ["run", "-d", "-b", &bundle.directory.to_string_lossy(), "web"].map(str::to_owned);
+    scene.call(&run.each_ref().map(String::as_str))?.output()?;
+    let metrics = Metrics::read(&scene.call(&["metrics"])?.output()?)?;
+    for root in [root, "/run/podhull"] {
+        ensure_eq!(metrics.of("podhull_guest_up", &labels_of("web", root))?, 1.0, "guests under {root}");
+    }
+    ensure_eq!(pods(scene, &["web"])?.len(), 2, "pods of that id");
+    for words in [&["logs", "--guest", "web"][..], &["debug", "web"]] {
+        let refused = scene.call(words)?;
+        let both = format!("\"web\" is more than one pod: web under /run/podhull, web under {root}");
+        ensure!(refused.status != 0 && refused.stderr.contains(&both), "{words:?}: {:?}", refused.stderr);
+    }
+    let log = scene.call(&["--root", root, "logs", "--guest", "web"])?.output()?;
+    ensure!(log.contains("Linux version 6."), "the log of one of them: {log}");
+    scene.call(&["delete", "--force", "web"])?.output()?;
+    scene.sweep()
 }
 
 fn the_log_of_a_guest(scene: &Scene) -> Outcome {
