@@ -428,13 +428,20 @@ fn a_client_that_is_not_let_in(socket: &Path) -> Outcome {
 fn ids_are_those_of_a_root(scene: &Scene, root: &str) -> Outcome {
     let bundle = scene.debian()?.sh("exec sleep 1000");
     bundle.write()?;
-    let run = ["run", "-d", "-b", &bundle.directory.to_string_lossy(), "web"].map(str::to_owned);
-    scene.call(&run.each_ref().map(String::as_str))?.output()?;
+    // Its output is not this command's.
+    let script = format!(
+        "exec {} run -d -b {} web >/dev/null 2>&1",
+        scene.runtime.program().display(),
+        bundle.directory.display()
+    );
+    Running::start(&["sh", "-c", &script].map(Into::into), &[])?.wait()?.output()?;
     let metrics = Metrics::read(&scene.call(&["metrics"])?.output()?)?;
     for root in [root, "/run/podhull"] {
         ensure_eq!(metrics.of("podhull_guest_up", &labels_of("web", root))?, 1.0, "guests under {root}");
     }
     ensure_eq!(pods(scene, &["web"])?.len(), 2, "pods of that id");
+    let host = Configuration::new()?;
+    host.write("config.toml", "[debug]\nshell = \"/bin/busybox\"\n")?;
     for words in [&["logs", "--guest", "web"][..], &["debug", "web"]] {
         let refused = scene.call(words)?;
         let both = format!("\"web\" is more than one pod: web under /run/podhull, web under {root}");
