@@ -122,8 +122,9 @@ fn logs_go_where_they_are_told(scene: &Scene) -> Outcome {
     lines.sort();
     ensure_eq!(lines, ["err", "err", "out", "out"], "what is in the file");
 
-    // Output is its descriptor 3, errors 4, and who has started it waits for 5.
-    let script = "#!/bin/sh\n{ echo \"$CONTAINER_NAMESPACE $CONTAINER_ID $*\"; exec 5>&-; sed 's/^/o /' <&3; sed 's/^/e /' <&4; } \
+    // Output is its descriptor 3, errors 4, and who has started it waits for 5. It is told to end when there is no more to come, and has
+    // to read what is still there.
+    let script = "#!/bin/sh\ntrap '' TERM\n{ echo \"$CONTAINER_NAMESPACE $CONTAINER_ID $*\"; exec 5>&-; sed 's/^/o /' <&3; sed 's/^/e /' <&4; } \
         >\"$2.part\"\nmv \"$2.part\" \"$2\"\n";
     fs::write(&logger, script)?;
     fs::set_permissions(&logger, fs::Permissions::from_mode(0o755))?;
