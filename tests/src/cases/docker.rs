@@ -102,7 +102,9 @@ fn what_is_used(docker: &Docker) -> Outcome {
         let said = docker.call(&[&["stats", "--no-stream"], &format[..], &["first"]].concat())?.output()?;
         let words: Vec<_> = said.split_whitespace().collect();
         let [memory, "/", "64MiB", cpu, pids] = words[..] else { return Err(format!("stats {said:?}").into()) };
-        let memory = memory.strip_suffix("MiB").ok_or_else(|| format!("stats {said:?}"))?.parse()?;
+        let kib = memory.strip_suffix("KiB").map(|kib| kib.parse::<f64>().map(|kib| kib / 1024.0));
+        let mib = memory.strip_suffix("MiB").map(str::parse::<f64>);
+        let memory = mib.or(kib).ok_or_else(|| format!("stats {said:?}"))??;
         let cpu = cpu.strip_suffix('%').ok_or_else(|| format!("stats {said:?}"))?.parse()?;
         Ok((memory, cpu, pids.parse()?))
     };
