@@ -4,7 +4,7 @@
 //! [`terminal`] gives it a terminal, [`container`] keeps it in the background, [`leaks`] finds what it left behind, [`seccomp`] reads the host's default profile, [`shape`] the keys of a document,
 //! [`podman`], [`docker`], [`containerd`] and, as kubelet, [`cri`] are callers, [`image`] is what they load,
 //! [`suite`] drives [`cases`], one module for each topic. [`bench`] measures with the same tools; [`conformance`] runs the suites of
-//! others.
+//! others, [`kubernetes`] a cluster.
 //!
 //! The tests speak OCI, so that most of them can be tried on runc: `PODHULL_RUNTIME=runc podhull-e2e`. Only what is about
 //! virtual machines is left out then.
@@ -19,6 +19,7 @@ pub mod cri;
 pub mod cri_streams;
 pub mod docker;
 pub mod image;
+pub mod kubernetes;
 pub mod leaks;
 pub mod netns;
 pub mod podman;
