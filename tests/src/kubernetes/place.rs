@@ -2,7 +2,7 @@
 
 use std::collections::HashSet;
 use std::fs;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, OnceLock, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -21,12 +21,14 @@ pub struct Place<'a> {
     /// A port of the node that is for this class.
     pub port: u16,
     applied: Mutex<HashSet<&'static str>>,
+    /// Whether the pod that most cases look at came to run: who waits for it once in vain does not wait again.
+    pub full: OnceLock<Result<(), String>>,
 }
 
 impl<'a> Place<'a> {
     /// Makes the namespace, and the class.
     pub fn new(cluster: &'a Cluster, class: &'static str, port: u16) -> Outcome<Self> {
-        let place = Self { cluster, class, port, applied: Mutex::default() };
+        let place = Self { cluster, class, port, applied: Mutex::default(), full: OnceLock::new() };
         let overhead = if class == "runc" { "" } else { "overhead: {podFixed: {memory: 128Mi, cpu: 100m}}\n" };
         let objects = format!(
             "apiVersion: node.k8s.io/v1\nkind: RuntimeClass\nmetadata: {{name: {class}}}\nhandler: {class}\n{overhead}---\n\
