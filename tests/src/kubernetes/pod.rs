@@ -33,7 +33,7 @@ for file in /conf/* /secret/password /down/* /projected/[cps]* /etc/shape /share
 [ $(wc -c </projected/token) -gt 100 ] && echo token
 env | grep -v ^ADDRESS= | sort
 sed s/$ADDRESS/ADDRESS/ /etc/hosts; cat /etc/resolv.conf; hostname
-ip route | sed s/$ADDRESS/ADDRESS/; cat /sys/class/net/eth0/mtu /proc/sys/net/ipv4/ip_unprivileged_port_start
+ip route | sed s/$ADDRESS/ADDRESS/; cat /sys/class/net/eth0/mtu /proc/sys/net/ipv4/ip_local_port_range
 df -k /memory | awk 'NR == 2 { print $2 }'
 for file in memory.max cpu.max cpu.weight pids.max; do echo $file $(cat /sys/fs/cgroup/$file); done
 grep -E 'Cap|NoNew|Seccomp:|Groups' /proc/1/status; cat /proc/1/oom_score_adj; id; ls /dev; ulimit -n
@@ -188,7 +188,7 @@ fn is_restarted_for_its_health(place: &Place) -> Outcome<String> {
     let last: Value = serde_json::from_str(&last)?;
     let others = place.value("pod/full", ".status.containerStatuses[?(@.name==\"side\")].restartCount")?;
     let kept = place.shell("full", "web", "cat /shared/init /host/pre /etc/shape /tmp/www/index.html; ls /tmp")?;
-    has(&kept, &["made by init", "stopping", "square"])?;
+    has(&kept, &["made by init", "stopping"])?;
     Ok(format!("{before}{}{}{others}{kept}", last["exitCode"], last["reason"]))
 }
 
