@@ -125,7 +125,8 @@ fn is_counted(place: &Place) -> Outcome<String> {
             above(&of["cpu"]["usageCoreNanoSeconds"]) && above(&of["memory"]["workingSetBytes"])
         };
         let containers = pod["containers"].as_array().ok_or("no containers")?;
-        if counted(pod) && containers.len() == 2 && containers.iter().all(counted) && pod["network"].is_object() {
+        if counted(pod) && containers.len() == 2 && containers.iter().all(counted) && pod["network"]["rxBytes"].is_u64()
+        {
             // A container that does nothing has no rate yet, and faults are counted from the second time on.
             let mut found = Vec::new();
             keys(pod, "", &mut found);
@@ -152,7 +153,7 @@ fn is_debugged(place: &Place) -> Outcome<String> {
             "name": "debug",
             "image": "docker.io/library/busybox:latest",
             "imagePullPolicy": "Never",
-            "command": ["sh", "-c", "ps -o args | grep '[h]ttpd'; wget -qO- http://127.0.0.1:8080/; exec sleep 10000"],
+            "command": ["sh", "-c", "ps -o args | grep '^httpd'; wget -qO- http://127.0.0.1:8080/; exec sleep 10000"],
             "targetContainerName": "web",
         }],
     });
