@@ -153,7 +153,7 @@ fn is_debugged(place: &Place) -> Outcome<String> {
             "name": "debug",
             "image": "docker.io/library/busybox:latest",
             "imagePullPolicy": "Never",
-            "command": ["sh", "-c", "ps -o args | grep '^httpd'; wget -qO- http://127.0.0.1:8080/; exec sleep 10000"],
+            "command": ["sh", "-c", "ps -o args | grep '^httpd'; wget -qO- http://127.0.0.1:8080/; trap exit TERM; while :; do sleep 0.5; done"],
             "targetContainerName": "web",
         }],
     });
