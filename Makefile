@@ -17,7 +17,7 @@ repeat_test := 3
 repeat_soak := 200
 
 .DEFAULT_GOAL := all
-.PHONY: all bench clean conformance help host host-packages image install kernel lint packages programs run soak stage stage-native test
+.PHONY: all bench clean conformance help host host-packages image install kernel kubernetes lint packages programs run soak stage stage-native test
 
 help:
 	@echo 'make                 build podhull, its guest kernel and its guest image into $(dist)'
@@ -25,13 +25,14 @@ help:
 	@echo 'make test            run all tests; so does CI (needs root)'
 	@echo 'make bench           measure against runc, crun and QEMU microvm: a table, and JSON and SVG in target/bench'
 	@echo 'make conformance     run the tests of runc and of OCI runtime-tools, with podhull and with runc (needs root)'
-	@echo 'make soak            the tests that repeat, $(repeat_soak) times instead of $(repeat_test), and the conformance tests'
+	@echo 'make kubernetes      run pods of podhull and of runc in a small Kubernetes, and compare them (needs root)'
+	@echo 'make soak            the tests that repeat, $(repeat_soak) times instead of $(repeat_test), and those two'
 	@echo 'make lint            formatting and clippy, warnings denied, and shellcheck'
 	@echo 'make install         into $$(DESTDIR)$$(PREFIX), by default $(PREFIX)'
 	@echo "make host CMD='...'  run a command in the software host, podhull installed; IN=DIR at /in, /out to OUT=DIR"
 	@echo 'make clean           remove target/; what is slow to make stays in ~/.cache/podhull'
 	@echo
-	@echo 'run, test, bench, soak and host install the system packages they miss, and use the software host, an emulated'
+	@echo 'run, test, bench, kubernetes, soak and host install the system packages they miss, and use the software host, an emulated'
 	@echo 'machine with KVM, wherever hardware KVM is missing. From nothing, on two cores, `make run` takes about 20 minutes.'
 
 all: kernel programs
@@ -76,7 +77,7 @@ stage: all host-packages
 	@rm -rf $(staged)
 	$(call install_into,$(staged)/usr)
 	@install -D -t $(staged)$(installed_tests) $(programs)/podhull-e2e $(programs)/podhull-bench \
-		$(programs)/podhull-conformance tests/host/demo
+		$(programs)/podhull-conformance $(programs)/podhull-kubernetes tests/host/demo
 	@$(programs)/podhull-rootfs-builder --agent $(programs)/podhull-rogue --output $(staged)$(installed_tests)/rogue.img
 
 # And the agent's native tests.
@@ -101,9 +102,13 @@ test: stage-native image
 soak: stage-native
 	TIMEOUT=14400 tests/host/end-to-end $(repeat_soak)
 	TIMEOUT=7200 tests/conformance/run
+	TIMEOUT=3600 tests/kubernetes/run
 
 conformance: stage
 	TIMEOUT=7200 tests/conformance/run
+
+kubernetes: stage
+	TIMEOUT=3600 tests/kubernetes/run
 
 bench: stage
 	TIMEOUT=3600 $(host) --out target/bench 'cd /out && $(installed_tests)/podhull-bench'
@@ -117,7 +122,7 @@ lint:
 	cargo fmt --all --check
 	cargo clippy --workspace --all-targets -- -D warnings
 	shellcheck -S warning .ci/run guest-kernel/build guest-kernel/check-config $(filter-out %/packages %/fstab %/image %/job,$(wildcard tests/host/* tests/host/job/*)) \
-		$(addprefix tests/conformance/,build-suites compile run) tests/deploy/kubectl
+		$(addprefix tests/conformance/,build-suites compile run) $(addprefix tests/kubernetes/,build compile run) tests/deploy/kubectl
 
 clean:
 	rm -rf target

@@ -5,7 +5,7 @@
 //! [`podman`], [`docker`], [`containerd`] and, as kubelet, [`cri`] are callers, [`shim`] is what they say to podhull's shim themselves,
 //! [`image`] is what they load, [`cni`] their networks,
 //! [`suite`] drives [`cases`], one module for each topic. [`bench`] measures with the same tools; [`conformance`] runs the suites of
-//! others.
+//! others, [`kubernetes`] a cluster.
 //!
 //! The tests speak OCI, so that most of them can be tried on runc: `PODHULL_RUNTIME=runc podhull-e2e`. Only what is about
 //! virtual machines is left out then.
@@ -21,6 +21,7 @@ pub mod cri;
 pub mod cri_streams;
 pub mod docker;
 pub mod image;
+pub mod kubernetes;
 pub mod leaks;
 pub mod netns;
 pub mod podman;

@@ -156,6 +156,12 @@ impl Running {
         self.child.id().cast_signed()
     }
 
+    /// Whether it has not ended yet.
+    pub fn runs(&self) -> bool {
+        let pid = self.pid();
+        processes::all().iter().any(|process| process.pid == pid && !matches!(process.state, 'Z' | 'X'))
+    }
+
     /// Writes to its standard input.
     pub fn send(&mut self, bytes: &[u8]) -> Outcome {
         let stdin = self.stdin.as_mut().ok_or("standard input is closed")?;
