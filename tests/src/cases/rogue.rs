@@ -20,7 +20,7 @@ use super::{long, podhull};
 use crate::bundle::Bundle;
 use crate::container::Container;
 use crate::containerd::{Containerd, Shim, check};
-use crate::cri::{Cri, PATIENT, container};
+use crate::cri::{Cri, PATIENT, container, resources};
 use crate::leaks::Leaks;
 use crate::run::{DEADLINE, Ended, Running};
 use crate::suite::{Case, Scene};
@@ -396,12 +396,12 @@ fn behind_kubelet(scene: &Scene) -> Outcome {
     let _host = configuration()?;
     let peaks = Peaks::watch();
     let cri = Cri::start(scene)?;
+    // A guest like that takes no more memory than it began with.
+    let limit = LinuxContainerResources { memory_limit_in_bytes: 64 << 20, ..Default::default() };
     let config = |fault: &str| {
         let mut config = cri.pod_config(fault)?;
         config.annotations.insert(PARAMS.to_owned(), format!("rogue={fault}"));
-        // It takes no more memory than it began with.
-        let all = LinuxContainerResources { memory_limit_in_bytes: 64 << 20, ..Default::default() };
-        config.linux.get_or_insert_default().resources = Some(all);
+        config.linux.get_or_insert_default().resources = Some(limit.clone());
         Outcome::Ok(config)
     };
     let check = |fault: &str, error: &str, words: &[&str]| {
@@ -443,7 +443,9 @@ fn behind_kubelet(scene: &Scene) -> Outcome {
     }
     // One that goes on, and says without end that it has no memory left.
     let pod = cri.run(config("starves-for-ever")?)?;
-    cri.launch(&pod, container("main", PATIENT))?;
+    let mut main = container("main", PATIENT);
+    *resources(&mut main) = limit;
+    cri.launch(&pod, main)?;
     let stats = PodSandboxStatsRequest { pod_sandbox_id: pod.id.clone() };
     cri.call(async |mut client| client.pod_sandbox_stats(stats).await)?;
     ensure_eq!(cri.pod_status(&pod)?.state(), PodSandboxState::SandboxReady, "state of the pod");
