@@ -9,6 +9,7 @@ use podhull_protocol::{
     Event, EventsRequest, ExecProcessRequest, ExecProcessResponse, GrowRequest, GrowResponse, PauseContainerRequest,
     PodStatsRequest, PodStatsResponse, ReadLogRequest, ReadLogResponse, ResizeTerminalRequest, ResumeContainerRequest,
     SignalContainerRequest, SignalProcessRequest, StartContainerRequest, UpdateContainerRequest, UpdateVolumeRequest,
+    event,
 };
 use ttrpc::r#async::{ServerStreamSender, TtrpcContext};
 
@@ -154,6 +155,8 @@ impl Agent for Service {
         let mut connection = self.connection.clone();
         if request.watch {
             let mut watcher = self.pod.events.watcher(&request.container_id, &request.exec_id);
+            let watching = Some(event::Kind::Watching(Empty::default()));
+            stream.send(&Event { container_id: request.container_id, kind: watching, ..Event::default() }).await?;
             while let Some(event) = connection.meanwhile(watcher.next()).await {
                 stream.send(&event).await?;
             }

@@ -303,19 +303,24 @@ impl Agent {
         self.call("ConfigureNetwork", self.client.configure_network(with_duration(WORK), request)).await.map(drop)
     }
 
-    /// Copies of a container's events from now on.
+    /// Copies of a container's events from its return on.
     pub async fn watch(&self, id: &str) -> Result<Events, AgentError> {
-        let request = EventsRequest { container_id: id.into(), watch: true, ..Default::default() };
-        let receiver = self.client.events(Context::default(), &request).await;
-        receiver
-            .map(|receiver| Events { receiver, bounds: self.bounds.clone() })
-            .map_err(|e| AgentError::of("Events", e))
+        let mut events =
+            self.stream(EventsRequest { container_id: id.into(), watch: true, ..Default::default() }).await?;
+        let first = tokio::time::timeout(PROMPT, events.receive()).await;
+        match first.map_err(|_| AgentError::Silent("Events"))??.kind {
+            Some(event::Kind::Watching(_)) => Ok(events),
+            _ => Err(AgentError::Nonsense("the first of the events that are watched")),
+        }
     }
 
     /// Events of the pod from now on, and those nobody received yet.
     pub async fn events(&self, id: &str, exec: &str) -> Result<Events, AgentError> {
+        self.stream(EventsRequest { container_id: id.into(), exec_id: exec.into(), ..Default::default() }).await
+    }
+
+    async fn stream(&self, request: EventsRequest) -> Result<Events, AgentError> {
         // Without a deadline: it lasts as long as the pod, and ends with the connection.
-        let request = EventsRequest { container_id: id.into(), exec_id: exec.into(), ..Default::default() };
         let receiver = self.client.events(Context::default(), &request).await;
         receiver
             .map(|receiver| Events { receiver, bounds: self.bounds.clone() })

@@ -109,7 +109,7 @@ pub enum NodeError {
     #[error("{0} failed on the node: {1}")]
     Failed(String, String),
     /// Likewise.
-    #[error("{0} does not come to an end on the node within {secs} seconds", secs = .1.as_secs())]
+    #[error("{0} does not come to an end on the node within {secs} seconds: carry it out there, then try again", secs = .1.as_secs())]
     Late(String, Duration),
     /// There is no containerd now.
     #[error("{first}; with its files as they were before, once more: {again}; start it by hand")]
@@ -120,7 +120,7 @@ pub enum NodeError {
         again: Box<NodeError>,
     },
     /// Nobody to be told.
-    #[error("none of these services is active: {0}; restart containerd, then go on with --offline")]
+    #[error("none of these services is active: {0}; go on with --offline, then restart containerd")]
     NoService(String),
 }
 

@@ -69,8 +69,13 @@ impl Tree {
                 Some(place) => place,
                 None => {
                     let place = place.join(name);
-                    fs::create_dir(&place).map_err(|error| NodeError::file("create", place.clone(), error))?;
-                    place
+                    let made = fs::create_dir(&place).map_err(|error| NodeError::file("create", place.clone(), error));
+                    // Another may have been here in between; a link that leads nowhere is as it was.
+                    match (made, self.find(&below)?) {
+                        (_, Some(place)) => place,
+                        (Err(error), None) => return Err(error),
+                        (Ok(()), None) => return Err(NodeError::file("find", place, Errno::NOENT.into())),
+                    }
                 }
             };
         }

@@ -11,10 +11,11 @@
 use std::fs::{self, File};
 use std::io::{self, Read};
 use std::os::fd::OwnedFd;
-use std::os::unix::fs::{MetadataExt, symlink};
+use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use rustix::fs::{AtFlags, CWD, StatxFlags};
 use rustix::io::Errno;
 use sha2::{Digest, Sha256};
 
@@ -142,6 +143,8 @@ impl Versions {
             other => other.map_err(fail)?,
         };
         let own = opened.metadata().map_err(fail)?;
+        // Who could open it could lock it.
+        opened.set_permissions(fs::Permissions::from_mode(0o711)).map_err(fail)?;
         let turn = lock_in_time(opened.into(), TURN).map_err(|errno| match errno {
             Errno::TIMEDOUT => NodeError::Busy { path: directory.clone(), waited: TURN },
             errno => fail(errno.into()),
@@ -198,8 +201,9 @@ impl Versions {
     pub fn in_use(&self, tree: &Tree, offline: bool) -> Result<Vec<(u32, String)>, NodeError> {
         let mut programs = Vec::new();
         for name in self.names()? {
-            if let Ok(metadata) = fs::metadata(self.directory.join(VERSIONS).join(&name).join("bin/podhull")) {
-                programs.push(((metadata.dev(), metadata.ino()), name));
+            let program = self.directory.join(VERSIONS).join(&name).join("bin/podhull");
+            if let (Ok(device), Ok(metadata)) = (device_of(&program), fs::metadata(&program)) {
+                programs.push(((device, metadata.ino()), name));
             }
         }
         let processes = tree.at("/proc");
@@ -214,13 +218,18 @@ impl Versions {
             let name = entry.map_err(fail)?.file_name();
             let Some(pid) = name.to_str().and_then(|name| name.parse::<u32>().ok()) else { continue };
             let program = processes.join(&name).join("exe");
-            let metadata = match fs::metadata(&program) {
-                Ok(metadata) => metadata,
+            // Programs of other file systems may be out of reach: nobody is asked there.
+            let file = device_of(&program).and_then(|device| {
+                let ours = programs.iter().any(|((there, _), _)| *there == device);
+                let number = || rustix::fs::stat(&program).map(|found| (device, found.st_ino));
+                ours.then(number).transpose()
+            });
+            let file = match file {
+                Ok(Some(file)) => file,
                 // One that has ended meanwhile, or is the kernel's own, has none.
-                Err(error) if matches!(Errno::from_io_error(&error), Some(Errno::NOENT | Errno::SRCH)) => continue,
-                Err(error) => return Err(NodeError::file("look at", program, error)),
+                Ok(None) | Err(Errno::NOENT | Errno::SRCH | Errno::STALE | Errno::NOTCONN) => continue,
+                Err(errno) => return Err(NodeError::file("look at", program, errno.into())),
             };
-            let file = (metadata.dev(), metadata.ino());
             if let Some((_, version)) = programs.iter().find(|(program, _)| *program == file)
                 && own != Some(pid)
             {
@@ -264,6 +273,12 @@ impl Versions {
     pub fn remove(self) -> Result<(), NodeError> {
         remove_if_there(&self.directory).map_err(|error| NodeError::file("remove", self.directory.clone(), error))
     }
+}
+
+/// The device of the file system with a file, as the kernel knows it by itself. It does not ask FUSE, or a server, for that.
+fn device_of(path: &Path) -> Result<(u32, u32), Errno> {
+    let found = rustix::fs::statx(CWD, path, AtFlags::STATX_DONT_SYNC, StatxFlags::empty())?;
+    Ok((found.stx_dev_major, found.stx_dev_minor))
 }
 
 fn remove_if_there(path: &Path) -> io::Result<()> {

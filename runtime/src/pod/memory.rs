@@ -6,7 +6,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 
 use podhull_protocol::{MemoryDirectory, SharedMemory};
-use rustix::fs::{AtFlags, FileType, Mode, OFlags, ResolveFlags, Stat, StatxFlags};
+use rustix::fs::{FileType, Mode, OFlags, ResolveFlags, Stat};
 use rustix::io::Errno;
 
 use super::mountinfo::Mounts;
@@ -42,9 +42,8 @@ pub fn volume(source: &OwnedFd, stat: &Stat, mounts: &Mounts) -> Result<InMemory
     let device = (rustix::fs::major(stat.st_dev), rustix::fs::minor(stat.st_dev));
     let is_volume = |path: &Path| path.parent().and_then(Path::file_name).is_some_and(|name| name == EMPTY_DIR);
     let Some(volume) = mounts.whole(device).find(|mount| is_volume(&mount.point)) else { return Ok(None) };
-    let id = rustix::fs::statx(source, "", AtFlags::EMPTY_PATH, StatxFlags::MNT_ID)?.stx_mnt_id;
     let path = super::path_of(source.as_fd())?;
-    let Some(path) = mounts.with_id(id).and_then(|mount| mount.in_file_system(&path)) else { return Ok(None) };
+    let Some(path) = mounts.of(source)?.and_then(|mount| mount.in_file_system(&path)) else { return Ok(None) };
     let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
     let root = rustix::fs::open(&volume.point, flags, Mode::empty())?;
     let root_stat = rustix::fs::fstat(&root)?;

@@ -3,8 +3,12 @@
 use std::ffi::OsString;
 use std::fs;
 use std::io;
+use std::os::fd::AsFd;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Path, PathBuf};
+
+use rustix::fs::{AtFlags, StatxFlags};
+use rustix::io::Errno;
 
 /// All of them.
 pub struct Mounts(Vec<Mount>);
@@ -22,7 +26,12 @@ pub struct Mount {
     pub point: PathBuf,
     /// What it may not be used for, and the like.
     options: Vec<u8>,
+    /// The type of its file system, with a subtype behind a dot.
+    kind: Vec<u8>,
 }
+
+/// File systems, beside those by FUSE, of which a look at a file is a question to somebody: a server, or who mounts what is asked for.
+const ASK_OTHERS: [&[u8]; 9] = [b"9p", b"afs", b"autofs", b"ceph", b"cifs", b"lustre", b"nfs", b"nfs4", b"smb3"];
 
 impl Mounts {
     /// Those that this thread sees now.
@@ -32,9 +41,10 @@ impl Mounts {
         ))
     }
 
-    /// The one with a number.
-    pub fn with_id(&self, id: u64) -> Option<&Mount> {
-        self.0.iter().find(|mount| mount.id == id)
+    /// The one that an open file is in, if this thread sees it.
+    pub fn of(&self, file: impl AsFd) -> Result<Option<&Mount>, Errno> {
+        let id = rustix::fs::statx(file, "", AtFlags::EMPTY_PATH, StatxFlags::MNT_ID)?.stx_mnt_id;
+        Ok(self.0.iter().find(|mount| mount.id == id))
     }
 
     /// Those of a file system, if they show all of it.
@@ -55,7 +65,10 @@ impl Mount {
         let device = fields.nth(1)?.split(|byte| *byte == b':').map(number).collect::<Option<Vec<u32>>>()?;
         let [major, minor] = device[..] else { return None };
         let (root, point) = (path(fields.next()?), path(fields.next()?));
-        Some(Self { id, device: (major, minor), root, point, options: fields.next()?.into() })
+        let options = fields.next()?.into();
+        // As many fields as there are come before.
+        let kind = fields.skip_while(|field| *field != b"-").nth(1)?.into();
+        Some(Self { id, device: (major, minor), root, point, options, kind })
     }
 }
 
@@ -81,6 +94,11 @@ fn path(text: &[u8]) -> PathBuf {
 }
 
 impl Mount {
+    /// Whether somebody is asked about its files, who may take as long as they like for an answer.
+    pub fn asks_others(&self) -> bool {
+        self.kind.starts_with(b"fuse") || ASK_OTHERS.contains(&&*self.kind)
+    }
+
     /// What a path that is in this mount is called in its file system, from there on.
     pub fn in_file_system(&self, path: &Path) -> Option<PathBuf> {
         let below = path.strip_prefix(&self.point).ok()?;
@@ -102,7 +120,14 @@ mod tests {
         assert_eq!((mount.root.as_path(), mount.point.as_path()), (Path::new("/mnt1/a b"), Path::new(r"/mnt\ 2")));
         assert_eq!(mount.in_file_system(Path::new(r"/mnt\ 2/x")), Some("mnt1/a b/x".into()));
         assert_eq!(mount.in_file_system(Path::new("/mnt")), None);
-        for wrong in [&b""[..], b"x", b"36 35 98 / / rw", b"36 35 98:x / / rw"] {
+        assert!(!mount.asks_others());
+        for kind in ["nfs4", "fuse.sshfs", "fuseblk", "autofs"] {
+            let line = format!("1 2 0:9 / /mnt rw - {kind} server rw");
+            assert!(Mount::parse(line.as_bytes()).unwrap().asks_others(), "{kind}");
+        }
+        for wrong in
+            [&b""[..], b"x", b"36 35 98 / / rw", b"36 35 98:x / / rw - ext3 /dev/root rw", b"36 35 98:0 / / rw"]
+        {
             assert_eq!(Mount::parse(wrong), None);
         }
         let odd = path(br"\9\777\0");

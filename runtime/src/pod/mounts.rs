@@ -8,7 +8,7 @@ use std::path::{Component, Path, PathBuf};
 use oci_spec::runtime::{LinuxIdMapping, Mount};
 use podhull_protocol::{SharedMemory, VOLUMES_DIR};
 use podhull_vmm::control::Resource;
-use rustix::fs::{FileType, Mode, OFlags, ResolveFlags, Stat};
+use rustix::fs::{FileType, Mode, OFlags, ResolveFlags};
 use rustix::io::Errno;
 
 use super::binds::{Binds, Source};
@@ -228,8 +228,8 @@ pub fn prepare(id: &str, bundle: &mut Bundle) -> Result<Prepared, MountError> {
             })
         };
         if FileType::from_raw_mode(stat.st_mode) == FileType::Socket {
-            let socket = Socket::new(source.as_fd(), clone()?, &stat)
-                .map_err(|error| MountError::Socket(path.clone(), error))?;
+            let socket =
+                Socket::new(source.as_fd(), clone()?).map_err(|error| MountError::Socket(path.clone(), error))?;
             places[index].1 = Place::Files(clone()?);
             sources.push((index, socket.path()));
             host_sockets.push(socket);
@@ -247,11 +247,15 @@ pub fn prepare(id: &str, bundle: &mut Bundle) -> Result<Prepared, MountError> {
                 let later = &bundle.config.mounts()[index + 1..];
                 !later.iter().any(|mount| path.starts_with(mount.destination()))
             };
-            for found in search.below(source.as_fd()) {
+            let found = match mounts.of(&source).map_err(fail)?.is_some_and(|mount| mount.asks_others()) {
+                true => Vec::new(),
+                false => search.below(source.as_fd()),
+            };
+            for found in found {
                 let path = mount.destination().join(&found.path);
                 // The specification is text.
                 if let Some(text) = path.to_str().filter(|_| seen(&path)) {
-                    over.push((socket(&found.file, &found.stat, &path)?, text.to_owned()));
+                    over.push((socket(&found.file, tree.owners, &path)?, text.to_owned()));
                 }
             }
         }
@@ -280,21 +284,26 @@ pub fn prepare(id: &str, bundle: &mut Bundle) -> Result<Prepared, MountError> {
         bundle.config.stand_for_in_guest(&path, &socket.path());
         host_sockets.push(socket);
     }
-    let warnings = match search.more {
-        true => vec![format!(
-            "container {id}: more programs of the host listen in the directories that it has than it can reach: bind their \
-             sockets by themselves"
-        )],
-        false => Vec::new(),
-    };
+    let remedy = "bind the sockets that it needs by themselves";
+    let mut warnings = Vec::new();
+    if search.more {
+        warnings.push(format!(
+            "container {id}: more programs of the host listen in the directories that it has than it can reach: {remedy}"
+        ));
+    }
+    if search.unseen {
+        warnings.push(format!(
+            "container {id}: there are too many files in the directories that it has to look for sockets in all of them: {remedy}"
+        ));
+    }
     Ok(Prepared { resources, root, places, memory, directories, sockets: host_sockets, volumes, warnings })
 }
 
-/// One that was found in a directory.
-fn socket(file: &OwnedFd, stat: &Stat, path: &Path) -> Result<Socket, MountError> {
-    let tree = Tree { recursive: false, read_only: false, all_read_only: false, owners: None };
+/// One that was found in a directory, whose owners are those of what is in it.
+fn socket(file: &OwnedFd, owners: Option<Owners<'_>>, path: &Path) -> Result<Socket, MountError> {
+    let tree = Tree { recursive: false, read_only: false, all_read_only: false, owners };
     let mount = tree.clone(file.as_fd()).map_err(|errno| MountError::Clone { path: path.into(), errno })?;
-    Socket::new(file.as_fd(), mount, stat).map_err(|error| MountError::Socket(path.into(), error))
+    Socket::new(file.as_fd(), mount).map_err(|error| MountError::Socket(path.into(), error))
 }
 
 /// Which of two options, each of which undoes the other, counts.

@@ -21,10 +21,18 @@ pub fn join(root: &Path, container: &State) -> Result<(), CommandError> {
     let Some(member) = &container.member_of else { return Ok(()) };
     let _turn = state::take_turn_of_pod(root, &member.pod)?;
     let pod = container.pod();
-    let working = state::list(root)?.into_iter().map(|known| known.state);
-    let working = working.filter(|state| state.pod() == pod && !state.demand.is_idle() && state.id != container.id);
-    // Of those that have just ended nothing can be read.
-    let scores = working.chain([container.clone()]).filter_map(|state| oom::score(state.process.pid).ok());
-    let Some(lowest) = scores.min() else { return Ok(()) };
+    let mut lowest = oom::score(container.process.pid).ok();
+    for known in state::list(root)? {
+        let state = &known.state;
+        if state.pod() != pod || state.demand.is_idle() || state.id == container.id {
+            continue;
+        }
+        let score = oom::score(state.process.pid);
+        // Only now: where it is still there, the number was nobody else's.
+        if known.process().is_some() {
+            lowest = lowest.into_iter().chain(score.ok()).min();
+        }
+    }
+    let Some(lowest) = lowest else { return Ok(()) };
     oom::set_score(member.machine.0.pid, lowest).map_err(CommandError::OomScore)
 }

@@ -14,7 +14,7 @@ use std::sync::{Arc, mpsc};
 use std::time::Duration;
 
 use podhull_protocol::{HostSocket, MAX_DATAGRAM, MAX_GROUPS};
-use rustix::fs::{CWD, Mode, OFlags, Stat};
+use rustix::fs::{CWD, Mode, OFlags};
 use rustix::io::Errno;
 use rustix::mount::{MountAttrFlags, MountPropagationFlags, MoveMountFlags, mount_change, move_mount};
 use rustix::net::sockopt::{Timeout, set_socket_timeout};
@@ -55,8 +55,9 @@ pub struct Socket {
 }
 
 impl Socket {
-    /// A socket that is bound into a container, by itself and as a mount.
-    pub fn new(socket: BorrowedFd<'_>, mount: OwnedFd, stat: &Stat) -> io::Result<Self> {
+    /// A socket that is bound into a container, by itself and as a mount, which says whose it is there.
+    pub fn new(socket: BorrowedFd<'_>, mount: OwnedFd) -> io::Result<Self> {
+        let stat = rustix::fs::fstat(&mount)?;
         let told = HostSocket {
             datagrams: takes_datagrams(socket)?,
             token: stdio::token().map_err(io::Error::other)?,

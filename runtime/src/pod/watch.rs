@@ -46,7 +46,10 @@ pub fn watch(
             Ok(agent) => agent,
             Err(error) => return unless_ended(&process, error).await,
         };
-        let mut events = agent.watch(id).await?;
+        let mut events = match agent.watch(id).await {
+            Ok(events) => events,
+            Err(error) => return unless_ended(&process, error).await,
+        };
         let mut ticks = tokio::time::interval_at(Instant::now() + interval, interval);
         // A guest that is slow to answer is not asked twice at once for it.
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);

@@ -18,6 +18,7 @@ use containerd_shim_protos::shim::oci::ProcessDetails;
 use podhull_protocol::ContainerStatsResponse;
 use rustix::process::{Signal, pidfd_send_signal};
 use serde_json::Value;
+use tokio::sync::oneshot;
 use tokio::task::AbortHandle;
 use ttrpc::{Code, Result};
 
@@ -72,6 +73,8 @@ pub struct Container {
     ending: AtomicBool,
     /// Whether the ends of all that was executed in it have been told: its own is next, and nothing begins.
     over: AtomicBool,
+    /// Ends when its first process is watched, which it does not begin before.
+    watched: Mutex<Option<oneshot::Receiver<()>>>,
     /// Who serves its metrics.
     metrics: OnceLock<Serving>,
 }
@@ -141,6 +144,7 @@ impl Container {
             executed: Mutex::default(),
             ending: AtomicBool::new(false),
             over: AtomicBool::new(false),
+            watched: Mutex::default(),
             metrics: OnceLock::new(),
         });
         let this = container.clone();
@@ -209,7 +213,7 @@ impl Container {
             pid: container.init.pid_u32(),
             ..Default::default()
         }));
-        tokio::spawn(container.clone().watch_first());
+        container.watch();
         if created.machine.is_some() {
             container.serve_metrics();
         }
@@ -279,6 +283,7 @@ impl Container {
         let process = self.process(exec)?;
         let _turn = process.turn.lock().await;
         if exec.is_empty() {
+            self.watched().await;
             let this = self.clone();
             let Surroundings { root, .. } = &*self.surroundings;
             let root = root.clone();
@@ -579,10 +584,11 @@ impl Container {
             executed: Mutex::default(),
             ending: AtomicBool::new(false),
             over: AtomicBool::new(false),
+            watched: Mutex::default(),
             metrics: OnceLock::new(),
         });
         container.init.made(pid, process::open(pid).unwrap(), super::io::Ends::default(), Phase::Running);
-        tokio::spawn(container.clone().watch_first());
+        container.watch();
         container
     }
 

@@ -135,6 +135,10 @@ fn respond(connection: &mut File, call: &Call, fault: Fault) -> io::Result<()> {
         "Events" => {
             let request = EventsRequest::parse_from_bytes(&call.request.payload).map_err(io::Error::other)?;
             let mut events = connection.try_clone()?;
+            if request.watch {
+                let watching = Some(event::Kind::Watching(Empty::default()));
+                frame::event(&mut events, stream, &Event { kind: watching, ..Default::default() })?;
+            }
             thread::spawn(move || tell(&mut events, stream, &request, fault));
             Ok(())
         }

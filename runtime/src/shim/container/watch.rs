@@ -1,12 +1,13 @@
 //! The ends of a container's processes, and what is told of them: in order, and whatever holds them up.
 
 use std::os::fd::AsFd;
-use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
 use containerd_shim_protos::events::task::{TaskExit, TaskOOM};
 use containerd_shim_protos::protobuf::MessageField;
+use tokio::sync::oneshot;
 
 use super::super::events::{Event, timestamp};
 use super::super::process::{Exit, Phase, Process};
@@ -23,13 +24,23 @@ const LAST_PAGES: Duration = Duration::from_secs(60);
 /// How long the last event of a container may come after its end.
 const LAST_WORDS: Duration = Duration::from_secs(1);
 
+/// How long the start of a program may wait for somebody to watch it.
+const WATCHED: Duration = Duration::from_secs(10);
+
 /// How often containerd is told that a process was killed for lack of memory.
 const OFTEN: Duration = Duration::from_millis(100);
 
 impl Container {
+    /// Begins to wait for the end of its first process, and for what happens before.
+    pub(super) fn watch(self: &Arc<Self>) {
+        let (watching, watched) = oneshot::channel();
+        *self.watched.lock().unwrap_or_else(PoisonError::into_inner) = Some(watched);
+        tokio::spawn(self.clone().watch_first(watching));
+    }
+
     /// Waits for the end of its first process. What was executed in it ends with it, and is told of first.
-    pub(super) async fn watch_first(self: Arc<Self>) {
-        let mut memory = tokio::spawn(self.clone().watch_memory());
+    async fn watch_first(self: Arc<Self>, watching: oneshot::Sender<()>) {
+        let mut memory = tokio::spawn(self.clone().watch_memory(watching));
         let exit = end_of(&self.init).await;
         self.ending.store(true, Ordering::Relaxed);
         self.end_executed().await;
@@ -88,8 +99,8 @@ impl Container {
         }
     }
 
-    /// Tells of processes that are killed for lack of memory.
-    async fn watch_memory(self: Arc<Self>) {
+    /// Tells of processes that are killed for lack of memory. `watching` goes when none is missed any more.
+    async fn watch_memory(self: Arc<Self>, watching: oneshot::Sender<()>) {
         let this = self.clone();
         let dial = beside(move || {
             let known = Known::load(&this.surroundings.root, &this.id).ok()?;
@@ -99,6 +110,7 @@ impl Container {
         let Ok(Some(stream)) = dial.await else { return };
         let Ok(agent) = Agent::new(stream) else { return };
         let Ok(mut events) = agent.watch(&self.id).await else { return };
+        drop(watching);
         let mut last: Option<Instant> = None;
         while let Ok(Happening::OutOfMemory) = events.next(&self.id).await {
             // The guest can say it as often as it likes.
@@ -112,15 +124,26 @@ impl Container {
         }
     }
 
+    /// Waits until nothing that happens to it is missed. A guest that does not say so is none that anybody needs to be told of.
+    pub(super) async fn watched(&self) {
+        let watched = self.watched.lock().unwrap_or_else(PoisonError::into_inner).take();
+        if let Some(watched) = watched {
+            let _ = tokio::time::timeout(WATCHED, watched).await;
+        }
+    }
+
     /// It is being killed. What does not end then is held up by output that nobody reads, or by a guest that does nothing any more:
-    /// the output is given up, and then what stands for it here is ended, with its machine if that is its own.
+    /// the output is given up, and then what stands for it here is ended, with its machine if that is its own. containerd gives up
+    /// on a pod that does not start, and removes it, within a minute.
     pub(super) async fn insist(self: Arc<Self>) {
-        let steps: [(_, fn(&Process)); 2] = [(AFTER, Process::give_up_output), (LAST_PAGES, Process::kill)];
-        for (patience, step) in steps {
-            if tokio::time::timeout(patience, self.init.wait()).await.is_ok() {
-                return;
-            }
-            step(&self.init);
+        if tokio::time::timeout(AFTER, self.init.wait()).await.is_ok() {
+            return;
+        }
+        self.init.give_up_output();
+        // What never ran has written nothing.
+        let patience = if self.init.phase() == Phase::Created { Duration::ZERO } else { LAST_PAGES };
+        if tokio::time::timeout(patience, self.init.wait()).await.is_err() {
+            self.init.kill();
         }
     }
 }

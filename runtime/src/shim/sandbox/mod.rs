@@ -123,11 +123,11 @@ impl Sandbox {
         if patience.is_zero() || self.running().is_err() {
             return;
         }
-        let ends = containers.into_iter().map(|container| async move {
-            // One that has ended, or was not started, needs no asking.
-            if container.kill("", libc::SIGTERM.cast_unsigned(), false).await.is_ok() || container.runs() {
-                container.init.wait().await;
-            }
+        // One that has ended, or was not started, needs no asking: what has no handler yet would not hear it.
+        let ends = containers.into_iter().filter(|container| container.runs()).map(|container| async move {
+            // It may have ended meanwhile.
+            let _ = container.kill("", libc::SIGTERM.cast_unsigned(), false).await;
+            container.init.wait().await;
         });
         let all: JoinSet<()> = ends.collect();
         let _ = tokio::time::timeout(patience, all.join_all()).await;
