@@ -29,8 +29,7 @@ use crate::suite::{Case, Scene};
 use crate::{Outcome, ensure, ensure_eq, processes};
 
 pub const CASES: &[Case] = &[
-    podhull("rogue::a_start", a_start),
-    podhull("rogue::a_container_that_runs", a_container_that_runs),
+    podhull("rogue::a_container", a_container),
     podhull("rogue::what_has_no_end", what_has_no_end),
     podhull("rogue::who_looks_at_it", who_looks_at_it),
     long(podhull("rogue::commands", commands)),
@@ -145,8 +144,36 @@ fn check_end(fault: &str, words: &[&str], ended: &Ended) -> Outcome {
     Ok(())
 }
 
-/// Runs one container for each kind, those of `slow` beside the others.
-fn run_all(scene: &Scene, slow: &[(&str, &[&str])], quick: &[(&str, &[&str])]) -> Outcome {
+/// What is said of each that goes wrong before its program runs, and of each that does so afterwards; nothing if it ends with 0.
+const QUICK: &[(&str, &[&str])] = &[
+    ("none", &[]),
+    ("garbage", &["nonsense: an answer that is too long", "nonsense: an event that is too long"]),
+    ("huge-frame", &["nonsense: an answer that is too long"]),
+    ("wrong-type", &["nonsense: no message of its protocol"]),
+    ("no-message", &["nonsense: no message of its protocol"]),
+    ("many-fields", &["nonsense: an answer that is too long"]),
+    ("hangs-up", &["the agent in the guest is gone"]),
+    ("version", &["the versions differ"]),
+    ("absurd-pid", &["nonsense: the process id of the container"]),
+    ("no-streams", &["cannot connect the container's"]),
+    ("vanishes", &[RESET]),
+    ("wrong-ids", &[]),
+    ("storm", &[]),
+    ("absurd-exit", &["nonsense: the exit status of the container"]),
+    ("dies", &[RESET]),
+    ("foreign-events", &[]),
+    ("long-event", &["nonsense: an event that is too long"]),
+    ("events-after-exit", &[]),
+];
+
+/// The same of those that are waited for: the deadline of what is work, and that of output.
+const SLOW: &[(&str, &[&str])] = &[
+    ("mute", &["did not answer CreatePod in time"]),
+    ("output-after-exit", &["the container has ended, but its output has not"]),
+];
+
+/// One for each kind, those that take their time beside the others.
+fn a_container(scene: &Scene) -> Outcome {
     let _host = configuration()?;
     let before = Leaks::watch();
     let peaks = Peaks::watch();
@@ -157,47 +184,15 @@ fn run_all(scene: &Scene, slow: &[(&str, &[&str])], quick: &[(&str, &[&str])]) -
         // What it has to say without end must not be kept here.
         Running::start(&["sh".into(), "-c".into(), format!("exec {run} >/dev/null").into()], &[])
     };
-    let waiting = slow.iter().map(|(fault, _)| start(fault)).collect::<Outcome<Vec<_>>>()?;
-    for (fault, words) in quick {
+    let waiting = SLOW.iter().map(|(fault, _)| start(fault)).collect::<Outcome<Vec<_>>>()?;
+    for (fault, words) in QUICK {
         check_end(fault, words, &start(fault)?.wait_within(LATEST)?)?;
     }
-    for ((fault, words), run) in slow.iter().zip(waiting) {
+    for ((fault, words), run) in SLOW.iter().zip(waiting) {
         check_end(fault, words, &run.wait_within(LATEST)?)?;
     }
     peaks.check()?;
     before.check()
-}
-
-fn a_start(scene: &Scene) -> Outcome {
-    let slow: &[(&str, &[&str])] = &[("mute", &["did not answer CreatePod in time"])];
-    let quick: &[(&str, &[&str])] = &[
-        ("none", &[]),
-        ("garbage", &["nonsense: an answer that is too long", "nonsense: an event that is too long"]),
-        ("huge-frame", &["nonsense: an answer that is too long"]),
-        ("wrong-type", &["nonsense: no message of its protocol"]),
-        ("no-message", &["nonsense: no message of its protocol"]),
-        ("many-fields", &["nonsense: an answer that is too long"]),
-        ("hangs-up", &["the agent in the guest is gone"]),
-        ("version", &["the versions differ"]),
-        ("absurd-pid", &["nonsense: the process id of the container"]),
-        ("no-streams", &["cannot connect the container's"]),
-        ("vanishes", &[RESET]),
-        ("wrong-ids", &[]),
-        ("storm", &[]),
-    ];
-    run_all(scene, slow, quick)
-}
-
-fn a_container_that_runs(scene: &Scene) -> Outcome {
-    let slow: &[(&str, &[&str])] = &[("output-after-exit", &["the container has ended, but its output has not"])];
-    let quick: &[(&str, &[&str])] = &[
-        ("absurd-exit", &["nonsense: the exit status of the container"]),
-        ("dies", &[RESET]),
-        ("foreign-events", &[]),
-        ("long-event", &["nonsense: an event that is too long"]),
-        ("events-after-exit", &[]),
-    ];
-    run_all(scene, slow, quick)
 }
 
 /// Ticks of processors that the processes of a container have used, but its machine.
@@ -351,6 +346,11 @@ fn behind_containerd(scene: &Scene) -> Outcome {
         let ended = containerd.call(&["task", question, "lies"])?;
         ensure!(!ended.stderr.contains("panicked at"), "{question}: {:?}", ended.stderr);
     }
+    // It says that it does, and does not: in the end its shadow is killed, while there are others.
+    containerd.call(&["task", "kill", "--signal", "SIGKILL", "starves-for-ever"])?.output()?;
+    // It may have been given up before.
+    let killed = containerd.call(&["task", "kill", "--signal", "SIGKILL", "lies"])?;
+    ensure!(killed.status == 0 || killed.stderr.contains("process already finished"), "{:?}", killed.stderr);
     run("absurd-exit")?.output()?;
     stopped(&containerd, "absurd-exit")?;
     // The agent gone is the machine gone.
@@ -361,11 +361,6 @@ fn behind_containerd(scene: &Scene) -> Outcome {
         ensure!(deleted.stderr.contains("non-zero exit code"), "exit status: {:?}", deleted.stderr);
         containerd.call(&["container", "delete", "dies"])?.output()?;
     }
-    // It says that it does, and does not: in the end its shadow is killed.
-    containerd.call(&["task", "kill", "--signal", "SIGKILL", "starves-for-ever"])?.output()?;
-    // It may have been given up before.
-    let killed = containerd.call(&["task", "kill", "--signal", "SIGKILL", "lies"])?;
-    ensure!(killed.status == 0 || killed.stderr.contains("process already finished"), "{:?}", killed.stderr);
     for fault in ["absurd-exit", "starves-for-ever", "lies"] {
         stopped_within(&containerd, fault, LATEST)?;
         containerd.call(&["task", "delete", fault])?;

@@ -1,7 +1,6 @@
 //! containerd with podhull's own shim, when something goes wrong, and often.
 
 use std::fs;
-use std::time::Duration;
 
 use rustix::process::{Pid, Signal, kill_process};
 
