@@ -428,42 +428,53 @@ fn behind_kubelet(scene: &Scene) -> Outcome {
         );
         Outcome::Ok(())
     };
-    for (fault, words) in [
-        ("garbage", &["nonsense: an answer that is too long", "nonsense: an event that is too long"][..]),
-        ("hangs-up", &["the agent in the guest is gone"]),
-        ("version", &["the versions differ"]),
-        ("absurd-pid", &["nonsense: the process id of the container"]),
-        ("vanishes", &[RESET]),
-        ("lies", &["cannot configure the network of the virtual machine: no no no "]),
-    ] {
+    let does_not_start = |fault: &str, words: &[&str]| {
         let config = config(fault)?;
         let error = cri.run(config.clone()).err().ok_or_else(|| format!("{fault}: the pod runs"))?;
         check(fault, &error.to_string(), words)?;
         take_away(&cri, &config).map_err(|error| format!("{fault}: {error}"))?;
         // It is kubelet's, and nothing is in it, as soon as such a guest is given up.
-        cri::remove_group(fault, LATEST)?;
-    }
-    // One that has started, and ends by itself, or dies.
-    for fault in ["none", "dies"] {
-        let pod = cri.run(config(fault)?).map_err(|error| format!("{fault}: {error}"))?;
-        let until = Instant::now() + DEADLINE;
-        while cri.pod_status(&pod)?.state() != PodSandboxState::SandboxNotready {
-            ensure!(Instant::now() < until, "{fault}: the pod does not end");
-            thread::sleep(Duration::from_millis(100));
-        }
-        cri.remove_pod(&pod)?;
-    }
+        cri::remove_group(fault, LATEST)
+    };
     // One that goes on, and says without end that it has no memory left.
     let pod = cri.run(config("starves-for-ever")?)?;
     let mut main = container("main", PATIENT);
-    *resources(&mut main) = limit;
+    *resources(&mut main) = limit.clone();
     let main = cri.launch(&pod, main)?;
     let stats = PodSandboxStatsRequest { pod_sandbox_id: pod.id.clone() };
     cri.call(async |mut client| client.pod_sandbox_stats(stats).await)?;
     ensure_eq!(cri.pod_status(&pod)?.state(), PodSandboxState::SandboxReady, "state of the pod");
-    // It has to be given up before its pod has, and both are waited for: more than one call is for.
-    cri.stop(&main, 0)?;
-    cri.remove_pod(&pod)?;
+    thread::scope(|scope| {
+        // What has to be given up is waited for beside the others.
+        let given_up = [
+            scope.spawn(|| {
+                // Its container has to be before its pod has, which is more than one call is for.
+                cri.stop(&main, 0)?;
+                cri.remove_pod(&pod)
+            }),
+            scope.spawn(|| does_not_start("lies", &["cannot configure the network of the virtual machine: no no no "])),
+        ];
+        for (fault, words) in [
+            ("garbage", &["nonsense: an answer that is too long", "nonsense: an event that is too long"][..]),
+            ("hangs-up", &["the agent in the guest is gone"]),
+            ("version", &["the versions differ"]),
+            ("absurd-pid", &["nonsense: the process id of the container"]),
+            ("vanishes", &[RESET]),
+        ] {
+            does_not_start(fault, words)?;
+        }
+        // One that has started, and ends by itself, or dies.
+        for fault in ["none", "dies"] {
+            let pod = cri.run(config(fault)?).map_err(|error| format!("{fault}: {error}"))?;
+            let until = Instant::now() + DEADLINE;
+            while cri.pod_status(&pod)?.state() != PodSandboxState::SandboxNotready {
+                ensure!(Instant::now() < until, "{fault}: the pod does not end");
+                thread::sleep(Duration::from_millis(100));
+            }
+            cri.remove_pod(&pod)?;
+        }
+        given_up.into_iter().try_for_each(|one| one.join().unwrap_or_else(|_| Err("it panicked".into())))
+    })?;
     peaks.check()?;
     cri.end()
 }
