@@ -2,7 +2,7 @@
 
 use std::ffi::OsString;
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use rustix::process::Signal;
@@ -14,23 +14,23 @@ use crate::suite::Scene;
 use crate::terminal::shell_line;
 use crate::{Outcome, ensure, image};
 
+/// What it makes once for itself.
+pub const OWN: [&str; 10] = [
+    "/run/containerd/runc/default/pods",
+    "/run/containerd/runc/default",
+    "/run/containerd/runc",
+    "/run/containerd/podhull/default/pods",
+    "/run/containerd/podhull/default",
+    "/run/containerd/podhull",
+    "/run/containerd/fifo",
+    "/run/containerd/s",
+    "/run/containerd",
+    "/sys/fs/cgroup/default",
+];
+
 /// Nothing is left but what containerd makes once for itself; if that is not empty it stays, and is an error.
 pub fn check(before: &Leaks) -> Outcome {
-    for own in [
-        "run/containerd/runc/default/pods",
-        "run/containerd/runc/default",
-        "run/containerd/runc",
-        "run/containerd/podhull/default/pods",
-        "run/containerd/podhull/default",
-        "run/containerd/podhull",
-        "run/containerd/fifo",
-        "run/containerd/s",
-        "run/containerd",
-        "sys/fs/cgroup/default",
-    ] {
-        let _ = fs::remove_dir(Path::new("/").join(own));
-    }
-    before.check()
+    before.check_without(&OWN)
 }
 
 /// Who stands between containerd and the containers.
@@ -190,6 +190,20 @@ impl Containerd {
     /// Runs the client to its end.
     pub fn call(&self, words: &[&str]) -> Outcome<Ended> {
         Running::start(&self.words(words), &[])?.wait()
+    }
+
+    /// Its client that tells of events, once it has told of one: it does not say when it begins to listen.
+    pub fn events(&self, namespace: &str) -> Outcome<Running> {
+        let mut events = Running::start(&self.words(&["--namespace", namespace, "events"]), &[])?;
+        let until = Instant::now() + DEADLINE;
+        for number in 0.. {
+            self.call(&["namespace", "label", namespace, &format!("round={number}")])?.output()?;
+            if events.line_within(Duration::from_millis(500)).is_ok() {
+                break;
+            }
+            ensure!(Instant::now() < until, "no event");
+        }
+        Ok(events)
     }
 
     /// Ends the daemon, and waits for that.

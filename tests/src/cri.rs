@@ -11,7 +11,7 @@ use tonic::transport::{Channel, Endpoint};
 use tonic::{Response, Status};
 
 use crate::cni::Network;
-use crate::containerd::{self, Containerd, Shim, check};
+use crate::containerd::{self, Containerd, Shim};
 use crate::leaks::Leaks;
 use crate::netns::Netns;
 use crate::run::{DEADLINE, Running};
@@ -145,6 +145,11 @@ impl Cri {
     /// containerd's own client on what is made here, running.
     pub fn client(&self, words: &[&str]) -> Outcome<Running> {
         Running::start(&self.containerd.words(&[&["--namespace", "k8s.io"], words].concat()), &[])
+    }
+
+    /// What containerd tells of what is made here, from now on.
+    pub fn events(&self) -> Outcome<Running> {
+        self.containerd.events("k8s.io")
     }
 
     /// The process of the host that stands for a container.
@@ -441,13 +446,15 @@ impl Cri {
         self.check_network()?;
         self.containerd.end()?;
         drop(self.netns);
-        for own in ["/run/netns", "/run/containerd/podhull/k8s.io/pods", "/run/containerd/podhull/k8s.io", PODS] {
-            let _ = fs::remove_dir(own);
-        }
-        for own in ["/run/containerd/runc/k8s.io/pods", "/run/containerd/runc/k8s.io"] {
-            let _ = fs::remove_dir(own);
-        }
-        check(&self.before)
+        let own = [
+            "/run/netns",
+            "/run/containerd/podhull/k8s.io/pods",
+            "/run/containerd/podhull/k8s.io",
+            PODS,
+            "/run/containerd/runc/k8s.io/pods",
+            "/run/containerd/runc/k8s.io",
+        ];
+        self.before.check_without(&[&own[..], &containerd::OWN].concat())
     }
 
     /// The node has bridges, nothing that is on them, and no address is given to anybody: with its namespace what is left would go
@@ -468,6 +475,16 @@ impl Cri {
         }
         Ok(())
     }
+}
+
+/// Removes the group that kubelet makes for the pod of this name, as soon as nothing is in it any more.
+pub fn remove_group(name: &str, within: Duration) -> Outcome {
+    let (group, until) = (Path::new(PODS).join(format!("pod-{name}")), Instant::now() + within);
+    while let Err(error) = fs::remove_dir(&group) {
+        ensure!(Instant::now() < until, "control group of pod {name}: {error}");
+        std::thread::sleep(Duration::from_millis(100));
+    }
+    Ok(())
 }
 
 /// Names of what is in a directory, if it is there.

@@ -85,9 +85,18 @@ impl Leaks {
 
     /// Fails if anything is left that was not there before.
     pub fn check(&self) -> Outcome {
+        self.check_without(&[])
+    }
+
+    /// The same where callers have made these directories once for themselves, those inside of others first. They are removed as soon
+    /// as nothing is in them; if that does not come they stay, and are an error.
+    pub fn check_without(&self, own: &[&str]) -> Outcome {
         let until = Instant::now() + SETTLE;
         loop {
             reap();
+            for directory in own {
+                let _ = fs::remove_dir(directory);
+            }
             let left = self.since();
             if left.is_empty() {
                 return Ok(());
@@ -102,9 +111,48 @@ impl Leaks {
             thread::sleep(Duration::from_millis(20));
         }
     }
+
+    /// Takes down what a failed test has left of processes, mounts, files and control groups, as far as that goes: it would be in the
+    /// way of the next ones.
+    pub fn take_down(&self) {
+        let until = Instant::now() + SETTLE;
+        // What ends may leave more, and takes its time.
+        while !processes::descendants(std::process::id().cast_signed()).is_empty() && Instant::now() < until {
+            kill_leftovers();
+            thread::sleep(Duration::from_millis(20));
+        }
+        let key = |mount: &str| mount.splitn(6, ' ').map(str::to_owned).step_by(4).collect::<Vec<_>>();
+        // A mount is the same by its number and its place; its options may change.
+        let there: BTreeSet<_> = self.0.iter().filter_map(|thing| thing.strip_prefix("mount ")).map(key).collect();
+        let table = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
+        for mount in table.lines().rev().map(key).filter(|mount| !there.contains(mount)) {
+            if let [_, place] = &mount[..] {
+                let _ = unmount(place, UnmountFlags::DETACH);
+            }
+        }
+        loop {
+            reap();
+            let left = self.since();
+            let paths = |kind| left.iter().rev().filter_map(move |thing| thing.strip_prefix(kind)).map(Path::new);
+            // In reverse order what is in a directory comes before it.
+            let removed: Vec<_> = paths("file ")
+                .map(|path| if is_directory(path) { fs::remove_dir(path) } else { fs::remove_file(path) })
+                .chain(paths("cgroup ").map(fs::remove_dir))
+                .collect();
+            if removed.iter().all(Result::is_ok) || Instant::now() > until {
+                return;
+            }
+            thread::sleep(Duration::from_millis(20));
+        }
+    }
 }
 
-/// Kills what a failed test left running, so that the next one starts clean.
+/// Not of what a link leads to.
+fn is_directory(path: &Path) -> bool {
+    fs::symlink_metadata(path).is_ok_and(|metadata| metadata.is_dir())
+}
+
+/// Kills what a failed test left running.
 pub fn kill_leftovers() {
     for process in processes::descendants(std::process::id().cast_signed()) {
         if let Some(pid) = Pid::from_raw(process.pid) {
@@ -112,15 +160,6 @@ pub fn kill_leftovers() {
         }
     }
     reap();
-}
-
-/// Takes down what is mounted below a directory, so that it can be removed.
-pub fn unmount_leftovers(directory: &Path) {
-    let table = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
-    let points = table.lines().filter_map(|line| line.split(' ').nth(4)).map(Path::new);
-    for point in points.filter(|point| point.starts_with(directory)).collect::<Vec<_>>().into_iter().rev() {
-        let _ = unmount(point, UnmountFlags::DETACH);
-    }
 }
 
 /// Reaps orphans that came to the suite as their reaper; no child of its own is waited for elsewhere at this moment.

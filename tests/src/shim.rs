@@ -182,7 +182,12 @@ impl Pipes {
         self.readers.first_mut().ok_or("nobody reads")?.line()
     }
 
-    /// Who reads goes away, and comes back.
+    /// The next line of standard error.
+    pub fn error_line(&mut self) -> Outcome<String> {
+        self.readers.get_mut(1).ok_or("nobody reads")?.line()
+    }
+
+    /// Who reads goes away, and comes back. What it has taken and not passed on is lost, so all of it was to be seen before.
     pub fn restart(&mut self) -> Outcome {
         for (reader, before) in self.readers.drain(..).zip(&mut self.before) {
             reader.signal(Signal::KILL)?;

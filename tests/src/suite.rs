@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use rustix::process::{getpid, set_child_subreaper};
 
 use crate::bundle::{Bundle, DEBIAN, make_busybox_root};
-use crate::leaks::{Leaks, kill_leftovers, unmount_leftovers};
+use crate::leaks::Leaks;
 use crate::run::{DEADLINE, Ended, Running};
 use crate::runtime::Runtime;
 use crate::{Outcome, cases, ensure, processes};
@@ -238,9 +238,8 @@ fn one(case: &Case, scene: &mut Scene) -> Outcome {
         result = before.check();
     }
     if result.is_err() {
-        // What a failed test leaves tells nothing new, and must not make the next one fail.
-        kill_leftovers();
-        unmount_leftovers(&scene.directory);
+        // What a failed test leaves tells nothing new, and must not make the next ones fail.
+        before.take_down();
     }
     let removed = fs::remove_dir_all(&scene.directory);
     result?;

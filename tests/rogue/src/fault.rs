@@ -2,6 +2,7 @@
 
 use std::fs::File;
 use std::io::{self, Write};
+use std::sync::{Condvar, Mutex, PoisonError};
 use std::thread;
 
 use podhull_protocol::{
@@ -109,13 +110,26 @@ impl Fault {
     }
 }
 
+/// Whether a container was started, which is told to who waits for it.
+static STARTED: (Mutex<bool>, Condvar) = (Mutex::new(false), Condvar::new());
+
 /// Takes calls until the connection ends.
 pub fn converse(mut connection: File, fault: Fault) {
     while let Ok(call) = frame::read(&mut connection) {
         if respond(&mut connection, &call, fault).is_err() {
             return;
         }
+        if call.request.method == "StartContainer" {
+            *STARTED.0.lock().unwrap_or_else(PoisonError::into_inner) = true;
+            STARTED.1.notify_all();
+        }
     }
+}
+
+/// Waits until it was started, and its caller has the answer.
+fn await_start() {
+    let started = STARTED.0.lock().unwrap_or_else(PoisonError::into_inner);
+    drop(STARTED.1.wait_while(started, |started| !*started));
 }
 
 fn respond(connection: &mut File, call: &Call, fault: Fault) -> io::Result<()> {
@@ -242,6 +256,8 @@ fn tell(connection: &mut File, stream: u32, request: &EventsRequest, fault: Faul
         },
         _ => {}
     }
+    // However long who asked for its events takes to have it started.
+    await_start();
     thread::sleep(LIFE);
     if fault == Fault::Dies {
         std::process::exit(1);

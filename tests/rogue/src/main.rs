@@ -17,7 +17,7 @@ use podhull_protocol::{AGENT_PORT, READY_PORT, STDIO_PORT};
 
 use fault::Fault;
 
-/// How long a container runs in it.
+/// How long a container runs in it, once it was started.
 pub const LIFE: Duration = Duration::from_secs(3);
 
 /// Streams of the container.

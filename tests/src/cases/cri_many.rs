@@ -52,7 +52,7 @@ fn at_once(scene: &Scene) -> Outcome {
     let started = Cri::start(scene)?;
     let cri = &started;
     let count = if scene.is_soak() { 30 } else { 5 };
-    for round in 0..scene.repeat.min(3) {
+    for round in 0..if scene.is_soak() { 3 } else { 1 } {
         let ended: Vec<Outcome> = thread::scope(|scope| {
             let begin = |index| scope.spawn(move || one(cri, &format!("r{round}-{index}")));
             let threads: Vec<_> = (0..count).map(begin).collect();
@@ -66,7 +66,8 @@ fn at_once(scene: &Scene) -> Outcome {
 }
 
 fn one_after_the_other(scene: &Scene) -> Outcome {
-    sequence(scene, scene.repeat.min(10))
+    // As many that there is room for what is kept for a moment.
+    sequence(scene, scene.repeat.clamp(6, 10))
 }
 
 /// The first ones make what is made once.

@@ -133,12 +133,21 @@ fn traffic(cri: &Cri, pod: &Pod) -> Outcome<[[u64; 2]; 2]> {
 fn counted(cri: &Cri, pod: &Pod, ips: [IpAddr; 2]) -> Outcome {
     const BYTES: usize = 4 << 20;
     for ip in ips {
-        let before = traffic(cri, pod)?;
-        cri.netns.within(move || echo((ip, 7).into(), BYTES))??;
-        let after = traffic(cri, pod)?;
-        for (before, after) in before.iter().flatten().zip(after.iter().flatten()) {
-            let (grown, bytes) = (after - before, BYTES as u64);
-            ensure!(grown >= bytes && grown * 20 < bytes * 21, "{grown} bytes are counted of {bytes}, {ip}");
+        // What is sent again, where the host stands still for a while, is counted as well.
+        for last in [false, false, true] {
+            let before = traffic(cri, pod)?;
+            cri.netns.within(move || echo((ip, 7).into(), BYTES))??;
+            let after = traffic(cri, pod)?;
+            let mut right = true;
+            for (before, after) in before.iter().flatten().zip(after.iter().flatten()) {
+                let (grown, bytes) = (after - before, BYTES as u64);
+                let close = grown * 20 < bytes * 21;
+                ensure!(grown >= bytes && (close || !last), "{grown} bytes are counted of {bytes}, {ip}");
+                right &= close;
+            }
+            if right {
+                break;
+            }
         }
     }
     Ok(())
@@ -234,7 +243,14 @@ fn several_interfaces(scene: &Scene) -> Outcome {
     const BYTES: usize = 4 << 20;
     for into in [true, false] {
         let seconds = |ip: IpAddr| cri.netns.within(move || transferred((ip, 8).into(), BYTES, into));
-        let (free, limited) = (seconds(line)??, seconds(bridge)??);
+        let (mut free, limited) = (seconds(line)??, seconds(bridge)??);
+        // The host may stand still in one that is not limited.
+        for _ in 0..4 {
+            if limited > 3.0 * free {
+                break;
+            }
+            free = free.min(seconds(line)??);
+        }
         let way = if into { "into" } else { "out of" };
         println!("     {BYTES} bytes {way} a pod take {free:.2} s, and {limited:.2} s over an interface with a limit");
         // No slowness of the host's makes it less than the last.

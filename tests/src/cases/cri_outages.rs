@@ -162,20 +162,31 @@ impl Two {
         [&self.ids[..], std::slice::from_ref(&self.pod.id)].concat()
     }
 
-    /// Its containers have ended as if they had been killed, it is not ready any more, and can be removed.
-    fn check_killed(&self, cri: &Cri, statuses: &[i32]) -> Outcome {
+    /// Its containers have ended, as if they had been killed or with one of these statuses, and it is not ready any more. Returns those
+    /// that containerd itself has heard of that they were killed.
+    fn check_killed(&self, cri: &Cri, others: &[i32]) -> Outcome<Vec<String>> {
+        let mut killed = Vec::new();
         for id in &self.ids {
-            let status = cri.ended(id)?.exit_code;
-            ensure!(statuses.contains(&status), "exit status {status}, not one of {statuses:?}");
+            match cri.ended(id)?.exit_code {
+                137 => killed.push(id.clone()),
+                status => ensure!(others.contains(&status), "exit status {status}, not 137 or one of {others:?}"),
+            }
         }
         wait("the pod is still ready", || {
             Ok(cri.pod_status(&self.pod)?.state() == api::PodSandboxState::SandboxNotready)
         })?;
-        cri.remove_pod(&self.pod)?;
+        Ok(killed)
+    }
+
+    /// No process is about it any more; one that has removed something may end a moment later.
+    fn check_gone(&self) -> Outcome {
         let of = |process: &processes::Process| self.all().iter().any(|id| process.command.contains(id));
-        let left: Vec<_> = processes::all().into_iter().filter(of).collect();
-        ensure!(left.is_empty(), "processes that are left: {left:?}");
-        Ok(())
+        let mut left = Vec::new();
+        wait("processes are left", || {
+            left = processes::all().into_iter().filter(of).collect();
+            Ok(left.is_empty())
+        })
+        .map_err(|error| format!("{error}: {left:?}").into())
     }
 }
 
@@ -190,12 +201,21 @@ fn kill_one(what: &str, is_it: impl Fn(&processes::Process) -> bool) -> Outcome 
 fn a_killed_shim(scene: &Scene) -> Outcome {
     let cri = Cri::start(scene)?;
     for round in 0..scene.repeat.min(MOST) {
-        let mut events = cri.client(&["events"])?;
-        let two = Two::run(&cri, &format!("s{round}"))?;
+        let mut events = cri.events()?;
+        let name = format!("s{round}");
+        let two = Two::run(&cri, &name)?;
         kill_one("shims", |process| process.is_shim() && process.command.contains(&two.pod.id))?;
-        // 255 is what containerd makes of a shim that it was waiting for; of what cleans up after it, it hears 137.
-        two.check_killed(&cri, &[137, 255]).map_err(|error| format!("round {round}: {error}"))?;
-        check_told(&mut events, &two.ids).map_err(|error| format!("round {round}: {error}"))?;
+        (|| -> Outcome {
+            // 255 is what containerd makes of a shim that it was waiting for, and then it may have the task deleted before it finds the
+            // shim gone and cleans up after it: of that it hears 137, and tells.
+            let killed = two.check_killed(&cri, &[255])?;
+            cri.take_down(&two.pod)?;
+            // Who cleans up is waited for by nobody who stops the pod.
+            cri::remove_group(&name, DEADLINE)?;
+            two.check_gone()?;
+            check_told(&mut events, &killed)
+        })()
+        .map_err(|error| format!("round {round}: {error}"))?;
         events.signal(Signal::KILL)?;
         events.wait()?;
     }
@@ -254,7 +274,7 @@ fn a_killed_agent(scene: &Scene) -> Outcome {
 /// However a machine ends: all of its containers exit, and who listens is told so in order.
 fn ends_of_machines(scene: &Scene, cri: &Cri, letter: &str, mut end: impl FnMut(&Pod, &str) -> Outcome) -> Outcome {
     for round in 0..scene.repeat.min(MOST) {
-        let mut events = cri.client(&["events"])?;
+        let mut events = cri.events()?;
         let name = format!("{letter}{round}");
         let two = Two::run(cri, &name)?;
         let id = &two.ids[0];
@@ -265,8 +285,13 @@ fn ends_of_machines(scene: &Scene, cri: &Cri, letter: &str, mut end: impl FnMut(
         cri.shell(id, "until [ -e /long ]; do sleep 0.1; done")?;
         end(&two.pod, &name)?;
         ensure!(executed.wait()?.status != 0, "what was executed has succeeded");
-        two.check_killed(cri, &[137]).map_err(|error| format!("round {round}: {error}"))?;
-        check_order(&mut events, &two).map_err(|error| format!("round {round}: {error}"))?;
+        (|| -> Outcome {
+            two.check_killed(cri, &[])?;
+            cri.remove_pod(&two.pod)?;
+            two.check_gone()?;
+            check_order(&mut events, &two)
+        })()
+        .map_err(|error| format!("round {round}: {error}"))?;
         // Its end is of no interest.
         events.signal(Signal::KILL)?;
         events.wait()?;

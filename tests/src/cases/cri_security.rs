@@ -12,8 +12,8 @@ use serde_json::json;
 
 use super::disks::Loop;
 use super::{oci, podhull};
-use crate::cri::{Cri, PATIENT, Pod, container, resources, security};
-use crate::run::Running;
+use crate::cri::{self, Cri, PATIENT, Pod, container, resources, security};
+use crate::run::{DEADLINE, Running};
 use crate::suite::{Case, Scene};
 use crate::{Outcome, ensure, ensure_eq, processes};
 
@@ -224,7 +224,7 @@ fn parameters_that_are_the_node_s(scene: &Scene) -> Outcome {
             "{name} of the node"
         );
     }
-    fs::remove_dir("/sys/fs/cgroup/kubepods/pod-sysctls")?;
+    cri::remove_group("sysctls", DEADLINE)?;
     cri.end()
 }
 
@@ -361,7 +361,7 @@ fn what_is_the_node_s(scene: &Scene) -> Outcome {
     ensure_eq!(lines, ["ipc:[4026531839]", "1"], "IPC of a container");
     ensure_eq!(by_other, seen, "IPC of the other");
     cri.remove_pod(&pod)?;
-    fs::remove_dir("/sys/fs/cgroup/kubepods/pod-network")?;
+    cri::remove_group("network", DEADLINE)?;
     cri.end()
 }
 

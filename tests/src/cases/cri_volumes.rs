@@ -61,10 +61,10 @@ impl Drop for Memory {
 }
 
 /// Holds a lock and memory of a file, and tells of them on a socket to one who writes there, and to one who may only read.
-const SERVER: &str = "import fcntl, mmap, socket
+const SERVER: &str = "import fcntl, mmap, os, socket
 f = open('/shared/memory', 'w+b'); f.truncate(4096); m = mmap.mmap(f.fileno(), 4096)
 l = open('/shared/lock', 'w'); fcntl.flock(l, fcntl.LOCK_EX)
-s = socket.socket(socket.AF_UNIX); s.bind('/shared/socket'); s.listen()
+s = socket.socket(socket.AF_UNIX); s.bind('/shared/new'); s.listen(); os.rename('/shared/new', '/shared/socket')
 for n in range(2):
     c, _ = s.accept()
     c.recv(1); m[n] = 65 + n; c.send(b'x')
@@ -257,6 +257,9 @@ impl Drop for Unwatched {
 /// How long what is new may take to be seen.
 const SOON: Duration = Duration::from_secs(1);
 
+/// How many times something new is written, of which one is to be seen soon: the host may stand still for a while.
+const TRIES: usize = 3;
+
 /// Notes what it sees first in which file, and when.
 const NOTE: &str = "import sys, time
 seen = {}
@@ -276,8 +279,8 @@ fn note(cri: &Cri, id: &str, files: &str) -> Outcome {
     cri.shell(id, &format!("python3 /note {files} >/noted 2>&1 & until [ -s /noted ]; do sleep 0.1; done")).map(drop)
 }
 
-/// Waits until it has noted this; it was to see it soon after it was written.
-fn noted(cri: &Cri, id: &str, file: &str, text: &str, written: SystemTime) -> Outcome {
+/// Waits until it has noted this, and returns how long after it was written.
+fn noted(cri: &Cri, id: &str, file: &str, text: &str, written: SystemTime) -> Outcome<Duration> {
     let until = Instant::now() + DEADLINE;
     let line = format!("{file} {text} ");
     loop {
@@ -285,12 +288,24 @@ fn noted(cri: &Cri, id: &str, file: &str, text: &str, written: SystemTime) -> Ou
         if let Some(time) = all.lines().find_map(|noted| noted.strip_prefix(&line)) {
             let seen = SystemTime::UNIX_EPOCH + Duration::from_nanos(time.parse()?);
             // Its clock is not this one; that it is right is of another test.
-            let late = seen.duration_since(written).unwrap_or_default();
-            ensure!(late <= SOON, "{file} is {text} after {late:?}");
-            return Ok(());
+            return Ok(seen.duration_since(written).unwrap_or_default());
         }
         ensure!(Instant::now() < until, "{file} is never {text}: {all}");
     }
+}
+
+/// Has something new written to a file, by what returns it, until one is seen soon; each is seen.
+fn seen_soon(cri: &Cri, id: &str, file: &str, mut write: impl FnMut() -> Outcome<String>) -> Outcome {
+    let mut late = Vec::new();
+    while late.len() < TRIES {
+        let text = write()?;
+        let lateness = noted(cri, id, file, &text, SystemTime::now())?;
+        if lateness <= SOON {
+            return Ok(());
+        }
+        late.push(lateness);
+    }
+    Err(format!("{file} is seen after {late:?}").into())
 }
 
 /// What is written anew is seen within a second, and who waits for that is told.
@@ -332,15 +347,25 @@ fn updated_meanwhile(scene: &Scene) -> Outcome {
     note(&cri, &id, "/etc/settings/key /etc/secret/word /run/secrets/token/token /etc/pod/labels")?;
 
     let settings = [("key", "second"), ("other", "same"), ("third", "new"), ("deep/er/key", "deeper")];
-    write_atomically(&config_map, "2", plain, &settings)?;
-    let written = SystemTime::now();
-    write_atomically(&secret.0, "2", guarded, &[("word", "two")])?;
-    write_atomically(&token.0, "2", plain, &[("token", "new"), ("namespace", "default")])?;
-    write_atomically(&pod_info.0, "2", plain, &[("labels", "c=\"d\"")])?;
-    noted(&cri, &id, "/etc/settings/key", "second", written)?;
-    noted(&cri, &id, "/etc/secret/word", "two", written)?;
-    noted(&cri, &id, "/run/secrets/token/token", "new", written)?;
-    noted(&cri, &id, "/etc/pod/labels", "c=\"d\"", written)?;
+    // The first file of each is the one that is noted.
+    let updates: [(&Path, _, &[_], _); 4] = [
+        (&config_map, plain, &settings, "/etc/settings/key"),
+        (&secret.0, guarded, &[("word", "two")], "/etc/secret/word"),
+        (&token.0, plain, &[("token", "new"), ("namespace", "default")], "/run/secrets/token/token"),
+        (&pod_info.0, plain, &[("labels", "c=\"d\"")], "/etc/pod/labels"),
+    ];
+    let mut written = Vec::new();
+    for (volume, rights, files, _) in updates {
+        write_atomically(volume, "2", rights, files)?;
+        written.push(SystemTime::now());
+    }
+    let mut late = Vec::new();
+    for (update, written) in updates.into_iter().zip(written) {
+        let (.., files, path) = update;
+        if noted(&cri, &id, path, files[0].1, written)? > SOON {
+            late.push(update);
+        }
+    }
     let seen =
         cri.shell(&id, "cd /etc; cat settings/key settings/third settings/deep/er/key secret/word; ls settings")?;
     ensure_eq!(seen, "secondnewdeepertwodeep\nkey\nother\nthird\n", "what it has a second later");
@@ -359,12 +384,25 @@ fn updated_meanwhile(scene: &Scene) -> Outcome {
         ensure!(Instant::now() < until, "the watcher is told: {told}");
     }
 
-    for (last, count) in [(12, 10), (112, 100)] {
-        for version in last - count + 1..=last {
-            let text = version.to_string();
-            write_atomically(&config_map, &text, plain, &[("key", &text), (&format!("key-{text}"), &text)])?;
-        }
-        noted(&cri, &id, "/etc/settings/key", &last.to_string(), SystemTime::now())?;
+    for (volume, rights, files, path) in late {
+        let mut tries = 0;
+        seen_soon(&cri, &id, path, || {
+            tries += 1;
+            let text = format!("{}-{tries}", files[0].1);
+            write_atomically(volume, &format!("2-{tries}"), rights, &[&[(files[0].0, &*text)], &files[1..]].concat())?;
+            Ok(text)
+        })?;
+    }
+    let mut last = 2;
+    for count in [10, 100] {
+        seen_soon(&cri, &id, "/etc/settings/key", || {
+            for _ in 0..count {
+                last += 1;
+                let text = last.to_string();
+                write_atomically(&config_map, &text, plain, &[("key", &text), (&format!("key-{text}"), &text)])?;
+            }
+            Ok(last.to_string())
+        })?;
         let expected = format!("{last}..{last}\n..data\nkey\nkey-{last}\n");
         let seen = cri.shell(&id, "cd /etc/settings; cat key; LC_ALL=C ls -A")?;
         ensure_eq!(seen, expected, "what it has after {count} in a row");
@@ -375,11 +413,14 @@ fn updated_meanwhile(scene: &Scene) -> Outcome {
     let second = cri.launch(&pod, with_python("second", PATIENT, vec![volume(&config_map, "/etc/settings", true)]))?;
     drop(unwatched);
     note(&cri, &second, "/etc/settings/key")?;
-    let written = SystemTime::now();
-    write_atomically(&config_map, "200", plain, &[("key", "200")])?;
     for container in [&id, &second] {
-        noted(&cri, container, "/etc/settings/key", "200", written)?;
-        ensure_eq!(cri.shell(container, "cat /etc/settings/key")?, "200", "what each has");
+        seen_soon(&cri, container, "/etc/settings/key", || {
+            last += 1;
+            let text = last.to_string();
+            write_atomically(&config_map, &text, plain, &[("key", &text)])?;
+            Ok(text)
+        })?;
+        ensure_eq!(cri.shell(container, "cat /etc/settings/key")?, last.to_string(), "what each has");
     }
     cri.remove_pod(&pod)?;
     drop((secret, token, pod_info));

@@ -133,8 +133,8 @@ fn make_cluster(scene: &Scene) -> Outcome<PathBuf> {
 /// One request.
 fn ask(server: SocketAddr, number: u32) -> bool {
     let answer = || -> std::io::Result<String> {
-        let mut stream = TcpStream::connect_timeout(&server, Duration::from_secs(5))?;
-        stream.set_read_timeout(Some(Duration::from_secs(20)))?;
+        let mut stream = TcpStream::connect_timeout(&server, DEADLINE)?;
+        stream.set_read_timeout(Some(DEADLINE))?;
         write!(stream, "GET /{number} HTTP/1.0\r\n\r\n")?;
         let mut answer = String::new();
         stream.read_to_string(&mut answer)?;
@@ -184,7 +184,8 @@ fn what_is_confirmed_stays(scene: &Scene) -> Outcome {
         asked.iter().filter(|one| one.confirmed).count()
     };
     let await_more = |what: &str| -> Outcome {
-        let (before, until) = (confirmed(), Instant::now() + DEADLINE);
+        // One that is lost to an outage may be waited for first.
+        let (before, until) = (confirmed(), Instant::now() + 2 * DEADLINE);
         while confirmed() < before + 2 {
             ensure!(Instant::now() < until, "no request is confirmed {what}, after {before}");
             thread::sleep(Duration::from_millis(100));

@@ -271,6 +271,7 @@ fn as_it_drives_a_shim(scene: &Scene) -> Outcome {
 /// All that is done to a container that runs, to its end; returns what it has written.
 fn drive(mut main: Made, pod: &Made, fifos: &Path) -> Outcome<[String; 2]> {
     ensure_eq!(main.pipes.line()?, "crio-pod", "its first line");
+    ensure_eq!(main.pipes.error_line()?, "wrong", "its first error");
     main.shell("until [ -e /ready ]; do sleep 0.1; done", fifos)?;
     // The class of both says how large their machine is; what is in shared memory, the other one has.
     let memory =

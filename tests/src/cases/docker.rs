@@ -34,7 +34,7 @@ fn containers(scene: &Scene, start: fn(&Scene, &Netns) -> Outcome<Docker>, shim:
     let before = Leaks::watch();
     let docker = start(scene, &host)?;
     in_the_foreground(&docker)?;
-    in_the_background(scene, &host, &docker)?;
+    in_the_background(scene, &host, &docker, shim)?;
     in_a_terminal(scene, &docker)?;
     by_their_names(&docker)?;
     built(scene, &docker)?;
@@ -59,7 +59,7 @@ fn in_the_foreground(docker: &Docker) -> Outcome {
     Ok(())
 }
 
-fn in_the_background(scene: &Scene, host: &Netns, docker: &Docker) -> Outcome {
+fn in_the_background(scene: &Scene, host: &Netns, docker: &Docker, shim: Option<&str>) -> Outcome {
     let options = ["--memory", "64m", "--pids-limit", "50", "-p", "8080:80", "-v", "kept:/data"];
     let command = [image::NAME, "sh", "-c", SERVE];
     docker.call(&[&["run", "-d", "--name", "first"], &options[..], &command].concat())?.output()?;
@@ -79,7 +79,10 @@ fn in_the_background(scene: &Scene, host: &Netns, docker: &Docker) -> Outcome {
     ensure!(fields.next().is_some_and(|pids| pids.parse::<u32>().is_ok_and(|pids| pids > 0)), "stats {stats:?}");
     ensure!(fields.next().is_some_and(|memory| memory != "0B") && stats.ends_with(" / 64MiB\n"), "stats {stats:?}");
 
-    what_is_used(docker)?;
+    // By a path Docker looks for itself, at the group of what stands for the container; the machine is in another (docs/docker.md).
+    if shim.is_some() || !scene.runtime.is_virtual() {
+        what_is_used(docker)?;
+    }
     docker.call(&["stop", "-t", "60", "first"])?.output()?;
     ensure_eq!(docker.call(&["logs", "first"])?.output()?, "hello\nbye\n", "logs");
     ensure_eq!(docker.call(&["wait", "first"])?.output()?, "3\n", "exit status");
@@ -109,16 +112,23 @@ fn what_is_used(docker: &Docker) -> Outcome {
         Ok((memory, cpu, pids.parse()?))
     };
     let before = look()?;
-    let busy =
-        "dd if=/dev/zero of=/dev/shm/held bs=1M count=30 2>/dev/null; touch /busy; while [ -e /busy ]; do :; done";
+    // As many processes that there are more of them in any case: of those from before some come and go.
+    let busy = "for n in 1 2 3; do sleep 1000 & all=\"$all $!\"; done; dd if=/dev/zero of=/dev/shm/held bs=1M count=30 2>/dev/null; \
+                touch /busy; while [ -e /busy ]; do :; done; kill $all";
     docker.call(&["exec", "-d", "first", "sh", "-c", busy])?.output()?;
     docker.call(&["exec", "first", "sh", "-c", "until [ -e /busy ]; do sleep 0.1; done"])?.output()?;
-    let after = look()?;
+    let until = Instant::now() + DEADLINE;
+    let after = loop {
+        let after = look()?;
+        // Of one processor most, which is not alone for it where there is but one; and of a second that was not always one.
+        if (25.0..125.0).contains(&after.1) && after.1 > before.1 {
+            break after;
+        }
+        ensure!(Instant::now() < until, "use of a processor: {before:?}, {after:?}");
+    };
     docker.call(&["exec", "first", "sh", "-c", "rm /busy /dev/shm/held"])?.output()?;
     let memory = after.0 - before.0;
     ensure!((28.0..33.0).contains(&memory), "30 MiB are held, and {memory} told of: {before:?}, {after:?}");
-    // Of one processor most, which is not alone for it where there is but one.
-    ensure!((25.0..125.0).contains(&after.1) && after.1 > before.1, "use of a processor: {before:?}, {after:?}");
     ensure!((1..=4).contains(&before.2) && after.2 > before.2, "processes: {before:?}, {after:?}");
     Ok(())
 }

@@ -10,7 +10,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
-use k8s_cri::v1::{LinuxContainerResources, PodSandboxState, PodSandboxStatsRequest};
+use k8s_cri::v1::{
+    LinuxContainerResources, ListPodSandboxRequest, PodSandboxConfig, PodSandboxState, PodSandboxStatsRequest,
+};
 use serde_json::json;
 
 use super::config::Configuration;
@@ -20,15 +22,14 @@ use super::{long, podhull};
 use crate::bundle::Bundle;
 use crate::container::Container;
 use crate::containerd::{Containerd, Shim, check};
-use crate::cri::{Cri, PATIENT, container, resources};
+use crate::cri::{self, Cri, PATIENT, Pod, container, resources};
 use crate::leaks::Leaks;
 use crate::run::{DEADLINE, Ended, Running};
 use crate::suite::{Case, Scene};
 use crate::{Outcome, ensure, ensure_eq, processes};
 
 pub const CASES: &[Case] = &[
-    podhull("rogue::a_start", a_start),
-    podhull("rogue::a_container_that_runs", a_container_that_runs),
+    podhull("rogue::a_container", a_container),
     podhull("rogue::what_has_no_end", what_has_no_end),
     podhull("rogue::who_looks_at_it", who_looks_at_it),
     long(podhull("rogue::commands", commands)),
@@ -106,7 +107,8 @@ impl Peaks {
     fn check(self) -> Outcome {
         self.over.store(true, Ordering::Relaxed);
         let peaks = self.watcher.join().map_err(|_| "the watcher panicked")?;
-        let ours = |command: &str| command.contains("podhull");
+        // By what runs: others have the test's own directory among their words.
+        let ours = |command: &str| command.split(' ').next().is_some_and(|program| program.contains("podhull"));
         let mut count = 0;
         for ((_, command), peak) in peaks.iter().filter(|((_, command), _)| ours(command)) {
             let most = if command.starts_with("podhull vmm") { MOST_OF_MACHINE } else { MOST };
@@ -142,8 +144,36 @@ fn check_end(fault: &str, words: &[&str], ended: &Ended) -> Outcome {
     Ok(())
 }
 
-/// Runs one container for each kind, those of `slow` beside the others.
-fn run_all(scene: &Scene, slow: &[(&str, &[&str])], quick: &[(&str, &[&str])]) -> Outcome {
+/// What is said of each that goes wrong before its program runs, and of each that does so afterwards; nothing if it ends with 0.
+const QUICK: &[(&str, &[&str])] = &[
+    ("none", &[]),
+    ("garbage", &["nonsense: an answer that is too long", "nonsense: an event that is too long"]),
+    ("huge-frame", &["nonsense: an answer that is too long"]),
+    ("wrong-type", &["nonsense: no message of its protocol"]),
+    ("no-message", &["nonsense: no message of its protocol"]),
+    ("many-fields", &["nonsense: an answer that is too long"]),
+    ("hangs-up", &["the agent in the guest is gone"]),
+    ("version", &["the versions differ"]),
+    ("absurd-pid", &["nonsense: the process id of the container"]),
+    ("no-streams", &["cannot connect the container's"]),
+    ("vanishes", &[RESET]),
+    ("wrong-ids", &[]),
+    ("storm", &[]),
+    ("absurd-exit", &["nonsense: the exit status of the container"]),
+    ("dies", &[RESET]),
+    ("foreign-events", &[]),
+    ("long-event", &["nonsense: an event that is too long"]),
+    ("events-after-exit", &[]),
+];
+
+/// The same of those that are waited for: the deadline of what is work, and that of output.
+const SLOW: &[(&str, &[&str])] = &[
+    ("mute", &["did not answer CreatePod in time"]),
+    ("output-after-exit", &["the container has ended, but its output has not"]),
+];
+
+/// One for each kind, those that take their time beside the others.
+fn a_container(scene: &Scene) -> Outcome {
     let _host = configuration()?;
     let before = Leaks::watch();
     let peaks = Peaks::watch();
@@ -154,47 +184,15 @@ fn run_all(scene: &Scene, slow: &[(&str, &[&str])], quick: &[(&str, &[&str])]) -
         // What it has to say without end must not be kept here.
         Running::start(&["sh".into(), "-c".into(), format!("exec {run} >/dev/null").into()], &[])
     };
-    let waiting = slow.iter().map(|(fault, _)| start(fault)).collect::<Outcome<Vec<_>>>()?;
-    for (fault, words) in quick {
+    let waiting = SLOW.iter().map(|(fault, _)| start(fault)).collect::<Outcome<Vec<_>>>()?;
+    for (fault, words) in QUICK {
         check_end(fault, words, &start(fault)?.wait_within(LATEST)?)?;
     }
-    for ((fault, words), run) in slow.iter().zip(waiting) {
+    for ((fault, words), run) in SLOW.iter().zip(waiting) {
         check_end(fault, words, &run.wait_within(LATEST)?)?;
     }
     peaks.check()?;
     before.check()
-}
-
-fn a_start(scene: &Scene) -> Outcome {
-    let slow: &[(&str, &[&str])] = &[("mute", &["did not answer CreatePod in time"])];
-    let quick: &[(&str, &[&str])] = &[
-        ("none", &[]),
-        ("garbage", &["nonsense: an answer that is too long", "nonsense: an event that is too long"]),
-        ("huge-frame", &["nonsense: an answer that is too long"]),
-        ("wrong-type", &["nonsense: no message of its protocol"]),
-        ("no-message", &["nonsense: no message of its protocol"]),
-        ("many-fields", &["nonsense: an answer that is too long"]),
-        ("hangs-up", &["the agent in the guest is gone"]),
-        ("version", &["the versions differ"]),
-        ("absurd-pid", &["nonsense: the process id of the container"]),
-        ("no-streams", &["cannot connect the container's"]),
-        ("vanishes", &[RESET]),
-        ("wrong-ids", &[]),
-        ("storm", &[]),
-    ];
-    run_all(scene, slow, quick)
-}
-
-fn a_container_that_runs(scene: &Scene) -> Outcome {
-    let slow: &[(&str, &[&str])] = &[("output-after-exit", &["the container has ended, but its output has not"])];
-    let quick: &[(&str, &[&str])] = &[
-        ("absurd-exit", &["nonsense: the exit status of the container"]),
-        ("dies", &[RESET]),
-        ("foreign-events", &[]),
-        ("long-event", &["nonsense: an event that is too long"]),
-        ("events-after-exit", &[]),
-    ];
-    run_all(scene, slow, quick)
 }
 
 /// Ticks of processors that the processes of a container have used, but its machine.
@@ -348,6 +346,11 @@ fn behind_containerd(scene: &Scene) -> Outcome {
         let ended = containerd.call(&["task", question, "lies"])?;
         ensure!(!ended.stderr.contains("panicked at"), "{question}: {:?}", ended.stderr);
     }
+    // It says that it does, and does not: in the end its shadow is killed, while there are others.
+    containerd.call(&["task", "kill", "--signal", "SIGKILL", "starves-for-ever"])?.output()?;
+    // It may have been given up before.
+    let killed = containerd.call(&["task", "kill", "--signal", "SIGKILL", "lies"])?;
+    ensure!(killed.status == 0 || killed.stderr.contains("process already finished"), "{:?}", killed.stderr);
     run("absurd-exit")?.output()?;
     stopped(&containerd, "absurd-exit")?;
     // The agent gone is the machine gone.
@@ -358,11 +361,6 @@ fn behind_containerd(scene: &Scene) -> Outcome {
         ensure!(deleted.stderr.contains("non-zero exit code"), "exit status: {:?}", deleted.stderr);
         containerd.call(&["container", "delete", "dies"])?.output()?;
     }
-    // It says that it does, and does not: in the end its shadow is killed.
-    containerd.call(&["task", "kill", "--signal", "SIGKILL", "starves-for-ever"])?.output()?;
-    // It may have been given up before.
-    let killed = containerd.call(&["task", "kill", "--signal", "SIGKILL", "lies"])?;
-    ensure!(killed.status == 0 || killed.stderr.contains("process already finished"), "{:?}", killed.stderr);
     for fault in ["absurd-exit", "starves-for-ever", "lies"] {
         stopped_within(&containerd, fault, LATEST)?;
         containerd.call(&["task", "delete", fault])?;
@@ -391,6 +389,23 @@ impl Volume {
     }
 }
 
+/// What containerd has kept of a pod that did not start, where it could not take it away in the time that it has for that: kubelet
+/// stops and removes it again and again.
+fn take_away(cri: &Cri, config: &PodSandboxConfig) -> Outcome {
+    let uid = config.metadata.as_ref().map(|metadata| &metadata.uid);
+    let until = Instant::now() + LATEST;
+    loop {
+        let request = ListPodSandboxRequest::default();
+        let mut pods = cri.call(async |mut client| client.list_pod_sandbox(request).await)?.items;
+        pods.retain(|pod| pod.metadata.as_ref().map(|metadata| &metadata.uid) == uid);
+        let Some(pod) = pods.pop() else { return Ok(()) };
+        if let Err(error) = cri.take_down(&Pod { id: pod.id, config: config.clone() }) {
+            ensure!(Instant::now() < until, "what is left of it: {error}");
+            thread::sleep(Duration::from_secs(1));
+        }
+    }
+}
+
 /// Such a pod does not start, or can be removed as any other; kubelet is told so in as many words as it can keep.
 fn behind_kubelet(scene: &Scene) -> Outcome {
     let _host = configuration()?;
@@ -413,43 +428,53 @@ fn behind_kubelet(scene: &Scene) -> Outcome {
         );
         Outcome::Ok(())
     };
-    for (fault, words) in [
-        ("garbage", &["nonsense: an answer that is too long", "nonsense: an event that is too long"][..]),
-        ("hangs-up", &["the agent in the guest is gone"]),
-        ("version", &["the versions differ"]),
-        ("absurd-pid", &["nonsense: the process id of the container"]),
-        ("vanishes", &[RESET]),
-        ("lies", &["cannot configure the network of the virtual machine: no no no "]),
-    ] {
-        let error = cri.run(config(fault)?).err().ok_or_else(|| format!("{fault}: the pod runs"))?;
+    let does_not_start = |fault: &str, words: &[&str]| {
+        let config = config(fault)?;
+        let error = cri.run(config.clone()).err().ok_or_else(|| format!("{fault}: the pod runs"))?;
         check(fault, &error.to_string(), words)?;
+        take_away(&cri, &config).map_err(|error| format!("{fault}: {error}"))?;
         // It is kubelet's, and nothing is in it, as soon as such a guest is given up.
-        let group = Path::new("/sys/fs/cgroup/kubepods").join(format!("pod-{fault}"));
-        let until = Instant::now() + LATEST;
-        while let Err(error) = fs::remove_dir(&group) {
-            ensure!(Instant::now() < until, "{fault}: its group: {error}");
-            thread::sleep(Duration::from_millis(200));
-        }
-    }
-    // One that has started, and ends by itself, or dies.
-    for fault in ["none", "dies"] {
-        let pod = cri.run(config(fault)?).map_err(|error| format!("{fault}: {error}"))?;
-        let until = Instant::now() + DEADLINE;
-        while cri.pod_status(&pod)?.state() != PodSandboxState::SandboxNotready {
-            ensure!(Instant::now() < until, "{fault}: the pod does not end");
-            thread::sleep(Duration::from_millis(100));
-        }
-        cri.remove_pod(&pod)?;
-    }
+        cri::remove_group(fault, LATEST)
+    };
     // One that goes on, and says without end that it has no memory left.
     let pod = cri.run(config("starves-for-ever")?)?;
     let mut main = container("main", PATIENT);
-    *resources(&mut main) = limit;
-    cri.launch(&pod, main)?;
+    *resources(&mut main) = limit.clone();
+    let main = cri.launch(&pod, main)?;
     let stats = PodSandboxStatsRequest { pod_sandbox_id: pod.id.clone() };
     cri.call(async |mut client| client.pod_sandbox_stats(stats).await)?;
     ensure_eq!(cri.pod_status(&pod)?.state(), PodSandboxState::SandboxReady, "state of the pod");
-    cri.remove_pod(&pod)?;
+    thread::scope(|scope| {
+        // What has to be given up is waited for beside the others.
+        let given_up = [
+            scope.spawn(|| {
+                // Its container has to be before its pod has, which is more than one call is for.
+                cri.stop(&main, 0)?;
+                cri.remove_pod(&pod)
+            }),
+            scope.spawn(|| does_not_start("lies", &["cannot configure the network of the virtual machine: no no no "])),
+        ];
+        for (fault, words) in [
+            ("garbage", &["nonsense: an answer that is too long", "nonsense: an event that is too long"][..]),
+            ("hangs-up", &["the agent in the guest is gone"]),
+            ("version", &["the versions differ"]),
+            ("absurd-pid", &["nonsense: the process id of the container"]),
+            ("vanishes", &[RESET]),
+        ] {
+            does_not_start(fault, words)?;
+        }
+        // One that has started, and ends by itself, or dies.
+        for fault in ["none", "dies"] {
+            let pod = cri.run(config(fault)?).map_err(|error| format!("{fault}: {error}"))?;
+            let until = Instant::now() + DEADLINE;
+            while cri.pod_status(&pod)?.state() != PodSandboxState::SandboxNotready {
+                ensure!(Instant::now() < until, "{fault}: the pod does not end");
+                thread::sleep(Duration::from_millis(100));
+            }
+            cri.remove_pod(&pod)?;
+        }
+        given_up.into_iter().try_for_each(|one| one.join().unwrap_or_else(|_| Err("it panicked".into())))
+    })?;
     peaks.check()?;
     cri.end()
 }

@@ -1,7 +1,6 @@
 //! containerd with podhull's own shim, when something goes wrong, and often.
 
 use std::fs;
-use std::time::Duration;
 
 use rustix::process::{Pid, Signal, kill_process};
 
@@ -89,19 +88,7 @@ fn containerd_killed_meanwhile(scene: &Scene) -> Outcome {
 fn killed(scene: &Scene) -> Outcome {
     let before = Leaks::watch();
     let containerd = Containerd::start(scene, Shim::Podhull)?;
-    let mut events = Running::start(&containerd.words(&["events"]), &[])?;
-    // It listens when it has heard of something.
-    let until = std::time::Instant::now() + DEADLINE;
-    let mut heard = String::new();
-    for number in 0.. {
-        ensure!(std::time::Instant::now() < until, "no event");
-        containerd.call(&["namespace", "label", "default", &format!("round={number}")])?.output()?;
-        if let Ok(line) = events.line_within(Duration::from_millis(500)) {
-            heard = line;
-            break;
-        }
-    }
-    ensure!(heard.contains("/namespaces/update"), "first event {heard:?}");
+    let mut events = containerd.events("default")?;
     for number in 0..scene.repeat.min(50) {
         let id = format!("c{number}");
         // What its client makes for streams, nobody but its client removes.
