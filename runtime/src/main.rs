@@ -15,6 +15,7 @@ mod config;
 mod confine;
 mod descriptors;
 mod handover;
+mod inotify;
 mod inspect;
 mod log;
 mod machine;

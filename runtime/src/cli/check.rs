@@ -33,7 +33,6 @@ impl Arguments {
             landlock(),
             privilege(),
             memory(),
-            inotify(),
         ]);
         let able = findings.iter().all(|finding| finding.result.is_ok());
         let mut text = findings.iter().map(line).collect::<String>();
@@ -173,21 +172,6 @@ fn memory() -> Finding {
         false => Err(missing(format!("{} MiB", bytes >> 20), "a pod needs some 256 MiB, and the host its own")),
     };
     Finding { subject: "memory", result }
-}
-
-/// Each container with a volume that kubelet writes anew takes one of root's, which root's other programs share.
-fn inotify() -> Finding {
-    const FOR_MANY: u32 = 1024;
-    let path = "/proc/sys/fs/inotify/max_user_instances";
-    let result = Ok(match std::fs::read_to_string(path).ok().and_then(|text| text.trim().parse::<u32>().ok()) {
-        Some(count) if count >= FOR_MANY => format!("{count} instances for each user"),
-        Some(count) => format!(
-            "{count} instances for each user: each Kubernetes container takes one of root's; a node needs some {FOR_MANY} \
-             (sysctl fs.inotify.max_user_instances)"
-        ),
-        None => "none: fine, programs are not told when their volumes change".to_owned(),
-    });
-    Finding { subject: "inotify", result }
 }
 
 #[cfg(test)]

@@ -10,7 +10,7 @@ use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
 use podhull_protocol::{MAX_VOLUMES, Volume};
-use rustix::fs::inotify::{self, CreateFlags, ReadFlags, WatchFlags};
+use rustix::fs::inotify::{self, ReadFlags, WatchFlags};
 use rustix::io::Errno;
 use tokio::io::unix::AsyncFd;
 
@@ -72,7 +72,7 @@ impl Volumes {
     fn add(&mut self, source: BorrowedFd<'_>) -> Result<i32, Errno> {
         let inotify = match &mut self.inotify {
             Some(inotify) => inotify,
-            none => none.insert(inotify::init(CreateFlags::CLOEXEC | CreateFlags::NONBLOCK)?),
+            none => none.insert(crate::inotify::instance()?),
         };
         let path = format!("/proc/self/fd/{}", source.as_raw_fd());
         inotify::add_watch(inotify, path, WatchFlags::MOVED_TO | WatchFlags::ONLYDIR)

@@ -173,7 +173,7 @@ struct Watch(AsyncFd<std::os::fd::OwnedFd>);
 
 impl Watch {
     fn new(directory: &Path) -> io::Result<Self> {
-        let fd = inotify::init(inotify::CreateFlags::NONBLOCK | inotify::CreateFlags::CLOEXEC)?;
+        let fd = crate::inotify::instance()?;
         // A socket is there before anybody listens at it; containerd changes its mode after that.
         let made = inotify::WatchFlags::CREATE | inotify::WatchFlags::MOVED_TO | inotify::WatchFlags::ATTRIB;
         inotify::add_watch(&fd, directory, made)?;

@@ -3,11 +3,14 @@
 use std::collections::BTreeSet;
 use std::ffi::{CString, OsString};
 use std::fs::{self, File};
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::{PermissionsExt, chown, symlink};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant, SystemTime};
 
 use k8s_cri::v1::{ImageSpec, Mount};
+use rustix::fs::inotify;
+use rustix::io::Errno;
 use rustix::mount::{MountFlags, UnmountFlags, mount, mount_bind, unmount};
 
 use super::oci;
@@ -235,6 +238,18 @@ const TOLD: &str = "/etc/settings made ..2
 /etc/settings removed ..1
 ";
 
+/// All that root may have of the kernel's instances of inotify, so that nobody else gets one in its name.
+fn all_of_roots() -> Outcome<Vec<OwnedFd>> {
+    let mut all = Vec::new();
+    loop {
+        match inotify::init(inotify::CreateFlags::CLOEXEC) {
+            Ok(instance) => all.push(instance),
+            Err(Errno::MFILE) => return Ok(all),
+            Err(errno) => return Err(errno.into()),
+        }
+    }
+}
+
 /// Nobody on this host can watch more than they do, until this ends.
 struct Unwatched(String);
 
@@ -322,6 +337,8 @@ fn updated_meanwhile(scene: &Scene) -> Outcome {
     write_atomically(&token.0, "1", plain, &[("token", "old"), ("namespace", "default")])?;
     write_atomically(&pod_info.0, "1", plain, &[("labels", "a=\"b\"")])?;
     let pod = cri.run(cri.pod_config("updated")?)?;
+    // A node's root has none left to give.
+    let instances = all_of_roots()?;
     cri.import(&image::of_debian(scene)?)?;
     let mounts = vec![
         volume(&config_map, "/etc/settings", true),
@@ -409,6 +426,7 @@ fn updated_meanwhile(scene: &Scene) -> Outcome {
     }
 
     // Where no more can be watched they are seen all the same.
+    drop(instances);
     let unwatched = Unwatched::begin()?;
     let second = cri.launch(&pod, with_python("second", PATIENT, vec![volume(&config_map, "/etc/settings", true)]))?;
     drop(unwatched);
