@@ -2,7 +2,8 @@
 //!
 //! A container has one at its `cgroupsPath`, as with any runtime. In it are its shadow and those of the programs executed in
 //! it, and its limits are written there, where callers read them (`docker stats`, cAdvisor). What is limited by them is in the
-//! guest; a limit on the host that stops the shadow, such as one process at most, stops nothing else.
+//! guest; a limit on the host that stops the shadow, such as one process at most, stops nothing else. In a pod of Kubernetes the group's
+//! name has `podhull_` before the container's id, so that kubelet does not take what the shadow uses for what the container uses.
 //!
 //! The process of the pod's machine is in a group of its own beside the container's, `podhull_vm-<pid>`. Of the limits of the
 //! container that it was made for, those about shares and parts of the host bind it too: weights, sets of CPUs and of memory

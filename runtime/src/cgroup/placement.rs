@@ -8,6 +8,7 @@ use rustix::fs::statfs;
 use super::group::{Cgroup, MOUNT_POINT, Place};
 use super::properties::{self, Property};
 use super::{CgroupError, systemd};
+use crate::config;
 use crate::spec::Config;
 use crate::state::Process;
 
@@ -16,6 +17,9 @@ const CGROUP2_SUPER_MAGIC: i64 = 0x6367_7270;
 
 /// What the names of machines' groups begin with.
 const MACHINE: &str = "podhull_vm-";
+
+/// What the ids of containers in Kubernetes pods have before them in the names of their groups.
+const SHADOW: &str = "podhull_";
 
 /// Prefix of the scopes of containers that name none.
 const PREFIX: &str = "podhull";
@@ -50,6 +54,8 @@ impl Placement {
     pub fn new(manager: Manager, config: &Config, id: &str) -> Result<Option<Self>, CgroupError> {
         let linux = config.spec().linux().as_ref();
         let path = linux.and_then(|linux| linux.cgroups_path().as_deref()).unwrap_or(Path::new(""));
+        let of_pod = config.spec().annotations().as_ref().is_some_and(config::is_of_pod);
+        let path = &if of_pod { named_apart(path) } else { path.into() };
         let limits = config.limits().clone();
         if !is_v2() {
             let limited = settings(&limits, weight_on_a_line, |_| None).map_or(true, |settings| !settings.is_empty());
@@ -134,6 +140,22 @@ fn is_v2() -> bool {
     statfs(MOUNT_POINT).is_ok_and(|fs| fs.f_type == CGROUP2_SUPER_MAGIC)
 }
 
+/// The path with what follows the last separator in its name under another name.
+///
+/// In the group are shadows, which use next to nothing: kubelet would take that for what the container uses, in place of what CRI
+/// tells it, wherever cAdvisor finds a group whose name is the container's id (`extractIDFromCgroupPath`: what is behind the last
+/// dash of a scope's name, or else the whole name). cAdvisor itself searches for an id anywhere in the name, so that the container
+/// is there all the same, with its limits.
+fn named_apart(path: &Path) -> PathBuf {
+    match path.to_str() {
+        None | Some("") => path.into(),
+        Some(text) => {
+            let (before, id) = text.split_at(text.rfind(['/', ':', '-']).map_or(0, |at| at + 1));
+            format!("{before}{SHADOW}{id}").into()
+        }
+    }
+}
+
 /// The path of our own group.
 fn own_path() -> Result<String, CgroupError> {
     let file = PathBuf::from("/proc/self/cgroup");
@@ -210,6 +232,15 @@ mod tests {
             assert_eq!(at(nothing, "/").unwrap(), "/id");
         }
         assert!(at("", "/../x").unwrap_err().contains("\"/../x\""));
+    }
+
+    #[test]
+    fn groups_of_pods_containers_are_not_named_by_their_ids_alone() {
+        let apart = |path: &str| named_apart(Path::new(path)).to_str().unwrap().to_owned();
+        assert_eq!(apart("/kubepods/pod1-2/ab12"), "/kubepods/pod1-2/podhull_ab12");
+        assert_eq!(apart("/kubepods/pod1-2/crio-ab12"), "/kubepods/pod1-2/crio-podhull_ab12");
+        assert_eq!(apart("kubepods-pod1.slice:cri-containerd:ab12"), "kubepods-pod1.slice:cri-containerd:podhull_ab12");
+        assert_eq!((apart("ab12"), apart("")), ("podhull_ab12".into(), String::new()));
     }
 
     #[test]

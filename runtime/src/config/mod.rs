@@ -26,7 +26,7 @@ use crate::pod::{IMAGE, KERNEL, LIBRARY, Sizing, host_cpus, host_memory, library
 pub use annotations::{PREFIX, check_member};
 pub use kata::PREFIX as KATA_PREFIX;
 pub use keys::{KEYS, Key};
-pub use sandbox::{is_of_cri_o, is_sandbox};
+pub use sandbox::{is_of_cri_o, is_of_pod, is_sandbox};
 pub use source::Source;
 use value::Value;
 

@@ -39,6 +39,11 @@ pub fn is_sandbox(annotations: &Annotations) -> bool {
     TYPES.iter().find_map(|name| annotations.get(*name)).is_some_and(|kind| kind == "sandbox")
 }
 
+/// Whether a container is one of a pod's that CRI made, beside its sandbox.
+pub fn is_of_pod(annotations: &Annotations) -> bool {
+    TYPES.iter().find_map(|name| annotations.get(*name)).is_some_and(|kind| kind == "container")
+}
+
 /// How much the containers of a pod will ask for together, as far as somebody says.
 pub fn expected(annotations: &Annotations) -> Result<Option<Demand>, ConfigError> {
     let wrong = |name: &str, problem: String| ConfigError::Annotation { name: name.into(), problem };
@@ -99,6 +104,8 @@ mod tests {
         for name in TYPES {
             assert!(is_sandbox(&annotations(&[(name, "sandbox")])));
             assert!(!is_sandbox(&annotations(&[(name, "container")])));
+            assert!(is_of_pod(&annotations(&[(name, "container")])));
+            assert!(!is_of_pod(&annotations(&[(name, "sandbox")])));
         }
     }
 

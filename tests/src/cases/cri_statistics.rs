@@ -165,8 +165,9 @@ fn of_a_pod(scene: &Scene) -> Outcome {
     ensure!(listed.attributes.as_ref().is_some_and(|of| of.id == pod.id), "another pod: {listed:?}");
     ensure!(of(listed.linux.as_ref().ok_or("no statistics in the list")?)?.0 >= after.0, "less is listed: {listed:?}");
 
-    // cAdvisor takes the last part of a group's path for the id of its container, and asks containerd for that.
-    let own = group.join(&id);
+    // cAdvisor finds the id anywhere in the group's name, and asks containerd for that; kubelet takes what it finds there for the
+    // container's only where the id is all of the name.
+    let own = group.join(if scene.runtime.is_virtual() { format!("podhull_{id}") } else { id.clone() });
     let processes =
         fs::read_to_string(own.join("cgroup.procs")).map_err(|error| format!("{}: {error}", own.display()))?;
     let process = cri.process(&id)?.to_string();

@@ -151,17 +151,6 @@ fn left() -> Outcome<Vec<String>> {
     Ok(left)
 }
 
-/// The paths of all values of a document, those of a list's elements as one.
-pub fn keys(document: &Value, path: &str, found: &mut Vec<String>) {
-    match document {
-        Value::Object(fields) => fields.iter().for_each(|(key, value)| keys(value, &format!("{path}.{key}"), found)),
-        Value::Array(values) => values.iter().for_each(|value| keys(value, &format!("{path}[]"), found)),
-        _ => found.push(path.to_owned()),
-    }
-    found.sort();
-    found.dedup();
-}
-
 /// Fails unless a text has these parts.
 pub fn has(text: &str, parts: &[&str]) -> Outcome {
     for part in parts {
