@@ -121,7 +121,7 @@ fn capabilities(kvm: &Kvm) -> Finding {
     } else {
         Err(Missing {
             found: format!("lacks {}", missing.join(", ")),
-            remedy: "use a newer kernel (5.10 or later)".into(),
+            remedy: "use a newer kernel (5.12 or later)".into(),
         })
     };
     Finding { subject: "KVM capabilities", result }

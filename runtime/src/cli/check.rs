@@ -1,5 +1,7 @@
 //! `podhull check`: can this host run pods, and if not, why not.
 
+mod network;
+
 use std::fs::File;
 use std::io::{self, Write};
 use std::path::Path;
@@ -31,9 +33,9 @@ impl Arguments {
             system_calls(),
             seccomp(),
             landlock(),
-            privilege(),
-            memory(),
         ]);
+        findings.extend(network::findings());
+        findings.extend([privilege(), memory()]);
         let able = findings.iter().all(|finding| finding.result.is_ok());
         let mut text = findings.iter().map(line).collect::<String>();
         text += if able { "pods can run on this host\n" } else { "pods cannot run on this host\n" };

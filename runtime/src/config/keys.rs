@@ -127,17 +127,18 @@ pub const KEYS: &[Line] = &[
         key: Key::Kernel,
         name: "machine.kernel",
         kind: Kind::Path,
-        unset: "`vmlinux` in `$PODHULL_LIBDIR`, else installed",
+        unset: "`vmlinux` as installed",
         annotation: ByAnnotation::IfAllowed,
-        what: "The guest kernel: an ELF file with podhull's configuration",
+        what: "The guest kernel: an ELF file with podhull's configuration. If `$PODHULL_LIBDIR` is set, the one in that directory is \
+               taken instead of what files say",
     },
     Line {
         key: Key::Image,
         name: "machine.image",
         kind: Kind::Path,
-        unset: "`guest.img`, likewise",
+        unset: "`guest.img` as installed",
         annotation: ByAnnotation::IfAllowed,
-        what: "The guest image: an EROFS file with podhull's agent",
+        what: "The guest image: an EROFS file with podhull's agent. `$PODHULL_LIBDIR`: likewise",
     },
     Line {
         key: Key::KernelParams,

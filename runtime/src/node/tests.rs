@@ -419,5 +419,8 @@ fn the_files_for_administrators_say_the_same() {
             fs::write(&path, &text).unwrap();
         }
         assert_eq!(fs::read_to_string(&path).unwrap_or_default(), text, "{path} is stale: see its first lines");
+        let page = include_str!("../../../docs/kubernetes.md");
+        let kata = tables(plugin(version), &handlers[..1], None);
+        assert!(page.contains(&format!("```toml\n{kata}```\n")), "docs/kubernetes.md: {kata}");
     }
 }

@@ -89,7 +89,7 @@ impl Volumes {
         if let Some(errno) = self.failure {
             log.warning(&format!(
                 "container {id}: programs are not told when its volumes change: {errno}; \
-                 raise fs.inotify.max_user_instances or max_user_watches (sysctl)"
+                 raise fs.inotify.max_user_watches (sysctl)"
             ));
         }
         let Some(inotify) = self.inotify else { return Ok(()) };

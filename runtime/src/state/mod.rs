@@ -1,13 +1,17 @@
 //! What lies under the state root (`/run/podhull`), and whose it is.
 //!
 //! ```text
-//! <root>/<id>/state.json       the container; see [`State`]
-//! <root>/<id>/groups.json      its control groups once more, for who cannot read that
-//! <root>/<id>/lock             locked by the command that changes what the container does
-//! <root>/pods/<id>/vsock.sock  the way into the guest
-//! <root>/pods/<id>/lock        locked by the command that changes the size of the machine
-//! <root>/pods/<id>/mounts      locked by who changes the mounts of the machine
-//! <root>/@<random>/            a container's directory in the making
+//! <root>/<id>/state.json         the container; see [`State`]
+//! <root>/<id>/groups.json        its control groups once more, for who cannot read that
+//! <root>/<id>/lock               locked by the command that changes what the container does
+//! <root>/<id>/notify.sock        on which its program says that it is ready
+//! <root>/pods/<id>/vsock.sock    the way into the guest
+//! <root>/pods/<id>/control.sock  the way to the machine's process
+//! <root>/pods/<id>/metrics.sock  where a shim tells Prometheus of its pod
+//! <root>/pods/<id>/calls         how long calls of the agent took
+//! <root>/pods/<id>/lock          locked by the command that changes the size of the machine
+//! <root>/pods/<id>/mounts        locked by who changes the mounts of the machine
+//! <root>/@<random>/              a container's directory in the making
 //! ```
 //!
 //! A container's directory is locked (`flock`) by its shadow, or by the `podhull run` that runs it, for as long as that

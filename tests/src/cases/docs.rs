@@ -1,5 +1,7 @@
 //! What the documentation tells people to type does what it says.
 
+use std::fs;
+
 use super::config::Configuration;
 use super::containerd::stopped;
 use super::podhull;
@@ -74,7 +76,20 @@ fn podman_page(scene: &Scene) -> Outcome {
     // The same Podman, with the storage of this test.
     let own = podman.shell_words();
     type_all(page, |line| line.replace("podman --runtime /usr/bin/podhull", &own))?;
+    by_default(scene, page, &podman)?;
     podman::check(&before)
+}
+
+/// The runtime that the page's configuration makes the default.
+fn by_default(scene: &Scene, page: &str, podman: &Podman<'_>) -> Outcome {
+    let file = scene.directory.join("containers.conf");
+    fs::write(&file, blocks(page, "toml").concat())?;
+    let mut words = podman.words(&["run", "--rm", IMAGE, "uname", "-r"]);
+    let named = words.iter().position(|word| word == "--runtime").ok_or("no --runtime to leave out")?;
+    words.drain(named..named + 2);
+    let said = Running::start(&words, &[("CONTAINERS_CONF", file.into())])?.wait()?.output()?;
+    ensure!(said.contains("podhull"), "kernel of a container by default: {said:?}");
+    Ok(())
 }
 
 fn docker_page(scene: &Scene) -> Outcome {
