@@ -5,6 +5,7 @@ use std::fs;
 use super::config::Configuration;
 use super::containerd::stopped;
 use super::podhull;
+use crate::bundle::make_busybox_root;
 use crate::container::Container;
 use crate::containerd::{self, Containerd, Shim};
 use crate::docker::{self, Docker};
@@ -13,9 +14,11 @@ use crate::netns::Netns;
 use crate::podman::{self, Podman};
 use crate::run::Running;
 use crate::suite::{Case, Scene};
+use crate::terminal::Tmux;
 use crate::{Outcome, ensure, ensure_eq, image};
 
 pub const CASES: &[Case] = &[
+    podhull("docs::readme", readme),
     podhull("docs::podman", podman_page),
     podhull("docs::docker", docker_page),
     podhull("docs::containerd", containerd_page),
@@ -66,6 +69,28 @@ fn type_each(
 
 /// What the pages load from a registry: there is none here, and of a Debian they need no more than busybox has.
 const IMAGE: &str = "docker.io/library/debian:latest";
+
+/// What README says of use, in a terminal, as who types it has one, and a container with the specification it begins with wants.
+fn readme(scene: &Scene) -> Outcome {
+    let page = include_str!("../../../README.md");
+    let block =
+        page.split("## Use\n").nth(1).and_then(|rest| rest.split("```\n").nth(1)).ok_or("no commands on the page")?;
+    let commands = block.lines().filter_map(|line| line.strip_prefix("podhull ")?.split('#').next());
+    let program = scene.runtime.program().display().to_string();
+    let typed: Vec<_> = commands.map(|words| format!("{program} {}", words.trim())).collect();
+    let [check, spec, run] = &typed[..] else { return Err(format!("commands on the page: {typed:?}").into()) };
+    let before = Leaks::watch();
+    let directory = scene.make_directory("mybundle")?;
+    make_busybox_root(&directory.join("rootfs"))?;
+    let tmux = Tmux::start(&scene.directory, 100, 30)?;
+    tmux.type_line(&format!("cd {}; {check} >/dev/null; {spec}; clear; {run}; echo status $?", directory.display()))?;
+    // The home of its user is the root.
+    tmux.expect("~ # ")?;
+    tmux.type_line("uname -r | grep -o podhull; exit 3")?;
+    tmux.expect("podhull\nstatus 3\n")?;
+    drop(tmux);
+    before.check()
+}
 
 fn podman_page(scene: &Scene) -> Outcome {
     let page = include_str!("../../../docs/podman.md");
