@@ -22,6 +22,7 @@ pub const CASES: &[Case] = &[
     podhull("isolation::the_host_sees_only_podhull", the_host_sees_only_podhull),
     podhull("isolation::the_machine_is_confined", the_machine_is_confined),
     podhull("isolation::what_stands_for_a_container_is_confined", what_stands_for_a_container_is_confined),
+    podhull("isolation::it_is_confined_before_the_guest_is_heard", it_is_confined_before_the_guest_is_heard),
 ];
 
 fn the_kernel_is_the_guest_s(scene: &Scene) -> Outcome {
@@ -92,6 +93,32 @@ fn what_stands_for_a_container_is_confined(scene: &Scene) -> Outcome {
     waitpid(executed, WaitOptions::empty())?;
     ensure_eq!(container.wait()?, 137, "exit status");
     container.delete()
+}
+
+/// What a shadow keeps until it has attached what belongs into the container's root, and has in effect only then:
+/// DAC_READ_SEARCH, SYS_ADMIN.
+const MOUNTING: u64 = 1 << 2 | 1 << 21;
+
+/// Neither the machine nor the container in it is there when hooks are run.
+fn it_is_confined_before_the_guest_is_heard(scene: &Scene) -> Outcome {
+    let seen = scene.directory.join("seen");
+    let look =
+        format!(r#"pid=$(grep -o '"pid":[0-9]*' | cut -d : -f 2); cat /proc/$pid/task/*/status > {}"#, seen.display());
+    let hook = json!([{ "path": "/bin/sh", "args": ["sh", "-c", look] }]);
+    let bundle = scene.debian()?.set("/hooks", json!({ "createRuntime": hook }));
+    scene.run(&bundle.args(&["true"]))?.output()?;
+    let seen = fs::read_to_string(seen)?;
+    let fields: Vec<_> = seen.lines().filter_map(|line| line.split_once(":\t")).collect();
+    let of =
+        |name: &str| fields.iter().filter(|(field, _)| *field == name).map(|(_, value)| *value).collect::<Vec<_>>();
+    ensure!(!of("Pid").is_empty(), "the hook has seen no thread: {seen}");
+    let (none, kept) = (format!("{:016x}", 0), format!("{MOUNTING:016x}"));
+    for (field, value) in
+        [("Seccomp", "2"), ("NoNewPrivs", "1"), ("CapEff", &none), ("CapPrm", &kept), ("CapInh", &none)]
+    {
+        ensure!(of(field).iter().all(|found| *found == value), "{field} is not {value} of all threads: {seen}");
+    }
+    Ok(())
 }
 
 /// Capabilities of the threads that serve files: CHOWN, DAC_OVERRIDE, FOWNER, FSETID, SETGID, SETUID, MKNOD, SETFCAP.
