@@ -1,7 +1,9 @@
 //! What the host sees of a container, and the container of the host.
 
 use std::collections::HashMap;
-use std::fs;
+use std::fs::{self, Permissions};
+use std::os::unix::fs::{PermissionsExt as _, chown};
+use std::path::Path;
 use std::process::{Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -10,7 +12,7 @@ use rustix::process::{Pid, WaitOptions, waitpid};
 use serde_json::json;
 
 use super::crashes::machine;
-use super::podhull;
+use super::{oci, podhull};
 use crate::container::Container;
 use crate::leaks::Leaks;
 use crate::processes;
@@ -20,6 +22,7 @@ use crate::{Outcome, ensure, ensure_eq};
 pub const CASES: &[Case] = &[
     podhull("isolation::the_kernel_is_the_guest_s", the_kernel_is_the_guest_s),
     podhull("isolation::the_host_sees_only_podhull", the_host_sees_only_podhull),
+    oci("isolation::files_are_behind_the_pid", files_are_behind_the_pid),
     podhull("isolation::the_machine_is_confined", the_machine_is_confined),
     podhull("isolation::what_stands_for_a_container_is_confined", what_stands_for_a_container_is_confined),
     podhull("isolation::it_is_confined_before_the_guest_is_heard", it_is_confined_before_the_guest_is_heard),
@@ -64,6 +67,23 @@ fn the_host_sees_only_podhull(scene: &Scene) -> Outcome {
     run.send(b"end\n")?;
     run.wait()?.expect_status(0)?;
     Ok(())
+}
+
+/// Where callers look for a container's files, those too that are mounted in a directory that is its owner's alone.
+fn files_are_behind_the_pid(scene: &Scene) -> Outcome {
+    let (outer, inner) = (scene.make_directory("outer")?, scene.make_directory("inner")?);
+    fs::create_dir(outer.join("below"))?;
+    chown(&outer, Some(1000), Some(1000))?;
+    fs::set_permissions(&outer, Permissions::from_mode(0o700))?;
+    fs::write(inner.join("word"), "of the host\n")?;
+    let bundle = scene.debian()?.bind(&outer, "/mnt", &["rbind"]).bind(&inner, "/mnt/below", &["rbind"]);
+    let container = Container::make(scene, &bundle.sh("echo ready; sleep 1000"), &["run", "-d"])?;
+    container.expect_output("ready")?;
+    let root = format!("/proc/{}/root", container.pid.as_raw_nonzero());
+    ensure_eq!(fs::read_to_string(Path::new(&root).join("mnt/below/word"))?, "of the host\n", "file behind the pid");
+    container.call(&["kill", &container.id, "KILL"])?.output()?;
+    ensure_eq!(container.wait()?, 137, "exit status");
+    container.delete()
 }
 
 /// The shadow of a container, and that of a program executed in it.
