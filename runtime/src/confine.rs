@@ -4,29 +4,63 @@
 //! A call that is not on the list fails as if the kernel did not have it (`ENOSYS`; `clone3`, whose arguments a filter cannot see, is
 //! then made as `clone` by the C library): no program and no process is started, nothing mounted, traced, or loaded
 //! into the kernel, no namespace made or entered, and no memory made executable.
+//!
+//! A container's shadow has one thing left to do as root, which is to attach mounts where the guest has made places for them: what
+//! that takes it gives up when the container is made, and until then no thread has it in effect but for that moment.
 
 use std::collections::BTreeMap;
 use std::io;
 
-use rustix::thread::{CapabilitySet, CapabilitySets};
+use rustix::thread::{CapabilitySet, CapabilitySets, capabilities, set_capabilities, set_no_new_privs};
 use seccompiler::{
-    BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter, SeccompRule,
+    BackendError, BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter,
+    SeccompRule,
 };
 
 /// Gives up what this thread could do as root, for good. What it has open stays open.
 pub fn drop_privileges() -> io::Result<()> {
-    rustix::thread::set_no_new_privs(true)?;
-    let none = CapabilitySet::empty();
-    rustix::thread::set_capabilities(None, CapabilitySets { effective: none, permitted: none, inheritable: none })?;
-    Ok(())
+    set_no_new_privs(true)?;
+    Ok(have(CapabilitySet::empty(), CapabilitySet::empty())?)
 }
 
 /// The same, and for all threads of this process, those to come too, the system calls that they have no use for.
 pub fn confine() -> io::Result<()> {
     drop_privileges()?;
-    let program = filter().map_err(io::Error::other)?;
-    seccompiler::apply_filter_all_threads(&program).map_err(io::Error::other)
+    install(allow_beside(&[]))
 }
+
+/// The same but for what [`mount_and_confine`] takes, which no thread has in effect.
+pub fn confine_but_for_mounting() -> io::Result<()> {
+    set_no_new_privs(true)?;
+    // A host may give root less than all.
+    have(CapabilitySet::empty(), capabilities(None)?.permitted & MOUNTING)?;
+    install(allow_beside(UNTIL_MOUNTED))
+}
+
+/// Calls `mount` with the capabilities that attaching a mount takes, and gives up what was left after
+/// [`confine_but_for_mounting`].
+pub fn mount_and_confine(mount: impl FnOnce()) -> io::Result<()> {
+    let permitted = capabilities(None)?.permitted;
+    have(permitted, permitted)?;
+    mount();
+    drop_privileges()?;
+    // Beside the first filter, which stays: of two the stricter decides.
+    install(refuse(UNTIL_MOUNTED))
+}
+
+fn have(effective: CapabilitySet, permitted: CapabilitySet) -> rustix::io::Result<()> {
+    set_capabilities(None, CapabilitySets { effective, permitted, inheritable: CapabilitySet::empty() })
+}
+
+fn install(filter: Result<BpfProgram, BackendError>) -> io::Result<()> {
+    seccompiler::apply_filter_all_threads(&filter.map_err(io::Error::other)?).map_err(io::Error::other)
+}
+
+/// To attach a mount, and to find its place in directories that are their owner's alone.
+const MOUNTING: CapabilitySet = CapabilitySet::SYS_ADMIN.union(CapabilitySet::DAC_READ_SEARCH);
+
+/// To attach a mount, and to give that up.
+const UNTIL_MOUNTED: &[i64] = &[libc::SYS_move_mount, libc::SYS_seccomp];
 
 /// Bytes, descriptors, waiting.
 const STREAMS: &[i64] = &[
@@ -157,15 +191,16 @@ const IOCTL: &[u64] = &[
     0x402c_542d,
 ];
 
-fn filter() -> Result<BpfProgram, seccompiler::BackendError> {
+/// What is on the lists, and a few more.
+fn allow_beside(more: &[i64]) -> Result<BpfProgram, BackendError> {
     let mut rules: BTreeMap<i64, Vec<SeccompRule>> = BTreeMap::new();
-    for call in [STREAMS, FILES, LIFE, IDENTITY].into_iter().flatten() {
+    for call in [STREAMS, FILES, LIFE, IDENTITY, more].into_iter().flatten() {
         rules.insert(*call, Vec::new());
     }
     let mut when = |call: i64, argument: u8, test: SeccompCmpOp, value: u64| {
         let condition = SeccompCondition::new(argument, SeccompCmpArgLen::Dword, test, value)?;
         rules.entry(call).or_default().push(SeccompRule::new(vec![condition])?);
-        Ok::<_, seccompiler::BackendError>(())
+        Ok::<_, BackendError>(())
     };
     for call in [libc::SYS_mmap, libc::SYS_mprotect] {
         when(call, 2, SeccompCmpOp::MaskedEq(libc::PROT_EXEC as u64), 0)?;
@@ -184,6 +219,21 @@ fn filter() -> Result<BpfProgram, seccompiler::BackendError> {
     for request in IOCTL {
         when(libc::SYS_ioctl, 1, SeccompCmpOp::Eq, *request)?;
     }
-    let (others, listed) = (SeccompAction::Errno(libc::ENOSYS as u32), SeccompAction::Allow);
+    compile(rules, MISSING, SeccompAction::Allow)
+}
+
+/// All but a few.
+fn refuse(calls: &[i64]) -> Result<BpfProgram, BackendError> {
+    compile(calls.iter().map(|call| (*call, Vec::new())).collect(), SeccompAction::Allow, MISSING)
+}
+
+/// As if the kernel did not have the call.
+const MISSING: SeccompAction = SeccompAction::Errno(libc::ENOSYS as u32);
+
+fn compile(
+    rules: BTreeMap<i64, Vec<SeccompRule>>,
+    others: SeccompAction,
+    listed: SeccompAction,
+) -> Result<BpfProgram, BackendError> {
     SeccompFilter::new(rules, others, listed, std::env::consts::ARCH.try_into()?)?.try_into()
 }

@@ -21,6 +21,7 @@ use rustix::thread::{LinkNameSpaceType, ThreadNameSpaceType, UnshareFlags};
 use tokio::io::unix::AsyncFd;
 use tokio::sync::oneshot;
 
+use crate::descriptors::inherit_only;
 #[allow(unused_imports, reason = "for the network, and for updates of a running pod")]
 pub use dial::{CONTROL_SOCKET, Control};
 
@@ -106,14 +107,14 @@ impl Process {
                 .map_err(spawn)?;
         let (stderr, their_stderr) =
             rustix::pipe::pipe_with(PipeFlags::CLOEXEC | PipeFlags::NONBLOCK).map_err(spawn)?;
-        let fd = theirs.as_raw_fd();
         let mut command = Command::new("/proc/self/exe");
         command.arg0("podhull").arg("vmm").env_clear();
         command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(their_stderr);
-        // SAFETY: between fork and exec the closure only makes system calls, and allocates nothing.
+        // SAFETY: between fork and exec it only makes system calls, and allocates nothing.
         unsafe {
-            command.pre_exec(move || inherit_only(fd));
+            command.pre_exec(unblock_signals);
         }
+        inherit_only(&mut command, theirs.as_raw_fd(), CHANNEL_FD);
         let child = spawn_in(PidNamespace::New, || command.spawn()).map_err(MachineError::Spawn)?;
         Ok(Self { child, stderr: Some(File::from(stderr)), channel: Some(ours) })
     }
@@ -221,26 +222,14 @@ pub fn spawn_in(namespace: PidNamespace<'_>, spawn: impl FnOnce() -> io::Result<
     }
 }
 
-/// Leaves our session, puts the channel at its place and makes every other descriptor beyond the standard ones close on exec: the caller of
-/// podhull may have left us some of its own.
-fn inherit_only(channel: i32) -> io::Result<()> {
+/// A machine calls its own threads by a signal, and a mask goes through execve.
+fn unblock_signals() -> io::Result<()> {
     let check = |result: libc::c_int| if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) };
-    // SAFETY: plain system calls on integers, and on a set of signals that the first of them makes.
+    let mut none = std::mem::MaybeUninit::uninit();
+    // SAFETY: the second takes the set of signals that the first makes.
     unsafe {
-        // A session of its own: the keys of our terminal are not for the machine.
-        check(libc::setsid())?;
-        // It calls its own threads by a signal, and a mask goes through execve.
-        let mut none = std::mem::MaybeUninit::uninit();
         check(libc::sigemptyset(none.as_mut_ptr()))?;
-        check(libc::sigprocmask(libc::SIG_SETMASK, none.as_ptr(), std::ptr::null_mut()))?;
-        if channel == CHANNEL_FD {
-            check(libc::fcntl(channel, libc::F_SETFD, 0))?;
-        } else {
-            check(libc::dup2(channel, CHANNEL_FD))?;
-        }
-        // Not closed now: the standard library reports a failed exec through a descriptor of its own.
-        let first = CHANNEL_FD as libc::c_uint + 1;
-        check(libc::syscall(libc::SYS_close_range, first, libc::c_uint::MAX, libc::CLOSE_RANGE_CLOEXEC) as libc::c_int)
+        check(libc::sigprocmask(libc::SIG_SETMASK, none.as_ptr(), std::ptr::null_mut()))
     }
 }
 

@@ -19,13 +19,12 @@ mod rights;
 mod root;
 
 use std::io;
-use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 
 use rustix::io::Errno;
 use rustix::process::{DumpableBehavior, Resource, Rlimit, getrlimit, set_dumpable_behavior, setrlimit};
 
-pub use paths::landlock;
+pub use paths::{Leftover, landlock};
 pub use root::{Jail, remove_tree};
 
 /// A step failed; the process must not go on.
@@ -78,13 +77,13 @@ pub(crate) fn confine_in_test(kind: Kind) -> io::Result<()> {
 }
 
 impl Jail {
-    /// Makes all of this final but the file server's rights. Below the directories `remove` entries can still be removed.
-    pub fn close(self, remove: &[BorrowedFd<'_>]) -> Result<Closed, JailError> {
+    /// Makes all of this final but the file server's rights. The leftovers can still be removed.
+    pub fn close(self, leftovers: &[Leftover]) -> Result<Closed, JailError> {
         // No memory of a guest in core files, and nobody looks into the process but who may look into all of them.
         step("limit of core files", setrlimit(Resource::Core, Rlimit { current: Some(0), maximum: Some(0) }))?;
         step("not dumpable", set_dumpable_behavior(DumpableBehavior::NotDumpable))?;
         rights::keep_those_of_the_file_server()?;
-        paths::only_the_share(remove)?;
+        paths::only_the_share(leftovers)?;
         Ok(Closed { jail: self })
     }
 }
@@ -102,9 +101,9 @@ impl Closed {
     }
 
     /// Gives up what only the file server's threads need; what starts from now on has none of it.
-    pub fn leave_files(self, remove: &[BorrowedFd<'_>]) -> Result<(), JailError> {
+    pub fn leave_files(self, leftovers: &[Leftover]) -> Result<(), JailError> {
         rights::drop_all()?;
-        paths::none(remove)
+        paths::none(leftovers)
     }
 }
 

@@ -5,9 +5,8 @@ mod clients;
 mod devices;
 
 use std::collections::VecDeque;
-use std::ffi::CString;
 use std::fs::File;
-use std::os::fd::{AsFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::fd::{BorrowedFd, FromRawFd, OwnedFd};
 use std::sync::{Arc, Mutex};
 
 use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
@@ -16,7 +15,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use crate::control::{self, ChannelError, Device, End, MachineConfig, Measured, Notice, Request, Resource, SHARE_TAG};
 use crate::fault;
-use crate::jail::{Jail, Kind, raise_descriptor_limit, remove_tree};
+use crate::jail::{Jail, Kind, Leftover, raise_descriptor_limit};
 use crate::machine::{Listeners, Machine, Parts};
 use crate::vcpu::{install_kick_handler, lock};
 use crate::virtio::fs::{Share, ShareConfig};
@@ -81,9 +80,6 @@ struct Process {
     held: Vec<OwnedFd>,
 }
 
-/// What the process was given to remove.
-type Leftovers = Vec<(OwnedFd, String)>;
-
 /// Why the process stops serving.
 enum Stop {
     /// The machine ended.
@@ -109,7 +105,7 @@ pub fn main() -> i32 {
     if let Err(error) = fault::install_handlers(CONTROL_FD) {
         return fail(&channel, &format!("signal handlers: {error}"));
     }
-    let mut leftovers = Leftovers::new();
+    let mut leftovers = Vec::new();
     let started = Process::start(config, fds, &mut leftovers);
     let stop = match started {
         Ok(mut process) => {
@@ -133,10 +129,8 @@ pub fn main() -> i32 {
             1
         }
         Stop::Abandoned => {
-            for (directory, name) in leftovers {
-                if let Ok(name) = CString::new(name) {
-                    let _ = remove_tree(directory.as_fd(), &name);
-                }
+            for leftover in leftovers {
+                let _ = leftover.remove();
             }
             0
         }
@@ -212,7 +206,7 @@ impl Start {
 }
 
 impl Process {
-    fn start(config: MachineConfig, fds: Vec<OwnedFd>, leftovers: &mut Leftovers) -> Result<Self, Line> {
+    fn start(config: MachineConfig, fds: Vec<OwnedFd>, leftovers: &mut Vec<Leftover>) -> Result<Self, Line> {
         let mut config = config;
         let start = Start::sort(std::mem::take(&mut config.resources), fds)?;
         let missing = |what: &str| format!("no {what} was given");
@@ -424,7 +418,7 @@ impl Process {
 fn enter_jail(
     resources: Vec<(Resource, OwnedFd)>,
     shared: bool,
-    leftovers: &mut Leftovers,
+    leftovers: &mut Vec<Leftover>,
 ) -> Result<Option<Share>, Line> {
     raise_descriptor_limit();
     let jail = Jail::enter().map_err(line)?;
@@ -432,12 +426,11 @@ fn enter_jail(
         match resource {
             Resource::Mount { path } => jail.attach(&path, &fd).map_err(line)?,
             Resource::SharedMount { name, user } => jail.attach_shared(&name, &user, &fd).map_err(line)?,
-            Resource::Remove { name } => leftovers.push((fd, name)),
+            Resource::Remove { name } => leftovers.push(Leftover::new(fd, name).map_err(line)?),
             other => return Err(format!("{other:?} was given twice")),
         }
     }
-    let remove: Vec<_> = leftovers.iter().map(|(directory, _)| directory.as_fd()).collect();
-    let jail = jail.close(&remove).map_err(line)?;
+    let jail = jail.close(leftovers).map_err(line)?;
     let share = if shared {
         let proc_self_fd = jail.proc_self_fd().map_err(|e| format!("/proc/self/fd: {e}"))?;
         let share = Share::new(ShareConfig {
@@ -451,7 +444,7 @@ fn enter_jail(
     } else {
         None
     };
-    jail.leave_files(&remove).map_err(line)?;
+    jail.leave_files(leftovers).map_err(line)?;
     Ok(share)
 }
 

@@ -7,9 +7,11 @@ mod generated {
     include!(concat!(env!("OUT_DIR"), "/mod.rs"));
 }
 
+mod capabilities;
 pub mod forward;
 pub mod names;
 
+pub use capabilities::CAPABILITIES;
 pub use generated::agent::*;
 pub use generated::agent_ttrpc::{Agent, AgentClient, create_agent};
 

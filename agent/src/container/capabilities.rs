@@ -1,5 +1,6 @@
 //! The five sets of capabilities (`capabilities(7)`).
 
+use podhull_protocol::CAPABILITIES;
 use rustix::io::Errno;
 
 use super::rootfs::last_errno;
@@ -17,51 +18,6 @@ pub enum CapabilityError {
     #[error("ambient capabilities: {0}")]
     Raise(Errno),
 }
-
-/// In the order of their numbers, from 0 (`linux/capability.h`, Linux 6.12).
-const NAMES: [&str; 41] = [
-    "CAP_CHOWN",
-    "CAP_DAC_OVERRIDE",
-    "CAP_DAC_READ_SEARCH",
-    "CAP_FOWNER",
-    "CAP_FSETID",
-    "CAP_KILL",
-    "CAP_SETGID",
-    "CAP_SETUID",
-    "CAP_SETPCAP",
-    "CAP_LINUX_IMMUTABLE",
-    "CAP_NET_BIND_SERVICE",
-    "CAP_NET_BROADCAST",
-    "CAP_NET_ADMIN",
-    "CAP_NET_RAW",
-    "CAP_IPC_LOCK",
-    "CAP_IPC_OWNER",
-    "CAP_SYS_MODULE",
-    "CAP_SYS_RAWIO",
-    "CAP_SYS_CHROOT",
-    "CAP_SYS_PTRACE",
-    "CAP_SYS_PACCT",
-    "CAP_SYS_ADMIN",
-    "CAP_SYS_BOOT",
-    "CAP_SYS_NICE",
-    "CAP_SYS_RESOURCE",
-    "CAP_SYS_TIME",
-    "CAP_SYS_TTY_CONFIG",
-    "CAP_MKNOD",
-    "CAP_LEASE",
-    "CAP_AUDIT_WRITE",
-    "CAP_AUDIT_CONTROL",
-    "CAP_SETFCAP",
-    "CAP_MAC_OVERRIDE",
-    "CAP_MAC_ADMIN",
-    "CAP_SYSLOG",
-    "CAP_WAKE_ALARM",
-    "CAP_BLOCK_SUSPEND",
-    "CAP_AUDIT_READ",
-    "CAP_PERFMON",
-    "CAP_BPF",
-    "CAP_CHECKPOINT_RESTORE",
-];
 
 /// One bit a capability.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -91,7 +47,7 @@ impl Capabilities {
 
     /// Drops from the bounding set what is not in it; while the process still has CAP_SETPCAP.
     pub fn bound(&self) -> Result<(), CapabilityError> {
-        for (number, name) in NAMES.iter().enumerate() {
+        for (number, name) in CAPABILITIES.iter().enumerate() {
             if self.bounding & 1 << number == 0 {
                 prctl(libc::PR_CAPBSET_DROP, number as u64, 0)
                     .map_err(|source| CapabilityError::Bounding { name, source })?;
@@ -118,7 +74,7 @@ impl Capabilities {
             return Err(CapabilityError::Set(last_errno()));
         }
         prctl(libc::PR_CAP_AMBIENT, libc::PR_CAP_AMBIENT_CLEAR_ALL as u64, 0).map_err(CapabilityError::Raise)?;
-        for number in (0..NAMES.len()).filter(|number| self.ambient & 1 << number != 0) {
+        for number in (0..CAPABILITIES.len()).filter(|number| self.ambient & 1 << number != 0) {
             prctl(libc::PR_CAP_AMBIENT, libc::PR_CAP_AMBIENT_RAISE as u64, number as u64)
                 .map_err(CapabilityError::Raise)?;
         }
@@ -127,7 +83,7 @@ impl Capabilities {
 }
 
 fn bits(set: &'static str, names: &[String]) -> Result<u64, CapabilityError> {
-    names.iter().try_fold(0, |bits, name| match NAMES.iter().position(|known| known == name) {
+    names.iter().try_fold(0, |bits, name| match CAPABILITIES.iter().position(|known| known == name) {
         Some(number) => Ok(bits | 1 << number),
         None => Err(CapabilityError::Unknown { set, name: name.clone() }),
     })

@@ -3,7 +3,7 @@
 use std::io::{IsTerminal as _, Read as _};
 use std::path::{Path, PathBuf};
 
-use podhull_protocol::{DEBUG_DIR, MAX_DEBUG_PROGRAM};
+use podhull_protocol::{CAPABILITIES, DEBUG_DIR, MAX_DEBUG_PROGRAM};
 use serde_json::{Value, json};
 
 use super::{Context, Failure};
@@ -11,7 +11,6 @@ use crate::bundle;
 use crate::config::Config;
 use crate::inspect;
 use crate::pod::{self, ExecError, Inherited};
-use crate::spec::words::CAPABILITIES;
 use crate::state::Known;
 
 /// Execute the shell that the configuration names in a pod's guest, as root, outside of its containers

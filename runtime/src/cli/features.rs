@@ -108,7 +108,7 @@ impl Features {
             mount_options: words::mount_options(),
             linux: Linux {
                 namespaces: &["cgroup", "ipc", "mount", "network", "pid", "time", "user", "uts"],
-                capabilities: &words::CAPABILITIES,
+                capabilities: &podhull_protocol::CAPABILITIES,
                 cgroup: Cgroup { v1: false, v2: true, systemd: true, systemd_user: false, rdma: false },
                 seccomp: Seccomp {
                     enabled: true,

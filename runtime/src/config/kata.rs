@@ -80,7 +80,12 @@ pub const ANNOTATIONS: &[(&str, Fate)] = &[
     ("config.hypervisor.initrd", Refused("the guest image is no initrd: io.podhull.machine.image names one")),
     ("config.hypervisor.firmware", Refused(NO_FIRMWARE)),
     ("config.hypervisor.firmware_volume", Refused(NO_FIRMWARE)),
-    ("config.hypervisor.rootless", Refused("the process of a machine has no capabilities instead of another user")),
+    (
+        "config.hypervisor.rootless",
+        Refused(
+            "the process of a machine is root's, in a jail, and only the threads that serve files have capabilities",
+        ),
+    ),
     ("config.hypervisor.cpu_features", Refused("guests have the CPU features that KVM offers for this host")),
     ("config.hypervisor.machine_type", Ignored(QEMU)),
     ("config.hypervisor.machine_accelerators", Ignored(QEMU)),

@@ -281,7 +281,9 @@ pub fn exec(exec: &Exec<'_>) -> Result<u8, ExecError> {
     signals::block();
     execute(exec, exec.creator.begin()?).map_err(|error| match error {
         // It ended on the way.
-        ExecError::Agent(AgentError::Connect(_) | AgentError::Gone(_)) | ExecError::Stdio(StdioError::Connect(..))
+        ExecError::Agent(AgentError::Connect(_) | AgentError::Gone(_))
+        | ExecError::Stdio(StdioError::Connect(..))
+        | ExecError::View(_)
             if exec.known.status() == Status::Stopped =>
         {
             ExecError::NotRunning(exec.known.state.id.clone())
@@ -331,7 +333,6 @@ fn execute(exec: &Exec<'_>, given: Given) -> Result<u8, ExecError> {
         }
         _ => None,
     };
-    let agent = crate::stdio::dial(pod.as_fd(), podhull_protocol::AGENT_PORT).map_err(AgentError::Connect)?;
     let container = container.ok_or_else(|| ExecError::NotRunning(id.into()))?;
     view::join(container.as_fd())?;
     drop(container);
@@ -339,6 +340,7 @@ fn execute(exec: &Exec<'_>, given: Given) -> Result<u8, ExecError> {
         files.leave();
     }
     confine().map_err(ExecError::Privileges)?;
+    let agent = crate::stdio::dial(pod.as_fd(), podhull_protocol::AGENT_PORT).map_err(AgentError::Connect)?;
     let runtime =
         tokio::runtime::Builder::new_current_thread().enable_io().enable_time().build().map_err(ExecError::Signals)?;
     let outcome = runtime.block_on(async {

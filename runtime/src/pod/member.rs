@@ -16,6 +16,7 @@ use super::timeline::{Phase, Timeline};
 use super::view::{View, namespaces};
 use super::{descriptors, disks, mounts, rest};
 use crate::agent::{self, Agent, AgentError};
+use crate::confine::confine_but_for_mounting;
 use crate::machine::Control;
 use crate::signals::{self, Signals};
 use crate::state;
@@ -41,7 +42,6 @@ pub fn run(run: &Run<'_>, given: Given, mut timeline: Timeline) -> Result<u8, Ru
     let stdio = Stdio::new(bundle.config.terminal(), run.console_socket, console_size, terminal)?;
     let stdio = stdio.in_foreground(begin.foreground).leased()?.and(descriptors.streams);
     let sockets = state::open_pod(run.root, &pod.pod)?;
-    let agent = crate::stdio::dial(sockets.as_fd(), podhull_protocol::AGENT_PORT).map_err(AgentError::Connect)?;
 
     let mut mounts = mounts::prepare(run.id, &mut bundle)?;
     mounts.add_files(descriptors.files)?;
@@ -85,6 +85,8 @@ pub fn run(run: &Run<'_>, given: Given, mut timeline: Timeline) -> Result<u8, Ru
     // No path of the host from here on.
     made.entered = Some(view.enter()?);
     made.sockets = Sockets::start(mounts.sockets, sockets.as_fd()).map_err(RunError::Sockets)?;
+    confine_but_for_mounting().map_err(RunError::Privileges)?;
+    let agent = crate::stdio::dial(sockets.as_fd(), podhull_protocol::AGENT_PORT).map_err(AgentError::Connect)?;
     let connections = made.connections();
     run.creator.tell(&News::Entered)?;
 

@@ -14,6 +14,7 @@ use rustix::net::{AddressFamily, SocketFlags, SocketType};
 
 use super::link::{Begin, LINK_FD, LinkError, News, Order};
 use super::network::{WireError, Wiring};
+use crate::descriptors::inherit_only;
 use crate::machine::{PidNamespace, spawn_in};
 
 /// Name of its process.
@@ -48,16 +49,12 @@ impl Shadow {
     pub fn spawn(launch: Launch, namespace: PidNamespace<'_>, mut begin: Begin, fds: &[OwnedFd]) -> io::Result<Self> {
         let (link, theirs) =
             rustix::net::socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)?;
-        let fd = theirs.as_raw_fd();
         let mut command = Command::new("/proc/self/exe");
         command.arg0("podhull").arg(FLAG).args(launch.words);
         if let Some([stdin, stdout, stderr]) = launch.streams {
             command.stdin(stdin).stdout(stdout).stderr(stderr);
         }
-        // SAFETY: between fork and exec the closure only makes system calls, and allocates nothing.
-        unsafe {
-            command.pre_exec(move || inherit_only(fd));
-        }
+        inherit_only(&mut command, theirs.as_raw_fd(), LINK_FD);
         let shadow = Self { child: spawn_in(namespace, || command.spawn())?, link };
         begin.pid = shadow.pid();
         let fds: Vec<BorrowedFd<'_>> = fds.iter().map(AsFd::as_fd).collect();
@@ -125,22 +122,5 @@ impl Shadow {
         // It may be gone already.
         let _ = self.child.kill();
         let _ = self.child.wait();
-    }
-}
-
-/// A session of its own, the link at its place, and nothing else of the caller's beyond the standard streams.
-fn inherit_only(link: i32) -> io::Result<()> {
-    let check = |result: libc::c_int| if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) };
-    // SAFETY: plain system calls on integers.
-    unsafe {
-        check(libc::setsid())?;
-        if link == LINK_FD {
-            check(libc::fcntl(link, libc::F_SETFD, 0))?;
-        } else {
-            check(libc::dup2(link, LINK_FD))?;
-        }
-        // Not closed now: the standard library reports a failed exec through a descriptor of its own.
-        let first = LINK_FD as libc::c_uint + 1;
-        check(libc::syscall(libc::SYS_close_range, first, libc::c_uint::MAX, libc::CLOSE_RANGE_CLOEXEC) as libc::c_int)
     }
 }

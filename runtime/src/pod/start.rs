@@ -38,7 +38,7 @@ use crate::agent::{self, Agent, AgentError, Exit};
 use crate::bundle::{Bundle, BundleError};
 use crate::cgroup::{CgroupError, Manager, Placement};
 use crate::config::Settings;
-use crate::confine::confine;
+use crate::confine::{confine_but_for_mounting, mount_and_confine};
 use crate::log::Log;
 use crate::machine::{CONTROL_SOCKET, Channel, MachineError};
 use crate::signals::{self, Signals};
@@ -241,6 +241,7 @@ pub fn run(run: &Run<'_>) -> Result<u8, RunError> {
         machine.extend(rule.map(|rule| (Resource::Hold, rule)));
         made.forwards = Some(forwards);
     }
+    confine_but_for_mounting().map_err(RunError::Privileges)?;
     let (config, fds) = machine_config(size, kernel_params.clone(), machine);
     let connections = made.connections();
     run.creator.tell(&News::Entered)?;
@@ -394,10 +395,8 @@ impl Made {
         self.state.timeline = timeline.clone();
         match step {
             Step::Created => {
-                if let Some(entered) = &mut self.entered {
-                    entered.furnish();
-                }
-                confine().map_err(RunError::Privileges)?;
+                let furnish = || self.entered.iter_mut().for_each(Entered::furnish);
+                mount_and_confine(furnish).map_err(RunError::Privileges)?;
                 (self.state.status, self.state.kept) = (Status::Created, begin.kept);
                 self.directory.write(&self.state)?;
                 if let Some(sockets) = &self.sockets {

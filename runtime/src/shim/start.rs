@@ -23,6 +23,7 @@ use ttrpc::context::Context;
 
 use super::arguments::Arguments;
 use super::options::{Options, OptionsError};
+use crate::descriptors::inherit_only;
 use crate::oom;
 use crate::state::lock_in_time;
 
@@ -258,11 +259,7 @@ fn serve(arguments: &Arguments, said: &Said, options: &Options, socket: &Path) -
         command.env_remove(variable);
     }
     command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
-    let fd = listener.as_raw_fd();
-    // SAFETY: between fork and exec the closure only makes system calls, and allocates nothing.
-    unsafe {
-        command.pre_exec(move || inherit_only(fd));
-    }
+    inherit_only(&mut command, listener.as_raw_fd(), LISTENER_FD);
     let spawned = command.spawn().map_err(StartError::Spawn).and_then(|mut child| {
         settle(child.id(), options).inspect_err(|_| {
             let _ = child.kill();
@@ -285,23 +282,6 @@ fn settle(pid: u32, options: &Options) -> Result<(), StartError> {
         moved.map_err(|error| StartError::Cgroup(group, error))?;
     }
     Ok(())
-}
-
-/// A session of its own, the listener at its place, and nothing else of the caller's beyond the standard streams.
-fn inherit_only(listener: i32) -> io::Result<()> {
-    let check = |result: libc::c_int| if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) };
-    // SAFETY: plain system calls on integers.
-    unsafe {
-        check(libc::setsid())?;
-        if listener == LISTENER_FD {
-            check(libc::fcntl(listener, libc::F_SETFD, 0))?;
-        } else {
-            check(libc::dup2(listener, LISTENER_FD))?;
-        }
-        // Not closed now: the standard library reports a failed exec through a descriptor of its own.
-        let first = LISTENER_FD as libc::c_uint + 1;
-        check(libc::syscall(libc::SYS_close_range, first, libc::c_uint::MAX, libc::CLOSE_RANGE_CLOEXEC) as libc::c_int)
-    }
 }
 
 #[cfg(test)]

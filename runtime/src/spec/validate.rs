@@ -6,10 +6,11 @@ use std::collections::HashSet;
 use std::path::{Component, Path};
 
 use oci_spec::runtime::{
-    Arch, Capability, Hooks, Linux, LinuxDevice, LinuxDeviceType, LinuxIdMapping, LinuxNamespaceType, LinuxResources,
-    LinuxSeccomp, LinuxSeccompAction, Mount, Process, Spec,
+    Arch, Hooks, Linux, LinuxDevice, LinuxDeviceType, LinuxIdMapping, LinuxNamespaceType, LinuxResources, LinuxSeccomp,
+    LinuxSeccompAction, Mount, Process, Spec,
 };
 
+use podhull_protocol::CAPABILITIES;
 use serde_json::Value;
 
 use super::devices::{self, Fate};
@@ -64,7 +65,7 @@ pub fn capability_names(document: &Value) -> Result<(), ConfigError> {
     let Some(sets) = document.pointer("/process/capabilities").and_then(Value::as_object) else { return Ok(()) };
     for (set, names) in sets {
         for (index, name) in names.as_array().into_iter().flatten().filter_map(Value::as_str).enumerate() {
-            if name.strip_prefix("CAP_").is_none_or(|name| name.parse::<Capability>().is_err()) {
+            if !CAPABILITIES.contains(&name) {
                 let field = format!("process.capabilities.{set}[{index}]");
                 return Err(wrong(field, format!("unknown capability {name:?}")));
             }

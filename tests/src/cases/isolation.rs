@@ -1,7 +1,9 @@
 //! What the host sees of a container, and the container of the host.
 
 use std::collections::HashMap;
-use std::fs;
+use std::fs::{self, Permissions};
+use std::os::unix::fs::{PermissionsExt as _, chown};
+use std::path::Path;
 use std::process::{Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -10,7 +12,7 @@ use rustix::process::{Pid, WaitOptions, waitpid};
 use serde_json::json;
 
 use super::crashes::machine;
-use super::podhull;
+use super::{oci, podhull};
 use crate::container::Container;
 use crate::leaks::Leaks;
 use crate::processes;
@@ -20,8 +22,10 @@ use crate::{Outcome, ensure, ensure_eq};
 pub const CASES: &[Case] = &[
     podhull("isolation::the_kernel_is_the_guest_s", the_kernel_is_the_guest_s),
     podhull("isolation::the_host_sees_only_podhull", the_host_sees_only_podhull),
+    oci("isolation::files_are_behind_the_pid", files_are_behind_the_pid),
     podhull("isolation::the_machine_is_confined", the_machine_is_confined),
     podhull("isolation::what_stands_for_a_container_is_confined", what_stands_for_a_container_is_confined),
+    podhull("isolation::it_is_confined_before_the_guest_is_heard", it_is_confined_before_the_guest_is_heard),
 ];
 
 fn the_kernel_is_the_guest_s(scene: &Scene) -> Outcome {
@@ -65,6 +69,23 @@ fn the_host_sees_only_podhull(scene: &Scene) -> Outcome {
     Ok(())
 }
 
+/// Where callers look for a container's files, those too that are mounted in a directory that is its owner's alone.
+fn files_are_behind_the_pid(scene: &Scene) -> Outcome {
+    let (outer, inner) = (scene.make_directory("outer")?, scene.make_directory("inner")?);
+    fs::create_dir(outer.join("below"))?;
+    chown(&outer, Some(1000), Some(1000))?;
+    fs::set_permissions(&outer, Permissions::from_mode(0o700))?;
+    fs::write(inner.join("word"), "of the host\n")?;
+    let bundle = scene.debian()?.bind(&outer, "/mnt", &["rbind"]).bind(&inner, "/mnt/below", &["rbind"]);
+    let container = Container::make(scene, &bundle.sh("echo ready; sleep 1000"), &["run", "-d"])?;
+    container.expect_output("ready")?;
+    let root = format!("/proc/{}/root", container.pid.as_raw_nonzero());
+    ensure_eq!(fs::read_to_string(Path::new(&root).join("mnt/below/word"))?, "of the host\n", "file behind the pid");
+    container.call(&["kill", &container.id, "KILL"])?.output()?;
+    ensure_eq!(container.wait()?, 137, "exit status");
+    container.delete()
+}
+
 /// The shadow of a container, and that of a program executed in it.
 fn what_stands_for_a_container_is_confined(scene: &Scene) -> Outcome {
     let container = Container::make(scene, &scene.debian()?.sh("echo ready; sleep 1000"), &["run", "-d"])?;
@@ -92,6 +113,32 @@ fn what_stands_for_a_container_is_confined(scene: &Scene) -> Outcome {
     waitpid(executed, WaitOptions::empty())?;
     ensure_eq!(container.wait()?, 137, "exit status");
     container.delete()
+}
+
+/// What a shadow keeps until it has attached what belongs into the container's root, and has in effect only then:
+/// DAC_READ_SEARCH, SYS_ADMIN.
+const MOUNTING: u64 = 1 << 2 | 1 << 21;
+
+/// Neither the machine nor the container in it is there when hooks are run.
+fn it_is_confined_before_the_guest_is_heard(scene: &Scene) -> Outcome {
+    let seen = scene.directory.join("seen");
+    let look =
+        format!(r#"pid=$(grep -o '"pid":[0-9]*' | cut -d : -f 2); cat /proc/$pid/task/*/status > {}"#, seen.display());
+    let hook = json!([{ "path": "/bin/sh", "args": ["sh", "-c", look] }]);
+    let bundle = scene.debian()?.set("/hooks", json!({ "createRuntime": hook }));
+    scene.run(&bundle.args(&["true"]))?.output()?;
+    let seen = fs::read_to_string(seen)?;
+    let fields: Vec<_> = seen.lines().filter_map(|line| line.split_once(":\t")).collect();
+    let of =
+        |name: &str| fields.iter().filter(|(field, _)| *field == name).map(|(_, value)| *value).collect::<Vec<_>>();
+    ensure!(!of("Pid").is_empty(), "the hook has seen no thread: {seen}");
+    let (none, kept) = (format!("{:016x}", 0), format!("{MOUNTING:016x}"));
+    for (field, value) in
+        [("Seccomp", "2"), ("NoNewPrivs", "1"), ("CapEff", &none), ("CapPrm", &kept), ("CapInh", &none)]
+    {
+        ensure!(of(field).iter().all(|found| *found == value), "{field} is not {value} of all threads: {seen}");
+    }
+    Ok(())
 }
 
 /// Capabilities of the threads that serve files: CHOWN, DAC_OVERRIDE, FOWNER, FSETID, SETGID, SETUID, MKNOD, SETFCAP.

@@ -5,14 +5,17 @@
 //! share, since Landlock follows a path up through mount points, and below an open directory of a mount that is attached
 //! nowhere, up to the root of that. What is open stays open. As a side effect nothing can be mounted any more.
 
-use std::os::fd::BorrowedFd;
+use std::ffi::CString;
+use std::os::fd::{AsFd, OwnedFd};
 
 use landlock::{
     ABI, Access as _, AccessFs, AccessNet, PathBeneath, PathFd, Ruleset, RulesetAttr as _, RulesetCreated,
     RulesetCreatedAttr as _, RulesetError, Scope,
 };
+use rustix::fs::{Mode, OFlags, openat};
+use rustix::io::Errno;
 
-use super::JailError;
+use super::{JailError, remove_tree, step};
 
 /// What is restricted where the kernel can: newer kernels may know more, which was not tried.
 const KNOWN: ABI = ABI::V6;
@@ -29,9 +32,37 @@ fn failed<E: std::error::Error + Send + Sync + 'static>(error: E) -> JailError {
     JailError { step: "Landlock".into(), source: std::io::Error::other(error) }
 }
 
-/// Everything below the root, and removal below the directories `remove`; no connection by TCP, and neither signals nor
-/// abstract sockets beyond the threads that come from this one.
-pub fn only_the_share(remove: &[BorrowedFd<'_>]) -> Result<(), JailError> {
+/// A directory that the process is to remove at its end, with all that is in it.
+#[derive(Debug)]
+pub struct Leftover {
+    parent: OwnedFd,
+    name: CString,
+    directory: OwnedFd,
+}
+
+impl Leftover {
+    /// The one with this name in `parent`.
+    pub fn new(parent: OwnedFd, name: String) -> Result<Self, JailError> {
+        let open = || {
+            let is_name = !matches!(&*name, "" | "." | "..") && !name.contains('/');
+            let name = CString::new(name).ok().filter(|_| is_name).ok_or(Errno::INVAL)?;
+            let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+            let directory = openat(&parent, &name, flags, Mode::empty())?;
+            Ok((name, directory))
+        };
+        let (name, directory) = step("what is to be removed", open())?;
+        Ok(Self { parent, name, directory })
+    }
+
+    /// Removes it.
+    pub fn remove(&self) -> Result<(), Errno> {
+        remove_tree(self.parent.as_fd(), &self.name)
+    }
+}
+
+/// Everything below the root, and removal of the leftovers; no connection by TCP, and neither signals nor abstract sockets
+/// beyond the threads that come from this one.
+pub fn only_the_share(leftovers: &[Leftover]) -> Result<(), JailError> {
     let root = PathFd::new("/").map_err(failed)?;
     let everything = AccessFs::from_all(KNOWN);
     let restrict = || {
@@ -41,24 +72,27 @@ pub fn only_the_share(remove: &[BorrowedFd<'_>]) -> Result<(), JailError> {
             .scope(Scope::from_all(KNOWN))?
             .create()?
             .add_rule(PathBeneath::new(root, everything))?;
-        allow_removal(rules, remove)?.restrict_self()
+        allow_removal(rules, leftovers)?.restrict_self()
     };
     restrict().map(drop).map_err(failed::<RulesetError>)
 }
 
-/// No path but for removal below the directories `remove`.
-pub fn none(remove: &[BorrowedFd<'_>]) -> Result<(), JailError> {
+/// No path but for removal of the leftovers.
+pub fn none(leftovers: &[Leftover]) -> Result<(), JailError> {
     let restrict = || {
         let rules = Ruleset::default().handle_access(AccessFs::from_all(KNOWN))?.create()?;
-        allow_removal(rules, remove)?.restrict_self()
+        allow_removal(rules, leftovers)?.restrict_self()
     };
     restrict().map(drop).map_err(failed::<RulesetError>)
 }
 
-fn allow_removal(mut rules: RulesetCreated, directories: &[BorrowedFd<'_>]) -> Result<RulesetCreated, RulesetError> {
-    let removal = AccessFs::ReadDir | AccessFs::RemoveDir | AccessFs::RemoveFile;
-    for directory in directories {
-        rules = rules.add_rule(PathBeneath::new(directory, removal))?;
+/// A directory is removed from its parent. What is allowed there is allowed below it too, in what other machines have: so it is no
+/// more than to remove directories, which are empty then. Theirs are not, and what is in them cannot be removed.
+fn allow_removal(mut rules: RulesetCreated, leftovers: &[Leftover]) -> Result<RulesetCreated, RulesetError> {
+    for Leftover { parent, directory, .. } in leftovers {
+        rules = rules
+            .add_rule(PathBeneath::new(directory, AccessFs::ReadDir | AccessFs::RemoveDir | AccessFs::RemoveFile))?
+            .add_rule(PathBeneath::new(parent, AccessFs::RemoveDir))?;
     }
     Ok(rules)
 }
@@ -66,12 +100,9 @@ fn allow_removal(mut rules: RulesetCreated, directories: &[BorrowedFd<'_>]) -> R
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::jail::remove_tree;
     use std::fs::File;
-    use std::os::fd::AsFd;
 
-    use rustix::fs::{CWD, Mode, OFlags, openat};
-    use rustix::io::Errno;
+    use rustix::fs::{AtFlags, CWD};
     use rustix::mount::{OpenTreeFlags, open_tree};
 
     /// In a thread of its own: Landlock is for good.
@@ -84,24 +115,52 @@ mod tests {
     }
 
     #[test]
-    fn a_directory_that_is_open_leads_nowhere_but_its_entries_can_be_removed() {
+    fn a_directory_that_is_open_leads_nowhere_and_of_its_entries_one_can_be_removed() {
         let base = tempfile();
-        std::fs::create_dir_all(base.join("state/id/sub")).unwrap();
-        std::fs::write(base.join("state/id/sub/file"), "x").unwrap();
+        for name in ["id", "other"] {
+            std::fs::create_dir_all(base.join("state").join(name).join("sub")).unwrap();
+            std::fs::write(base.join("state").join(name).join("sub/file"), "x").unwrap();
+        }
+        std::fs::write(base.join("state/file"), "x").unwrap();
         std::fs::write(base.join("secret"), "x").unwrap();
-        let state = File::open(base.join("state")).unwrap();
-        let other = File::open(&base).unwrap();
+        let [state, above] = ["state", "."].map(|name| File::open(base.join(name)).unwrap());
+        let other = File::open(base.join("state/other/sub")).unwrap();
+        let parent = state.try_clone().unwrap();
         let path = base.clone();
         restricted(move || {
-            none(&[state.as_fd()]).unwrap();
+            let leftovers = [Leftover::new(parent.into(), "id".into()).unwrap()];
+            none(&leftovers).unwrap();
             let read = |directory: &File, name| openat(directory, name, OFlags::RDONLY, Mode::empty()).map(drop);
             assert_eq!(read(&state, "../secret"), Err(Errno::ACCESS));
             assert_eq!(read(&state, "id/sub/file"), Err(Errno::ACCESS));
-            assert_eq!(read(&other, "secret"), Err(Errno::ACCESS));
-            assert_eq!(remove_tree(other.as_fd(), c"secret"), Err(Errno::ACCESS));
-            remove_tree(state.as_fd(), c"id").unwrap();
-            assert!(std::fs::exists(path.join("secret")).unwrap() && !std::fs::exists(path.join("state/id")).unwrap());
+            assert_eq!(read(&above, "secret"), Err(Errno::ACCESS));
+            assert_eq!(remove_tree(above.as_fd(), c"secret"), Err(Errno::ACCESS));
+            // Of another.
+            for name in [c"file", c"other"] {
+                assert_eq!(remove_tree(state.as_fd(), name), Err(Errno::ACCESS));
+            }
+            assert_eq!(remove_tree(other.as_fd(), c"file"), Err(Errno::ACCESS));
+            let remove = |name, flags| rustix::fs::unlinkat(&state, name, flags);
+            assert_eq!(remove("other/sub/file", AtFlags::empty()), Err(Errno::ACCESS));
+            assert_eq!(remove("other/sub", AtFlags::REMOVEDIR), Err(Errno::NOTEMPTY));
+
+            leftovers[0].remove().unwrap();
+            leftovers[0].remove().unwrap();
+            let exists = |name: &str| std::fs::exists(path.join(name)).unwrap();
+            assert!(exists("secret") && exists("state/other/sub/file") && !exists("state/id"));
         });
+        std::fs::remove_dir_all(base).unwrap();
+    }
+
+    #[test]
+    fn what_is_to_be_removed_is_a_directory_with_a_name() {
+        let base = tempfile();
+        std::fs::create_dir_all(base.join("id/sub")).unwrap();
+        std::fs::write(base.join("file"), "").unwrap();
+        std::os::unix::fs::symlink("id", base.join("link")).unwrap();
+        for name in ["", ".", "..", "id/sub", "id/", "file", "link", "missing", "a\0"] {
+            Leftover::new(File::open(&base).unwrap().into(), name.into()).unwrap_err();
+        }
         std::fs::remove_dir_all(base).unwrap();
     }
 

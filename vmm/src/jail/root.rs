@@ -300,13 +300,18 @@ fn attach(mount: &OwnedFd, directory: impl AsFd, path: &str) -> Result<(), JailE
 /// Removes the entry `name` of `directory` with all below it; what is not there is fine. Symbolic links are removed, not
 /// followed.
 pub fn remove_tree(directory: BorrowedFd<'_>, name: &std::ffi::CStr) -> Result<(), Errno> {
-    match rustix::fs::unlinkat(directory, name, AtFlags::empty()) {
+    let refused = match rustix::fs::unlinkat(directory, name, AtFlags::empty()) {
         Ok(()) | Err(Errno::NOENT) => return Ok(()),
-        Err(Errno::ISDIR | Errno::PERM) => {}
+        // The last of who may remove directories here and no files.
+        Err(errno @ (Errno::ISDIR | Errno::PERM | Errno::ACCESS)) => errno,
         Err(errno) => return Err(errno),
-    }
+    };
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-    let inner = rustix::fs::openat(directory, name, flags, Mode::empty())?;
+    let inner = match rustix::fs::openat(directory, name, flags, Mode::empty()) {
+        Ok(inner) => inner,
+        Err(Errno::NOTDIR | Errno::LOOP) => return Err(refused),
+        Err(errno) => return Err(errno),
+    };
     for entry in rustix::fs::Dir::read_from(&inner)? {
         let entry = entry?;
         if !matches!(entry.file_name().to_bytes(), b"." | b"..") {
