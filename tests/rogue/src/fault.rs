@@ -6,9 +6,10 @@ use std::sync::{Condvar, Mutex, PoisonError};
 use std::thread;
 
 use podhull_protocol::{
-    ContainerStatsResponse, CreateContainerResponse, CreatePodResponse, DiskStats, Empty, Event, EventsRequest,
-    ExecProcessResponse, Exit, GrowResponse, GuestCpuStats, GuestMemoryStats, HugetlbStats, InterfaceStats,
-    IoDeviceStats, IoStats, LogLine, MemoryStats, NamedStats, OutOfMemory, PodStatsResponse, ReadLogResponse, event,
+    AdjustClockResponse, ContainerStatsResponse, CreateContainerResponse, CreatePodResponse, DiskStats, Empty, Event,
+    EventsRequest, ExecProcessResponse, Exit, GrowResponse, GuestCpuStats, GuestMemoryStats, HugetlbStats,
+    InterfaceStats, IoDeviceStats, IoStats, LogLine, MemoryStats, NamedStats, OutOfMemory, PodStatsResponse,
+    ReadLogResponse, event,
 };
 use protobuf::Message;
 use ttrpc::proto::MESSAGE_TYPE_RESPONSE;
@@ -301,6 +302,10 @@ fn lie(connection: &mut File, call: &Call) -> io::Result<()> {
         "Grow" => frame::answer(connection, call.stream, &GrowResponse { cpus_online: u32::MAX, ..Default::default() }),
         "ExecProcess" => {
             frame::answer(connection, call.stream, &ExecProcessResponse { pid: i32::MIN, ..Default::default() })
+        }
+        "AdjustClock" => {
+            let clock = AdjustClockResponse { realtime_ns: u64::MAX, ..Default::default() };
+            frame::answer(connection, call.stream, &clock)
         }
         "UpdateContainer" => frame::answer_bytes(connection, call.stream, many_fields()),
         "SignalContainer" => frame::refuse(connection, call.stream, Code::OK, "\n\n"),
