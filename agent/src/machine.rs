@@ -30,6 +30,8 @@ const READ_AHEAD_KIB: &str = "512";
 pub enum MachineError {
     #[error("set the clock: {0}")]
     Clock(Errno),
+    #[error("correct the clock by {0} ns: {1}")]
+    AdjustClock(i64, #[source] io::Error),
     #[error("entropy: expected {ENTROPY_BYTES} bytes, not {0}")]
     EntropyLength(usize),
     #[error("open /dev/random: {0}")]
@@ -64,6 +66,17 @@ impl Machine {
         let time =
             Timespec { tv_sec: (realtime_ns / 1_000_000_000) as i64, tv_nsec: (realtime_ns % 1_000_000_000) as i64 };
         rustix::time::clock_settime(ClockId::Realtime, time).map_err(MachineError::Clock)
+    }
+
+    /// Corrects the wall clock, which is so many nanoseconds behind: at once, or little by little (adjtime(3)), in place of what is left
+    /// of an earlier correction.
+    pub fn adjust_clock(self, behind_ns: i64, step: bool) -> Result<(), MachineError> {
+        let mut correction = correction(behind_ns, step);
+        // SAFETY: the kernel reads and writes one such structure.
+        if unsafe { libc::adjtimex(&raw mut correction) } < 0 {
+            return Err(MachineError::AdjustClock(behind_ns, io::Error::last_os_error()));
+        }
+        Ok(())
     }
 
     /// Credits the host's entropy and makes the kernel use it from now on: clones of one template must not share a state.
@@ -159,6 +172,23 @@ impl Machine {
     }
 }
 
+/// What adjtimex(2) is told. In microseconds either way: who asks for nanoseconds once gets them from then on, and programs in
+/// containers may not expect them.
+fn correction(behind_ns: i64, step: bool) -> libc::timex {
+    let behind = behind_ns / 1000;
+    // SAFETY: it is all numbers.
+    let mut correction: libc::timex = unsafe { std::mem::zeroed() };
+    if step {
+        correction.modes = libc::ADJ_SETOFFSET;
+        // The second of the two is never negative.
+        correction.time = libc::timeval { tv_sec: behind.div_euclid(1_000_000), tv_usec: behind.rem_euclid(1_000_000) };
+    } else {
+        correction.modes = libc::ADJ_OFFSET_SINGLESHOT;
+        correction.offset = behind;
+    }
+    correction
+}
+
 fn write(path: impl Into<PathBuf>, value: &str) -> Result<(), MachineError> {
     let path = path.into();
     std::fs::write(&path, value).map_err(|source| MachineError::Write { path, source })
@@ -242,6 +272,31 @@ fn cpu_count(list: &str) -> Option<u32> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn steps_back_are_seconds_back_and_a_part_of_one_forth() {
+        for (behind_ns, seconds, microseconds) in [
+            (5_400_000_001_999, 5400, 1),
+            (-5_400_000_000_000, -5400, 0),
+            (-1_000_000, -1, 999_000),
+            (-1_500_000_000, -2, 500_000),
+            (i64::MAX, 9_223_372_036, 854_775),
+            (i64::MIN, -9_223_372_037, 145_225),
+        ] {
+            let correction = correction(behind_ns, true);
+            assert_eq!(correction.modes, libc::ADJ_SETOFFSET);
+            assert_eq!((correction.time.tv_sec, correction.time.tv_usec), (seconds, microseconds), "{behind_ns}");
+        }
+    }
+
+    #[test]
+    fn what_is_not_a_step_is_an_offset_alone() {
+        for (behind_ns, microseconds) in [(30_000_000, 30_000), (-499_999_999, -499_999)] {
+            let correction = correction(behind_ns, false);
+            assert_eq!((correction.modes, correction.offset), (libc::ADJ_OFFSET_SINGLESHOT, microseconds));
+            assert_eq!((correction.time.tv_sec, correction.time.tv_usec), (0, 0));
+        }
+    }
 
     #[test]
     fn cpu_lists_are_counted() {

@@ -8,9 +8,9 @@ use std::path::{Component, Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use podhull_protocol::{
-    ConfigureNetworkRequest, ContainerStatsResponse, CreateContainerRequest, CreateContainerResponse, CreatePodRequest,
-    CreatePodResponse, DEBUG_DIR, DebugProgram, Disk, ExecProcessRequest, ExecProcessResponse, GrowRequest,
-    GrowResponse, MAX_DEBUG_PROGRAM, PodStatsResponse, Stdio, VERSION,
+    AdjustClockRequest, AdjustClockResponse, ConfigureNetworkRequest, ContainerStatsResponse, CreateContainerRequest,
+    CreateContainerResponse, CreatePodRequest, CreatePodResponse, DEBUG_DIR, DebugProgram, Disk, ExecProcessRequest,
+    ExecProcessResponse, GrowRequest, GrowResponse, MAX_DEBUG_PROGRAM, PodStatsResponse, Stdio, VERSION,
 };
 use rustix::io::Errno;
 use tokio::io::unix::AsyncFd;
@@ -504,6 +504,18 @@ impl Pod {
         let cpus_online = grown.await.map_err(PodError::CpuTask)??;
         log::pod(format_args!("{cpus_online} CPUs online"));
         Ok(GrowResponse { cpus_online, ..GrowResponse::default() })
+    }
+
+    /// Says what the wall clock is, once it is corrected.
+    pub fn adjust_clock(&self, request: AdjustClockRequest) -> Result<AdjustClockResponse, PodError> {
+        let AdjustClockRequest { behind_ns, step, .. } = request;
+        if behind_ns != 0 {
+            self.machine.ok_or(PodError::NoMachine)?.adjust_clock(behind_ns, step)?;
+            if step {
+                log::pod(format_args!("clock set to the host's, which it was {} us behind", behind_ns / 1000));
+            }
+        }
+        Ok(AdjustClockResponse { realtime_ns: boot::realtime_ns(), ..AdjustClockResponse::default() })
     }
 
     fn container(&self, id: &str) -> Result<Arc<Container>, PodError> {

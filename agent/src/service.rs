@@ -4,12 +4,12 @@ use std::io;
 use std::sync::Arc;
 
 use podhull_protocol::{
-    Agent, ConfigureNetworkRequest, ContainerStatsRequest, ContainerStatsResponse, CreateContainerRequest,
-    CreateContainerResponse, CreatePodRequest, CreatePodResponse, DeleteContainerRequest, DeleteProcessRequest, Empty,
-    Event, EventsRequest, ExecProcessRequest, ExecProcessResponse, GrowRequest, GrowResponse, PauseContainerRequest,
-    PodStatsRequest, PodStatsResponse, ReadLogRequest, ReadLogResponse, ResizeTerminalRequest, ResumeContainerRequest,
-    SignalContainerRequest, SignalProcessRequest, StartContainerRequest, UpdateContainerRequest, UpdateVolumeRequest,
-    event,
+    AdjustClockRequest, AdjustClockResponse, Agent, ConfigureNetworkRequest, ContainerStatsRequest,
+    ContainerStatsResponse, CreateContainerRequest, CreateContainerResponse, CreatePodRequest, CreatePodResponse,
+    DeleteContainerRequest, DeleteProcessRequest, Empty, Event, EventsRequest, ExecProcessRequest, ExecProcessResponse,
+    GrowRequest, GrowResponse, PauseContainerRequest, PodStatsRequest, PodStatsResponse, ReadLogRequest,
+    ReadLogResponse, ResizeTerminalRequest, ResumeContainerRequest, SignalContainerRequest, SignalProcessRequest,
+    StartContainerRequest, UpdateContainerRequest, UpdateVolumeRequest, event,
 };
 use ttrpc::r#async::{ServerStreamSender, TtrpcContext};
 
@@ -125,6 +125,10 @@ impl Agent for Service {
         let read = tokio::task::spawn_blocking(move || log::read(request.max_bytes as usize));
         let lines = read.await.map_err(io::Error::other).and_then(|lines| lines).map_err(unreadable)?;
         Ok(ReadLogResponse { lines, ..ReadLogResponse::default() })
+    }
+
+    async fn adjust_clock(&self, _: &TtrpcContext, request: AdjustClockRequest) -> ttrpc::Result<AdjustClockResponse> {
+        self.pod.adjust_clock(request).map_err(status)
     }
 
     async fn resize_terminal(&self, _: &TtrpcContext, request: ResizeTerminalRequest) -> ttrpc::Result<Empty> {

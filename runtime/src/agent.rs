@@ -9,11 +9,11 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use podhull_protocol::{
-    AgentClient, ConfigureNetworkRequest, ContainerStatsRequest, ContainerStatsResponse, CreateContainerRequest,
-    CreatePodRequest, DeleteContainerRequest, DeleteProcessRequest, Event, EventsRequest, ExecProcessRequest,
-    GrowRequest, HostSocket, LogLine, PauseContainerRequest, PodStatsRequest, PodStatsResponse, ReadLogRequest,
-    ResizeTerminalRequest, ResumeContainerRequest, SharedMemory, SignalContainerRequest, SignalProcessRequest,
-    StartContainerRequest, UpdateContainerRequest, UpdateVolumeRequest, event,
+    AdjustClockRequest, AgentClient, ConfigureNetworkRequest, ContainerStatsRequest, ContainerStatsResponse,
+    CreateContainerRequest, CreatePodRequest, DeleteContainerRequest, DeleteProcessRequest, Event, EventsRequest,
+    ExecProcessRequest, GrowRequest, HostSocket, LogLine, PauseContainerRequest, PodStatsRequest, PodStatsResponse,
+    ReadLogRequest, ResizeTerminalRequest, ResumeContainerRequest, SharedMemory, SignalContainerRequest,
+    SignalProcessRequest, StartContainerRequest, UpdateContainerRequest, UpdateVolumeRequest, event,
 };
 use ttrpc::r#async::ClientStreamReceiver;
 use ttrpc::r#async::transport::Socket;
@@ -255,6 +255,17 @@ impl Agent {
         let kept = lines.iter().rev().take_while(fits).count();
         lines.drain(..lines.len() - kept);
         Ok(lines)
+    }
+
+    /// What the guest's wall clock is, in nanoseconds since the epoch.
+    pub async fn clock(&self) -> Result<u64, AgentError> {
+        self.adjust_clock(0, false).await
+    }
+
+    /// Corrects the guest's wall clock, which is so many nanoseconds behind: at once, or little by little. Returns what it is then.
+    pub async fn adjust_clock(&self, behind_ns: i64, step: bool) -> Result<u64, AgentError> {
+        let request = AdjustClockRequest { behind_ns, step, ..Default::default() };
+        Ok(self.call("AdjustClock", self.client.adjust_clock(with_duration(PROMPT), &request)).await?.realtime_ns)
     }
 
     /// Executes a further program in a container.

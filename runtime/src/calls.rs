@@ -17,7 +17,7 @@ const FILE: &str = "calls";
 const PAGE: usize = 4096;
 
 /// The calls that are counted; the place of each is that of its counters.
-const METHODS: [&str; 19] = [
+const METHODS: [&str; 20] = [
     "CreatePod",
     "CreateContainer",
     "StartContainer",
@@ -37,6 +37,7 @@ const METHODS: [&str; 19] = [
     "Grow",
     "ConfigureNetwork",
     "Events",
+    "AdjustClock",
 ];
 
 /// Upper bounds of the buckets, in seconds; one more has no bound.

@@ -163,6 +163,7 @@ fn run(filters: &[String]) -> Outcome<bool> {
         println!(
             "PODHULL_TEST_SANDBOXER: shim: who makes pods in tests of Kubernetes' interface, instead of containerd 2 itself."
         );
+        println!("PODHULL_TEST_SETS_CLOCK: if set, tests set the clock of this machine, as an emulated host's may be.");
         println!("PODHULL_TEST_PART: K/N, only every Nth test from the Kth on, to share them among hosts.");
         return Ok(true);
     }

@@ -16,7 +16,7 @@ pub use generated::agent::*;
 pub use generated::agent_ttrpc::{Agent, AgentClient, create_agent};
 
 /// Version of the protocol. Both sides compare it in the first call and refuse to go on if it differs.
-pub const VERSION: u32 = 10;
+pub const VERSION: u32 = 11;
 
 /// Port of the guest on which the agent serves ttrpc.
 pub const AGENT_PORT: u32 = 1024;

@@ -2,10 +2,11 @@
 
 use std::time::Duration;
 
-use podhull_protocol::{CreatePodRequest, EventsRequest, Stdio, VERSION};
+use podhull_protocol::{AdjustClockRequest, CreatePodRequest, EventsRequest, Stdio, VERSION};
 use serde_json::json;
+use ttrpc::Code;
 
-use crate::harness::{Agent, deadline, new_token, read_all, shell, spec, with, without_namespace};
+use crate::harness::{Agent, deadline, new_token, read_all, refused, shell, spec, with, without_namespace};
 
 #[tokio::test(flavor = "current_thread")]
 async fn the_pod_is_made_once_and_with_the_right_version() {
@@ -14,6 +15,23 @@ async fn the_pod_is_made_once_and_with_the_right_version() {
         let request = CreatePodRequest { protocol_version: version, ..CreatePodRequest::default() };
         let error = agent.client.create_pod(deadline(), &request).await.unwrap_err().to_string();
         assert!(error.contains("FAILED_PRECONDITION") && error.contains(word), "{error}");
+    }
+}
+
+/// Who has no machine tells its time, and sets nobody's clock. That it would set is less than the clock can be set by.
+#[tokio::test(flavor = "current_thread")]
+async fn the_clock_is_told_and_corrected_in_a_machine_alone() {
+    let agent = Agent::start().await;
+    let ask = async |behind_ns, step| {
+        let request = AdjustClockRequest { behind_ns, step, ..AdjustClockRequest::default() };
+        agent.client.adjust_clock(deadline(), &request).await
+    };
+    let now = || std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().as_nanos();
+    let before = now();
+    let told = u128::from(ask(0, true).await.unwrap().realtime_ns);
+    assert!((before..=now()).contains(&told), "{told}");
+    for step in [false, true] {
+        assert_eq!(refused(ask(999, step).await).0, Code::FAILED_PRECONDITION);
     }
 }
 

@@ -3,11 +3,12 @@
 use std::cell::Cell;
 use std::future;
 use std::os::fd::OwnedFd;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::Duration;
 
 use podhull_protocol::CreatePodRequest;
 use podhull_vmm::control::Device;
 
+use super::clock;
 use super::link::{Handed, Orders};
 use super::names::Names;
 use super::network::Wiring;
@@ -75,7 +76,7 @@ impl Boot<'_> {
         }
 
         // Not before: the guest sets its clock by it.
-        request.realtime_ns = realtime();
+        request.realtime_ns = clock::now();
         let mut names = Names::new()?;
         request.names = names.token();
         names.begin(session.pod)?;
@@ -130,9 +131,4 @@ impl Boot<'_> {
         session.log.debug(|| format!("{}: {cpus} CPUs, {memory} bytes of memory", session.id));
         Ok(())
     }
-}
-
-/// The wall clock in nanoseconds.
-fn realtime() -> u64 {
-    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| u64::try_from(d.as_nanos()).unwrap_or(u64::MAX))
 }

@@ -3,6 +3,7 @@
 mod announce;
 mod binds;
 mod boot;
+mod clock;
 mod command;
 mod create;
 mod descriptors;

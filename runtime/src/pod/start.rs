@@ -17,6 +17,7 @@ use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 use rustix::rand::GetRandomFlags;
 
 use super::boot::{BOOT, Boot};
+use super::clock;
 use super::descriptors::{self, DescriptorError};
 use super::disks::{self, DiskError};
 use super::forwards::Forwards;
@@ -26,7 +27,6 @@ use super::member;
 use super::mounts::{self, MountError};
 use super::notify::Notify;
 use super::resources::{self, ResourceError};
-use super::rest;
 use super::session::{Outcome, Session, Step};
 use super::size::{Demand, Size, SizeError, memory_limit};
 use super::sockets::{Socket, Sockets};
@@ -267,7 +267,7 @@ pub fn run(run: &Run<'_>) -> Result<u8, RunError> {
         let volumes = mounts.volumes.serve(&session);
         let helpers = async {
             boot.add_helpers(&session).await?;
-            rest::give_back();
+            clock::keep(&session).await;
             Ok(())
         };
         let meanwhile = async { tokio::try_join!(helpers, volumes).map(drop) };

@@ -1,20 +1,20 @@
 //! What a guest may do wrong.
 
-use std::fs::File;
-use std::io::{self, Write};
+use std::io;
 use std::sync::{Condvar, Mutex, PoisonError};
 use std::thread;
 
 use podhull_protocol::{
-    ContainerStatsResponse, CreateContainerResponse, CreatePodResponse, DiskStats, Empty, Event, EventsRequest,
-    ExecProcessResponse, Exit, GrowResponse, GuestCpuStats, GuestMemoryStats, HugetlbStats, InterfaceStats,
-    IoDeviceStats, IoStats, LogLine, MemoryStats, NamedStats, OutOfMemory, PodStatsResponse, ReadLogResponse, event,
+    AdjustClockResponse, ContainerStatsResponse, CreateContainerResponse, CreatePodResponse, DiskStats, Empty, Event,
+    EventsRequest, ExecProcessResponse, Exit, GrowResponse, GuestCpuStats, GuestMemoryStats, HugetlbStats,
+    InterfaceStats, IoDeviceStats, IoStats, LogLine, MemoryStats, NamedStats, OutOfMemory, PodStatsResponse,
+    ReadLogResponse, event,
 };
 use protobuf::Message;
 use ttrpc::proto::MESSAGE_TYPE_RESPONSE;
 use ttrpc::{Code, MessageHeader};
 
-use crate::frame::{self, Call};
+use crate::frame::{self, Call, Connection};
 use crate::{LIFE, reset, streams};
 
 /// Bytes of answers that are too long, within what ttrpc takes.
@@ -114,7 +114,7 @@ impl Fault {
 static STARTED: (Mutex<bool>, Condvar) = (Mutex::new(false), Condvar::new());
 
 /// Takes calls until the connection ends.
-pub fn converse(mut connection: File, fault: Fault) {
+pub fn converse(mut connection: Connection, fault: Fault) {
     while let Ok(call) = frame::read(&mut connection) {
         if respond(&mut connection, &call, fault).is_err() {
             return;
@@ -132,7 +132,7 @@ fn await_start() {
     drop(STARTED.1.wait_while(started, |started| !*started));
 }
 
-fn respond(connection: &mut File, call: &Call, fault: Fault) -> io::Result<()> {
+fn respond(connection: &mut Connection, call: &Call, fault: Fault) -> io::Result<()> {
     let stream = call.stream;
     let is = |method: &str| call.request.method == method;
     if is("CreatePod") {
@@ -166,19 +166,19 @@ fn respond(connection: &mut File, call: &Call, fault: Fault) -> io::Result<()> {
     }
 }
 
-fn create_pod(connection: &mut File, stream: u32, fault: Fault) -> io::Result<()> {
+fn create_pod(connection: &mut Connection, stream: u32, fault: Fault) -> io::Result<()> {
     let container = CreateContainerResponse { pid: 7, ..Default::default() };
     let mut pod =
         CreatePodResponse { kernel_release: "6.12".into(), container: Some(container).into(), ..Default::default() };
     match fault {
         Fault::Garbage => loop {
-            connection.write_all(&noise(stream))?;
+            connection.send(&noise(stream))?;
         },
         Fault::HugeFrame => {
             let header = MessageHeader { length: u32::MAX, stream_id: stream, type_: MESSAGE_TYPE_RESPONSE, flags: 0 };
             frame::write(connection, header, &[])?;
             loop {
-                connection.write_all(&[0; 64 << 10])?;
+                connection.send(&[0; 64 << 10])?;
             }
         }
         Fault::WrongType => return frame::plain(connection, 0x77, stream, b"what"),
@@ -208,7 +208,7 @@ fn many_fields() -> Vec<u8> {
     (1 << 12..1 << 18).flat_map(field).chain(std::iter::repeat_n(field(1 << 12), LONG / 8).flatten()).collect()
 }
 
-fn wrong_ids(connection: &mut File, stream: u32) -> io::Result<()> {
+fn wrong_ids(connection: &mut Connection, stream: u32) -> io::Result<()> {
     for other in [0, stream + 2, stream + 1, u32::MAX, 0x8000_0000] {
         frame::answer(connection, other, &CreatePodResponse::default())?;
         frame::event(connection, other, &exit("nobody", 1))?;
@@ -236,7 +236,7 @@ fn starved(id: &str) -> Event {
 }
 
 /// Tells who asked for a container's events how it ends.
-fn tell(connection: &mut File, stream: u32, request: &EventsRequest, fault: Fault) -> io::Result<()> {
+fn tell(connection: &mut Connection, stream: u32, request: &EventsRequest, fault: Fault) -> io::Result<()> {
     let id = &*request.container_id;
     match fault {
         Fault::ForeignEvents => {
@@ -279,7 +279,7 @@ fn tell(connection: &mut File, stream: u32, request: &EventsRequest, fault: Faul
 }
 
 /// As long as fits, and nothing that can be.
-fn lie(connection: &mut File, call: &Call) -> io::Result<()> {
+fn lie(connection: &mut Connection, call: &Call) -> io::Result<()> {
     match &*call.request.method {
         "PodStats" => frame::answer(connection, call.stream, &absurd_pod()),
         "ReadLog" => frame::answer(connection, call.stream, &absurd_log()),
@@ -301,6 +301,10 @@ fn lie(connection: &mut File, call: &Call) -> io::Result<()> {
         "Grow" => frame::answer(connection, call.stream, &GrowResponse { cpus_online: u32::MAX, ..Default::default() }),
         "ExecProcess" => {
             frame::answer(connection, call.stream, &ExecProcessResponse { pid: i32::MIN, ..Default::default() })
+        }
+        "AdjustClock" => {
+            let clock = AdjustClockResponse { realtime_ns: u64::MAX, ..Default::default() };
+            frame::answer(connection, call.stream, &clock)
         }
         "UpdateContainer" => frame::answer_bytes(connection, call.stream, many_fields()),
         "SignalContainer" => frame::refuse(connection, call.stream, Code::OK, "\n\n"),

@@ -43,7 +43,7 @@ fn serve(fault: Fault) -> ! {
     let _ = vsock::connect(READY_PORT);
     loop {
         if let Ok(connection) = vsock::accept(&calls) {
-            thread::spawn(move || fault::converse(connection, fault));
+            thread::spawn(move || fault::converse(frame::Connection::new(connection), fault));
         }
     }
 }

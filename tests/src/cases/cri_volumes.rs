@@ -302,7 +302,9 @@ fn noted(cri: &Cri, id: &str, file: &str, text: &str, written: SystemTime) -> Ou
         let all = cri.shell(id, "cat /noted")?;
         if let Some(time) = all.lines().find_map(|noted| noted.strip_prefix(&line)) {
             let seen = SystemTime::UNIX_EPOCH + Duration::from_nanos(time.parse()?);
-            // Its clock is not this one; that it is right is of another test.
+            // Its clock is this one's, or nearly so. It may see what is written before who has written it looks at the time.
+            let early = written.duration_since(seen).unwrap_or_default();
+            ensure!(early <= SOON, "{file} is {text} {early:?} before it was written");
             return Ok(seen.duration_since(written).unwrap_or_default());
         }
         ensure!(Instant::now() < until, "{file} is never {text}: {all}");

@@ -4,6 +4,7 @@ mod bad_input;
 mod broken;
 mod buildah;
 mod cgroups;
+mod clock;
 mod command_line;
 mod commands;
 mod compose;
@@ -118,6 +119,7 @@ pub const ALL: &[&[Case]] = &[
     cri_streams::CASES,
     cri_host_paths::CASES,
     cri_volumes::CASES,
+    clock::CASES,
     podman::CASES,
     podman_networks::CASES,
     docker::CASES,
