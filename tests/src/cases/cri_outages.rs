@@ -162,6 +162,11 @@ impl Two {
         [&self.ids[..], std::slice::from_ref(&self.pod.id)].concat()
     }
 
+    /// The ids of those that containerd knows as containers: the pod is none where the shim makes it by itself.
+    fn told(&self) -> Outcome<Vec<String>> {
+        Ok(if cri::sandboxer()?.is_some() { self.ids.clone() } else { self.all() })
+    }
+
     /// Its containers have ended, as if they had been killed or with one of these statuses, and it is not ready any more. Returns those
     /// that containerd itself has heard of that they were killed.
     fn check_killed(&self, cri: &Cri, others: &[i32]) -> Outcome<Vec<String>> {
@@ -303,7 +308,7 @@ fn ends_of_machines(scene: &Scene, cri: &Cri, letter: &str, mut end: impl FnMut(
 fn check_order(events: &mut Running, two: &Two) -> Outcome {
     let mut ended: HashMap<String, Vec<String>> = HashMap::new();
     let mut deleted = Vec::new();
-    let all = two.all();
+    let all = two.told()?;
     while !all.iter().all(|id| deleted.contains(id)) {
         let line = events.line()?;
         let Some((_, rest)) = line.split_once(" /tasks/") else { continue };
