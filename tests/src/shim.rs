@@ -2,9 +2,10 @@
 
 use std::ffi::OsString;
 use std::fs::{self, File, OpenOptions};
-use std::io::Read;
+use std::io::{Read, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, channel};
 use std::thread;
@@ -27,8 +28,11 @@ pub const SANDBOX: &str = "containerd.runtime.sandbox.v1.Sandbox";
 /// How long a call may take: that of a container with a machine.
 const CALL: Duration = Duration::from_secs(180);
 
+/// The Task service of containerd from 2.0 on: the same messages.
+pub const TASK_OF_2: &str = "containerd.task.v3.Task";
+
 /// The name that callers know it by who know Kata Containers.
-const PROGRAM: &str = "containerd-shim-kata-v2";
+pub const PROGRAM: &str = "containerd-shim-kata-v2";
 
 /// A connection to a shim.
 #[derive(Clone)]
@@ -79,7 +83,8 @@ impl Shim {
         Self { log: self.log.clone(), ..other }
     }
 
-    fn connect(address: &str) -> Outcome<Self> {
+    /// That which listens somewhere.
+    pub fn connect(address: &str) -> Outcome<Self> {
         let client = Client::connect(address).map_err(|error| format!("{address:?}: {error}"))?;
         Ok(Self { client, address: address.into(), log: None })
     }
@@ -119,6 +124,18 @@ impl Shim {
         }
         Ok(())
     }
+}
+
+/// What the shim's program, by one of its names, prints in a directory, which may be no text.
+pub fn say(program: &str, directory: &Path, words: &[&str], input: &[u8]) -> Outcome<Vec<u8>> {
+    let mut command = Command::new("timeout");
+    command.arg(DEADLINE.as_secs().to_string()).arg(program).args(words).current_dir(directory);
+    let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()?;
+    child.stdin.take().ok_or("no standard input")?.write_all(input)?;
+    let said = child.wait_with_output()?;
+    let complaint = String::from_utf8_lossy(&said.stderr);
+    ensure!(said.status.success(), "{program} {words:?}: {}, {complaint:?}", said.status);
+    Ok(said.stdout)
 }
 
 /// That a call is refused with a code; returns what is said.

@@ -3,7 +3,7 @@
 use std::ffi::OsString;
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::ExitCode;
+use std::process::{Command, ExitCode};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -168,6 +168,7 @@ fn run(filters: &[String]) -> Outcome<bool> {
         return Ok(true);
     }
     ensure!(rustix::process::geteuid().is_root(), "the tests need root");
+    println!("containerd {}, Docker {}", version_of("containerd"), version_of("dockerd"));
     set_child_subreaper(Some(getpid()))?;
     let repeat = match std::env::var("PODHULL_TEST_REPEAT") {
         Ok(text) => {
@@ -217,6 +218,14 @@ fn run(filters: &[String]) -> Outcome<bool> {
     }
     println!("{passed} passed, {} failed ({:.0} s)", failed.len(), started.elapsed().as_secs_f64());
     Ok(passed > 0 && failed.is_empty())
+}
+
+/// The version that a caller of runtimes says it has, where there is one.
+fn version_of(program: &str) -> String {
+    let said = Command::new(program).arg("--version").output();
+    let said = said.map(|output| String::from_utf8_lossy(&output.stdout).into_owned()).unwrap_or_default();
+    let version = said.split_whitespace().find(|word| word.starts_with(|c: char| c.is_ascii_digit()));
+    version.map_or_else(|| "none".into(), |version| version.trim_end_matches(',').into())
 }
 
 /// `$PODHULL_TEST_PART`: which parts of how many, as in `1,3/5`.

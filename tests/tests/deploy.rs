@@ -309,3 +309,19 @@ fn the_page_for_kubernetes_is_about_what_is_there() {
     }
     assert_eq!((customized, set), (3, 2), "{text}");
 }
+
+#[test]
+fn cri_o_is_told_of_a_virtual_machine() {
+    let text = read("crio/50-podhull.conf");
+    let table = toml::de::DeTable::parse(&text).unwrap_or_else(|error| panic!("{error} in {text}"));
+    let mut class = table.get_ref().get("crio").unwrap();
+    for key in ["runtime", "runtimes", "kata"] {
+        class = class.get_ref().get(key).unwrap_or_else(|| panic!("no {key} in {text}"));
+    }
+    let of = |key: &str| class.get_ref().get(key).unwrap_or_else(|| panic!("no {key} in {text}")).get_ref();
+    // Where `make install` puts it by default, and by a name that CRI-O takes for a shim's.
+    assert_eq!(of("runtime_path").as_str(), Some("/usr/bin/containerd-shim-podhull-v2"));
+    assert_eq!(of("runtime_type").as_str(), Some("vm"));
+    // The devices of the host would have to be in the virtual machine.
+    assert_eq!(of("privileged_without_host_devices").as_bool(), Some(true));
+}

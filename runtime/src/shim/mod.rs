@@ -6,6 +6,7 @@
 //! what is left when it is gone.
 
 mod arguments;
+mod connections;
 mod container;
 mod delete;
 mod error;

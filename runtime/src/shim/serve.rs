@@ -1,15 +1,17 @@
 //! The process of a pod's shim.
 
 use std::io;
-use std::os::fd::{FromRawFd, IntoRawFd};
+use std::os::fd::FromRawFd;
 use std::os::unix::net::UnixListener;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::sync::Notify;
+use ttrpc::r#async::transport;
 
 use super::arguments::Arguments;
+use super::connections::Connections;
 use super::container::Surroundings;
 use super::events::Publisher;
 use super::service::Tasks;
@@ -26,9 +28,6 @@ const DESCRIPTORS: u64 = 16384;
 
 /// How long the last answers and events may take.
 const LAST: Duration = Duration::from_secs(3);
-
-/// More turns of the event loop than an answer needs to be written.
-const ANSWER_TURNS: usize = 32;
 
 /// Why it cannot serve.
 #[derive(Debug, thiserror::Error)]
@@ -72,20 +71,18 @@ pub fn serve(arguments: &Arguments) -> Result<(), ServeError> {
             publisher,
         };
         let tasks = Tasks::new(Arc::new(surroundings), over.clone());
-        // SAFETY: the descriptor is a Unix listener, and nobody else's from here on.
-        let server = unsafe { ttrpc::r#async::Server::new().add_unix_listener(listener.into_raw_fd()) };
-        let mut server = server.map_err(ServeError::Server)?.register_service(tasks.services());
+        let (connections, open) = Connections::of(listener).map_err(ServeError::Events)?;
+        let server = ttrpc::r#async::Server::new().add_listener(transport::Listener::new(connections));
+        let mut server = server.register_service(tasks.services());
         server.start().await.map_err(ServeError::Server)?;
         over.notified().await;
-        // ttrpc drops what it has not written yet. This is the one thread: whoever can go on does at each turn, and an answer takes a
-        // few from who gives it to who writes it.
-        for _ in 0..ANSWER_TURNS {
-            tokio::task::yield_now().await;
-        }
         // Nobody finds it from here on.
         if let Some(socket) = &socket {
             let _ = std::fs::remove_file(socket);
         }
+        // The last answer is still to be written; and a client in Go that finds a connection closed with the answer in it may say that it
+        // was closed, and no more. Who has its answer closes the connection.
+        let _ = tokio::time::timeout(LAST, open.closed()).await;
         let _ = tokio::time::timeout(LAST, server.shutdown()).await;
         drop((server, tasks));
         let _ = tokio::time::timeout(LAST, sender).await;

@@ -4,6 +4,9 @@ use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::time::{Duration, Instant};
 
+use rustix::process::Signal;
+use serde_json::Value;
+
 use super::{oci, podhull};
 use crate::containerd::{Containerd, Shim, check};
 use crate::leaks::Leaks;
@@ -60,6 +63,7 @@ fn tasks(scene: &Scene, shim: Shim) -> Outcome {
         tmux.expect("\nstatus 5\n")?;
     }
 
+    let mut events = containerd.events("default")?;
     let script = "trap 'exit 3' TERM; while :; do sleep 0.1; echo x >> /ticks; done";
     containerd.run(&["-d", "--memory-limit", "67108864"], "second", &["sh", "-c", script])?.output()?;
     ensure_eq!(status(&containerd, "second")?, "RUNNING", "status");
@@ -74,8 +78,7 @@ fn tasks(scene: &Scene, shim: Shim) -> Outcome {
     };
     ensure!(metric("memory.usage")? > 0 && metric("pids.current")? > 0, "metrics {metrics}");
     ensure_eq!(metric("memory.usage_limit")?, 64 << 20, "limit in the metrics");
-    let processes = containerd.call(&["task", "ps", "second"])?.output()?;
-    ensure!(processes.lines().count() >= 2, "processes {processes:?}");
+    processes(&containerd, "second")?;
 
     containerd.call(&["task", "pause", "second"])?.output()?;
     ensure_eq!(status(&containerd, "second")?, "PAUSED", "status after pause");
@@ -86,6 +89,23 @@ fn tasks(scene: &Scene, shim: Shim) -> Outcome {
     let deleted = containerd.call(&["task", "delete", "second"])?;
     ensure!(deleted.stderr.contains("non-zero exit code 3"), "exit status: {:?}", deleted.stderr);
     containerd.call(&["container", "delete", "second"])?.output()?;
+    let expected = [
+        "create second",
+        "start second",
+        "exec-added e1",
+        "exec-started e1",
+        "exit e1",
+        "exec-added long",
+        "exec-started long",
+        "exit long",
+        "paused second",
+        "resumed second",
+        "exit second",
+        "delete second",
+    ];
+    ensure_eq!(told(&mut events, "second")?, expected, "what containerd was told");
+    events.signal(Signal::KILL)?;
+    events.wait()?;
     // Who comes later speaks to it, too.
     containerd.run(&["-d"], "third", &["sh", "-c", "read line; echo got $line; exit 6"])?.output()?;
     let mut attached = Running::start(&containerd.words(&["task", "attach", "third"]), &[])?;
@@ -97,6 +117,50 @@ fn tasks(scene: &Scene, shim: Shim) -> Outcome {
     ensure_eq!(containerd.call(&["container", "list", "-q"])?.output()?, "", "containers");
     containerd.end()?;
     check(&before)
+}
+
+/// The first process of a container, and one that is executed in it, by its id, are processes of this host that run.
+fn processes(containerd: &Containerd, id: &str) -> Outcome {
+    let words = ["task", "exec", "--exec-id", "long", id, "sh", "-c", "echo here; exec sleep 1000"];
+    let mut long = Running::start(&containerd.words(&words), &[])?;
+    long.expect_line("here")?;
+    let list = containerd.call(&["task", "list"])?.output()?;
+    let words = list.lines().map(|line| line.split_whitespace().collect::<Vec<_>>());
+    let first = words.filter(|words| words.first() == Some(&id)).find_map(|words| words.get(1)?.parse::<i32>().ok());
+    let listed = containerd.call(&["task", "ps", id])?.output()?;
+    let found: Vec<(i32, &str)> = listed
+        .lines()
+        .filter_map(|line| line.split_once(char::is_whitespace))
+        .filter_map(|(pid, info)| Some((pid.parse().ok()?, info)))
+        .collect();
+    let executed = found.iter().find(|(_, info)| info.contains("long")).map(|(pid, _)| *pid);
+    let (Some(first), Some(executed)) = (first, executed) else { return Err(format!("{list}: {listed}").into()) };
+    ensure!(first != executed && found.iter().any(|(pid, _)| *pid == first), "process {first} is not in {listed}");
+    for pid in [first, executed] {
+        let run = |process: &crate::processes::Process| process.pid == pid && !matches!(process.state, 'Z' | 'X');
+        ensure!(crate::processes::all().iter().any(run), "process {pid} of {listed} does not run");
+    }
+    containerd.call(&["task", "kill", "--exec-id", "long", "--signal", "SIGKILL", id])?.output()?;
+    ensure_eq!(long.wait()?.status, 137, "status of what was executed");
+    Ok(())
+}
+
+/// What containerd was told of a container, to its deletion: topics, and the ids of processes.
+fn told(events: &mut Running, container: &str) -> Outcome<Vec<String>> {
+    let mut told = Vec::new();
+    loop {
+        let line = events.line().map_err(|error| format!("after {told:?}: {error}"))?;
+        let Some((_, rest)) = line.split_once(" /tasks/") else { continue };
+        let (topic, text) = rest.split_once(' ').ok_or_else(|| format!("no event: {line}"))?;
+        let event: Value = serde_json::from_str(text)?;
+        if event["container_id"] == container {
+            let process = ["exec_id", "id"].iter().find_map(|key| event[key].as_str().filter(|id| !id.is_empty()));
+            told.push(format!("{topic} {}", process.unwrap_or(container)));
+            if topic == "delete" {
+                return Ok(told);
+            }
+        }
+    }
 }
 
 /// Into a file, and to a program that takes them, which is told whose they are.

@@ -122,19 +122,22 @@ fn a_class_with_a_configuration(scene: &Scene) -> Outcome {
     cri.end()
 }
 
-/// It is killed where it runs, with what it has started.
+/// It is killed where it runs: itself, and as with runc not what it has started.
 fn what_is_executed_too_long(scene: &Scene) -> Outcome {
     let cri = Cri::start(scene)?;
     let pod = cri.run(cri.pod_config("late")?)?;
     let id = patient(&cri, &pod, container("main", PATIENT))?;
     for _ in 0..scene.repeat.min(20) {
-        let late = cri.exec(&id, &["sleep", "4321"], 2);
+        let script = "sleep 5432 >/dev/null 2>&1 & echo $! >/started; exec sleep 4321";
+        let late = cri.exec(&id, &["sh", "-c", script], 2);
         let error = late.err().map(|error| error.to_string()).unwrap_or_default();
         ensure!(error.contains("DeadlineExceeded"), "what took too long: {error:?}");
         let until = Instant::now() + DEADLINE;
         while cri.shell(&id, "ps -o args")?.contains("sleep 4321") {
             ensure!(Instant::now() < until, "it still runs");
         }
+        // Which is killed now, and not waited for by anybody else.
+        cri.shell(&id, "kill -9 $(cat /started)").map_err(|error| format!("what it has started: {error}"))?;
     }
     ensure_eq!(cri.exec(&id, &["no-such-program"], 0).is_err(), true, "a program that is not there fails");
     ensure_eq!(cri.shell(&id, "echo fine")?, "fine\n", "what is executed afterwards");

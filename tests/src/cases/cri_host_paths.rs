@@ -143,26 +143,24 @@ fn read_only_with_what_is_below(scene: &Scene) -> Outcome {
     ensure_eq!(all.stderr.matches("Read-only file system").count(), 2, "errors: {:?}", all.stderr);
 
     let cri = Cri::start(scene)?;
-    match cri.version()? {
-        version if version < (2, 0) => {
+    // containerd 2 asks runtimes of type io.containerd.runc.v2 alone whether they can do it for recursive_read_only; in a machine what is
+    // below is read-only without that, too.
+    let mount = match (scene.runtime.is_virtual(), cri.version()?) {
+        (true, _) => Some(volume(&host, "/mnt", true)),
+        (false, version) if version < (2, 0) => {
             println!("     cri_host_paths: containerd {version:?} knows no recursive_read_only: left out");
+            None
         }
-        // It asks runtimes of that type alone what they can do, and looks at what it has of the others: it panics. kubelet does not ask
-        // it for what a runtime class has not said that it can do.
-        version if scene.runtime.is_virtual() => {
-            println!(
-                "     cri_host_paths: containerd {version:?} has recursive_read_only for io.containerd.runc.v2 alone: left out"
-            );
-        }
-        _ => {
-            let pod = cri.run(cri.pod_config("below")?)?;
-            let mut config = container("main", PATIENT);
-            config.mounts = vec![Mount { recursive_read_only: true, ..volume(&host, "/mnt", true) }];
-            let id = cri.launch(&pod, config)?;
-            let denied = cri.exec(&id, &["touch", "/mnt/file", "/mnt/below/new"], 0)?;
-            ensure_eq!(denied.stderr.matches("Read-only file system").count(), 2, "errors: {denied:?}");
-            cri.remove_pod(&pod)?;
-        }
+        (false, _) => Some(Mount { recursive_read_only: true, ..volume(&host, "/mnt", true) }),
+    };
+    if let Some(mount) = mount {
+        let pod = cri.run(cri.pod_config("below")?)?;
+        let mut config = container("main", PATIENT);
+        config.mounts = vec![mount];
+        let id = cri.launch(&pod, config)?;
+        let denied = cri.exec(&id, &["touch", "/mnt/file", "/mnt/below/new"], 0)?;
+        ensure_eq!(denied.stderr.matches("Read-only file system").count(), 2, "errors: {denied:?}");
+        cri.remove_pod(&pod)?;
     }
     drop(below);
     cri.end()

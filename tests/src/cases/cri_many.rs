@@ -47,15 +47,25 @@ fn one(cri: &Cri, name: &str) -> Outcome {
     cri.remove_pod(&pod)
 }
 
-/// As many as an emulated host has room for, or the thirty that are asked for.
+/// As many as an emulated host has room for, or the thirty that are asked for: all are there at the same time.
 fn at_once(scene: &Scene) -> Outcome {
     let started = Cri::start(scene)?;
     let cri = &started;
     let count = if scene.is_soak() { 30 } else { 5 };
     for round in 0..if scene.is_soak() { 3 } else { 1 } {
+        let configs = (0..count).map(|index| cri.pod_config(&format!("r{round}-{index}"))).collect::<Outcome<_>>()?;
+        let pods = cri.run_all(configs)?;
+        let ids = cri.launch_all(&pods, &container("main", PATIENT))?;
+        for (pod, id) in pods.iter().zip(&ids) {
+            ensure_eq!(cri.shell(id, "hostname")?, format!("{}\n", pod.config.hostname), "what is executed in a pod");
+        }
+        for (pod, id) in pods.iter().zip(&ids) {
+            let states = (cri.pod_status(pod)?.state(), cri.status(id)?.state());
+            let expected = (api::PodSandboxState::SandboxReady, api::ContainerState::ContainerRunning);
+            ensure_eq!(states, expected, "states of {} and its container", pod.config.hostname);
+        }
         let ended: Vec<Outcome> = thread::scope(|scope| {
-            let begin = |index| scope.spawn(move || one(cri, &format!("r{round}-{index}")));
-            let threads: Vec<_> = (0..count).map(begin).collect();
+            let threads: Vec<_> = pods.iter().map(|pod| scope.spawn(|| cri.remove_pod(pod))).collect();
             threads.into_iter().map(|thread| thread.join().unwrap_or_else(|_| Err("it panicked".into()))).collect()
         });
         ended.into_iter().collect::<Outcome<Vec<()>>>()?;

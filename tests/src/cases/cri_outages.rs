@@ -45,11 +45,14 @@ struct Counting {
     name: String,
     id: String,
     attempt: u32,
+    /// How often containerd was away since it was made.
+    outages: usize,
 }
 
 impl Counting {
     fn launch(&mut self, cri: &Cri, directory: &Path) -> Outcome {
         self.attempt += 1;
+        self.outages = 0;
         let mut config = container("main", &["sh", "-c", COUNTING]);
         config.metadata.get_or_insert_default().attempt = self.attempt;
         config.log_path = self.log();
@@ -64,16 +67,29 @@ impl Counting {
         format!("main.{}", self.attempt)
     }
 
-    fn lines(&self, cri: &Cri) -> usize {
-        cri.log(&self.pod, &self.log()).map_or(0, |log| log.lines().count())
+    /// How many numbers its log has: in order, none twice, and without what containerd had read and not written when it was killed.
+    fn lines(&self, cri: &Cri) -> Outcome<usize> {
+        let log = cri.log(&self.pod, &self.log())?;
+        // What comes after the last end of a line is being written.
+        let lines = log.split_inclusive('\n').filter_map(|line| line.strip_suffix('\n'));
+        let numbers = lines.map(|line| Ok(line.rsplit(' ').next().unwrap_or_default().parse()?));
+        let numbers: Vec<usize> = numbers.collect::<Outcome<_>>().map_err(|error| format!("{error} in {log}"))?;
+        let (mut next, mut gaps) = (0, 0);
+        for number in &numbers {
+            ensure!(*number >= next, "{number} comes where {next} is to come: {log}");
+            gaps += usize::from(*number > next);
+            next = number + 1;
+        }
+        ensure!(gaps <= self.outages, "{gaps} gaps after {} outages: {log}", self.outages);
+        Ok(numbers.len())
     }
 
     /// It counts on, and executes what it is asked to.
     fn check(&self, cri: &Cri) -> Outcome {
         ensure_eq!(cri.status(&self.id)?.state(), api::ContainerState::ContainerRunning, "state of {}", self.name);
         ensure_eq!(cri.shell(&self.id, "echo fine")?, "fine\n", "what is executed in {}", self.name);
-        let before = self.lines(cri);
-        wait(&format!("{} does not count on from {before}", self.name), || Ok(self.lines(cri) > before + 2))
+        let before = self.lines(cri)?;
+        wait(&format!("{} does not count on from {before}", self.name), || Ok(self.lines(cri)? > before + 2))
     }
 }
 
@@ -94,11 +110,13 @@ fn containerd_goes_and_comes_back(scene: &Scene) -> Outcome {
     for number in 0..if scene.is_soak() { 10 } else { 3 } {
         let name = format!("p{number}");
         let pod = cri.run(cri.pod_config(&name)?)?;
-        let mut counting = Counting { pod, name, id: String::new(), attempt: 0 };
+        let mut counting = Counting { pod, name, id: String::new(), attempt: 0, outages: 0 };
         counting.launch(&cri, &directory)?;
         all.push(counting);
     }
-    for round in 0..scene.repeat.min(MOST) {
+    // In a soak as many of each kind.
+    let rounds = scene.repeat.min(MOST) * if scene.is_soak() { 2 } else { 1 };
+    for round in 0..rounds {
         for counting in &all {
             counting.check(&cri)?;
         }
@@ -113,6 +131,9 @@ fn containerd_goes_and_comes_back(scene: &Scene) -> Outcome {
             }
             wait("what is to end does not", || Ok(pids.iter().all(|pid| has_ended(*pid))))
         })?;
+        for counting in &mut all {
+            counting.outages += 1;
+        }
         for (index, how, status) in ends {
             let Counting { id, name, .. } = &all[index];
             ensure_eq!(cri.ended(id)?.exit_code, status, "round {round}: status of {name} ({how})");
@@ -160,6 +181,11 @@ impl Two {
     /// The ids of its containers, and its own.
     fn all(&self) -> Vec<String> {
         [&self.ids[..], std::slice::from_ref(&self.pod.id)].concat()
+    }
+
+    /// The ids of those that containerd knows as containers: the pod is none where the shim makes it by itself.
+    fn told(&self) -> Outcome<Vec<String>> {
+        Ok(if cri::sandboxer()?.is_some() { self.ids.clone() } else { self.all() })
     }
 
     /// Its containers have ended, as if they had been killed or with one of these statuses, and it is not ready any more. Returns those
@@ -303,7 +329,7 @@ fn ends_of_machines(scene: &Scene, cri: &Cri, letter: &str, mut end: impl FnMut(
 fn check_order(events: &mut Running, two: &Two) -> Outcome {
     let mut ended: HashMap<String, Vec<String>> = HashMap::new();
     let mut deleted = Vec::new();
-    let all = two.all();
+    let all = two.told()?;
     while !all.iter().all(|id| deleted.contains(id)) {
         let line = events.line()?;
         let Some((_, rest)) = line.split_once(" /tasks/") else { continue };

@@ -117,6 +117,14 @@ fn of_a_container(scene: &Scene) -> Outcome {
     cri.end()
 }
 
+/// Bytes of memory that a group works with: what it has, without what is of files and was not used lately.
+fn group_memory(group: &Path) -> Outcome<u64> {
+    let stat = fs::read_to_string(group.join("memory.stat"))?;
+    let inactive = stat.lines().find_map(|line| line.strip_prefix("inactive_file ")?.parse::<u64>().ok());
+    let current: u64 = fs::read_to_string(group.join("memory.current"))?.trim().parse()?;
+    Ok(current.saturating_sub(inactive.ok_or("no files")?))
+}
+
 /// What the group of kubelet's for a pod has used.
 fn group_used(group: &Path) -> Outcome<u64> {
     let stat = fs::read_to_string(group.join("cpu.stat"))?;
@@ -140,7 +148,8 @@ fn of_a_pod(scene: &Scene) -> Outcome {
     let began = Instant::now();
     let burnt = burn(&cri, &id)?;
     hold(&cri, &id)?;
-    let (least, told, most) = (group_used(&group)?, stats()?, group_used(&group)?);
+    let look = || Outcome::Ok((group_used(&group)?, group_memory(&group)?));
+    let ((least, memory_before), told, (most, memory_after)) = (look()?, stats()?, look()?);
     let after = of(&told)?;
     ensure!(after.0 >= least && after.0 <= most, "{} ns of a processor are told of {least} to {most}", after.0);
     let cpu = grown(before.0, after.0, "time of processors")?;
@@ -150,6 +159,10 @@ fn of_a_pod(scene: &Scene) -> Outcome {
         cpu * 20 > burnt * 19 && cpu * 20 < time * 21,
         "{cpu} ns of a processor for {burnt}, of {time} that there were"
     );
+    // It shrinks, too; and a processor may have a few pages for later that nobody has yet.
+    let room = 1 << 20;
+    let (least, most) = (memory_before.min(memory_after) - room, memory_before.max(memory_after) + room);
+    ensure!(after.1 >= least && after.1 <= most, "{} bytes of memory are told of {least} to {most}", after.1);
     let memory = grown(before.1, after.1, "memory")?;
     let held = HELD << 20;
     // Beside it tables of pages, and what the guest's kernel and programs came to have meanwhile.

@@ -63,6 +63,20 @@ fn of_the_container(scene: &Scene) -> Outcome {
     // It was to be there for one client alone: that is its end.
     streams.close();
     ensure_eq!(cri.ended(&id)?.exit_code, 5, "exit status");
+
+    let script =
+        "until [ \"$(stty size)\" = '33 91' ]; do sleep 0.1; done; echo resized; read line; echo \"got $line\"; exit 6";
+    let mut config = container("terminal", &["sh", "-c", script]);
+    (config.tty, config.stdin, config.stdin_once) = (true, true, true);
+    let id = cri.launch(&pod, config)?;
+    let request = api::AttachRequest { container_id: id.clone(), stdin: true, tty: true, stdout: true, stderr: false };
+    let url = cri.call(async |mut client| client.attach(request).await)?.url;
+    let mut terminal = Streams::open(&cri.netns, &url, "")?;
+    terminal.send(RESIZE, br#"{"Width":91,"Height":33}"#)?;
+    terminal.expect(STDOUT, "resized\r\n")?;
+    terminal.send(STDIN, b"a word\r")?;
+    terminal.expect(STDOUT, "a word\r\ngot a word\r\n")?;
+    ensure_eq!(cri.ended(&id)?.exit_code, 6, "exit status of who has a terminal");
     cri.remove_pod(&pod)?;
     cri.end()
 }

@@ -162,7 +162,9 @@ fn part_of_memory(scene: &Scene, cri: &Cri, pod: &Pod, cache: &Memory) -> Outcom
     ensure_eq!(cri.shell(&id, "echo in the part >/part/file; cat '/whole/part/of it/file'")?, "in the part\n", "file");
     ensure_eq!(cri.shell(&id, "cat /whole/file")?, "kept\n", "file of another in the whole");
     ensure_eq!(cri.exec(&id, &["touch", "/whole/file"], 0)?.status, 1, "status of who may not write");
-    ensure_eq!(fs::read_dir(&part)?.count(), 0, "files on the host");
+    // In a pod with a kernel of its own it is that one's memory.
+    let count = if scene.runtime.is_virtual() { 0 } else { 1 };
+    ensure_eq!(fs::read_dir(&part)?.count(), count, "files on the host");
     Ok(())
 }
 

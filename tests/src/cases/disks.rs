@@ -49,7 +49,7 @@ impl Loop {
     }
 
     /// A bundle with this disk at a path, and rules that allow as much.
-    fn give(&self, bundle: Bundle, path: &str, access: &str) -> Bundle {
+    pub fn give(&self, bundle: Bundle, path: &str, access: &str) -> Bundle {
         give((self.major, self.minor), bundle, path, access)
     }
 

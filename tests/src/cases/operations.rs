@@ -11,6 +11,7 @@ use rustix::process::{Pid, Resource, Rlimit, Signal, prlimit};
 use serde_json::Value;
 
 use super::config::Configuration;
+use super::disks::Loop;
 use super::podhull;
 use super::pods::in_the_pod_of;
 use crate::container::Container;
@@ -171,21 +172,29 @@ impl Metrics {
         let sample = if labels.is_empty() { name.to_owned() } else { format!("{name}{{{labels}}}") };
         self.0.get(&sample).copied().ok_or_else(|| format!("no {sample} among {:?}", self.0.keys()).into())
     }
+
+    /// The sum of those that have one more label.
+    fn of_all(&self, name: &str, labels: &str) -> f64 {
+        let prefix = format!("{name}{{{labels},");
+        self.0.iter().filter(|(sample, _)| sample.starts_with(&prefix)).map(|(_, value)| value).sum()
+    }
 }
 
 fn metrics_move(scene: &Scene) -> Outcome {
+    let disk = Loop::new(scene)?;
     let before = Leaks::watch();
     let began = Instant::now();
-    let container = Container::make(scene, &scene.debian()?.sh("echo ready; exec sleep 1000"), &["run", "-d"])?;
+    let bundle = disk.give(scene.debian()?, "/dev/xvdz", "rwm").sh("echo ready; exec sleep 1000");
+    let container = Container::make(scene, &bundle, &["run", "-d"])?;
     let made = began.elapsed().as_secs_f64();
     let scrape = || Metrics::read(&scene.call(&["metrics", &container.id])?.output()?);
     let pod = labels_of(&container.id, "/run/podhull");
     let own = format!("{pod},container=\"{}\"", container.id);
     let began = Instant::now();
     let idle = scrape()?;
-    // Half a second of a processor, 32 MiB of memory, and a megabyte through an interface.
+    // Half a second of a processor, 32 MiB of memory, a megabyte through an interface, and a mebibyte to a disk.
     let load = "
-import sys, time, socket
+import os, sys, time, socket
 kept = bytearray(b'x') * (32 << 20)
 until = time.process_time() + 0.5
 while time.process_time() < until: pass
@@ -194,6 +203,9 @@ into.bind(('127.0.0.1', 0))
 for _ in range(100):
     out.sendto(b'x' * 10000, into.getsockname())
     into.recv(20000)
+disk = open('/dev/xvdz', 'r+b', buffering=0)
+disk.write(bytes(1 << 20))
+os.fsync(disk.fileno())
 print('done', flush=True)
 sys.stdin.read()
 ";
@@ -230,6 +242,9 @@ sys.stdin.read()
     ensure!((-200.0..-25.0).contains(&free), "memory that is available has grown by {free} MiB");
     let sent = grown("podhull_guest_network_transmit_bytes_total", &format!("{pod},interface=\"lo\""))?;
     ensure!((1e6..1.2e6).contains(&sent), "{sent} bytes were sent");
+    let written = loaded.of_all("podhull_guest_disk_written_bytes_total", &pod)
+        - idle.of_all("podhull_guest_disk_written_bytes_total", &pod);
+    ensure_eq!(written, f64::from(1 << 20), "bytes that were written to a disk");
     ensure_eq!(
         grown("podhull_agent_request_duration_seconds_count", &format!("{pod},method=\"PodStats\""))?,
         1.0,

@@ -1,17 +1,30 @@
 //! containerd with podhull's own shim, when something goes wrong, and often.
 
 use std::fs;
+use std::path::Path;
+use std::thread;
+use std::time::{Duration, Instant};
 
+use containerd_shim_protos::api::{
+    ConnectRequest, ConnectResponse, CreateTaskRequest, CreateTaskResponse, DeleteRequest, DeleteResponse, Empty,
+    KillRequest, Mount, ShutdownRequest, StartRequest, StartResponse, WaitRequest, WaitResponse,
+};
+use containerd_shim_protos::bootstrap_api::{BootstrapParams, BootstrapResult, Extension};
+use containerd_shim_protos::protobuf::well_known_types::any::Any;
+use containerd_shim_protos::protobuf::{Message, MessageField};
+use containerd_shim_protos::shim::oci;
+use containerd_shim_protos::types::introspection::RuntimeInfo;
 use rustix::process::{Pid, Signal, kill_process};
+use serde_json::Value;
 
 use super::containerd::{status, stopped};
 use super::podhull;
+use crate::bundle::Bundle;
 use crate::containerd::{Containerd, Shim, check};
 use crate::leaks::Leaks;
-use crate::processes;
 use crate::run::{DEADLINE, Running};
 use crate::suite::{Case, Scene};
-use crate::{Outcome, ensure, ensure_eq};
+use crate::{Outcome, ensure, ensure_eq, processes, shim};
 
 pub const CASES: &[Case] = &[
     podhull("shim::removed_as_often_as_it_runs", removed_as_often_as_it_runs),
@@ -19,6 +32,8 @@ pub const CASES: &[Case] = &[
     podhull("shim::killed", killed),
     podhull("shim::what_is_executed_is_stopped", what_is_executed_is_stopped),
     podhull("shim::a_class_has_a_configuration_of_its_own", a_class_has_a_configuration_of_its_own),
+    podhull("shim::what_it_says_of_itself", what_it_says_of_itself),
+    podhull("shim::started_with_parameters", started_with_parameters),
 ];
 
 /// Runs until it is told to end, and then exits with 3.
@@ -66,10 +81,10 @@ fn containerd_killed_meanwhile(scene: &Scene) -> Outcome {
     };
     let pid = shadow().and_then(|process| Pid::from_raw(process.pid)).ok_or("no shadow")?;
     kill_process(pid, Signal::TERM)?;
-    let until = std::time::Instant::now() + DEADLINE;
+    let until = Instant::now() + DEADLINE;
     while shadow().is_some() {
-        ensure!(std::time::Instant::now() < until, "its shadow does not end");
-        std::thread::sleep(std::time::Duration::from_millis(100));
+        ensure!(Instant::now() < until, "its shadow does not end");
+        thread::sleep(Duration::from_millis(100));
     }
     containerd.start_daemon()?;
     ensure_eq!(status(&containerd, "stays")?, "RUNNING", "status of what goes on");
@@ -96,10 +111,10 @@ fn killed(scene: &Scene) -> Outcome {
         let shims: Vec<_> = processes::all().into_iter().filter(processes::Process::is_shim).collect();
         let [shim] = &shims[..] else { return Err(format!("{} shims", shims.len()).into()) };
         kill_process(Pid::from_raw(shim.pid).ok_or("no pid")?, Signal::KILL)?;
-        let until = std::time::Instant::now() + DEADLINE;
+        let until = Instant::now() + DEADLINE;
         // containerd forgets a task whose shim is gone, when it has had it removed.
         while containerd.call(&["task", "list", "-q"])?.output()?.contains(&id) {
-            ensure!(std::time::Instant::now() < until, "containerd still has it");
+            ensure!(Instant::now() < until, "containerd still has it");
         }
         containerd.call(&["container", "delete", &id])?.output()?;
         let exit = loop {
@@ -168,5 +183,114 @@ fn a_class_has_a_configuration_of_its_own(scene: &Scene) -> Outcome {
         let _ = fs::remove_file(&class);
     }
     containerd.end()?;
+    check(&before)
+}
+
+/// Makes a container by a shim, and starts it. Its root is mounted by the shim.
+fn make(shim: &shim::Shim, service: &str, bundle: &Bundle, id: &str) -> Outcome<u32> {
+    let directory = bundle.directory.display().to_string();
+    let rootfs = Mount {
+        type_: "bind".into(),
+        source: format!("{directory}/rootfs"),
+        options: vec!["rbind".into(), "rw".into()],
+        ..Default::default()
+    };
+    let create =
+        CreateTaskRequest { id: id.into(), bundle: directory, rootfs: vec![rootfs], ..CreateTaskRequest::default() };
+    let created: CreateTaskResponse = shim.call(service, "Create", &create)?;
+    let start = StartRequest { id: id.into(), ..Default::default() };
+    ensure_eq!(shim.call::<StartResponse>(service, "Start", &start)?.pid, created.pid, "process");
+    Ok(created.pid)
+}
+
+/// What containerd 2 asks each program for, and passes on to kubelet.
+fn what_it_says_of_itself(scene: &Scene) -> Outcome {
+    let of_runc = oci::Options { systemd_cgroup: true, ..Default::default() };
+    let asked =
+        Any { type_url: "containerd.runc.v1.Options".into(), value: of_runc.write_to_bytes()?, ..Default::default() };
+    for (name, options) in [("podhull", None), ("kata", Some(asked))] {
+        let program = format!("containerd-shim-{name}-v2");
+        let input = options.as_ref().map(Message::write_to_bytes).transpose()?.unwrap_or_default();
+        let info = RuntimeInfo::parse_from_bytes(&shim::say(&program, &scene.directory, &["-info"], &input)?)?;
+        ensure_eq!(info.name, format!("io.containerd.{name}.v2"), "name");
+        let version = scene.call(&["--version"])?.output()?;
+        ensure!(version.contains(&format!("podhull version {}\n", info.version.version)), "version: {info:?}");
+        ensure_eq!(info.options.into_option(), options, "options");
+        let kind = "types.containerd.io/opencontainers/runtime-spec/1/features/Features";
+        ensure_eq!(info.features.type_url, kind, "type of features");
+        let said: Value = serde_json::from_slice(&info.features.value)?;
+        let expected: Value = serde_json::from_str(&scene.call(&["features"])?.output()?)?;
+        ensure_eq!(said, expected, "features");
+        let has = |list: &Value, word: &str| list.as_array().is_some_and(|list| list.iter().any(|item| item == word));
+        ensure!(has(&said["linux"]["namespaces"], "user"), "no namespaces of users: {said}");
+        ensure!(has(&said["mountOptions"], "rro"), "no mounts that are read-only with all below: {said}");
+        for feature in ["/linux/seccomp", "/linux/mountExtensions/idmap"] {
+            ensure_eq!(said.pointer(&format!("{feature}/enabled")), Some(&true.into()), "{feature} of {said}");
+        }
+        let said = String::from_utf8(shim::say(&program, &scene.directory, &["-v"], &[])?)?;
+        ensure!(said.contains(&program) && said.contains(&info.version.version), "-v: {said}");
+    }
+    Ok(())
+}
+
+/// As containerd from 2.3 on starts it: with a message on standard input, which says where its socket is to be, and its control group.
+fn started_with_parameters(scene: &Scene) -> Outcome {
+    let before = Leaks::watch();
+    let (group, sockets) = ("/podhull-shims", Path::new("/run/podhull-sockets"));
+    let place = Path::new("/sys/fs/cgroup/podhull-shims");
+    fs::create_dir(place)?;
+    let (id, bundle) = ("parameters".to_owned(), scene.busybox()?.writable().sh("touch /ready; exec sleep 1000"));
+    bundle.write()?;
+    let options = oci::Options { shim_cgroup: group.into(), ..Default::default() };
+    let options =
+        Any { type_url: "containerd.runc.v1.Options".into(), value: options.write_to_bytes()?, ..Default::default() };
+    let params = BootstrapParams {
+        instance_id: id.clone(),
+        namespace: "default".into(),
+        containerd_version: "2.3.0".into(),
+        containerd_grpc_address: "/run/containerd/containerd.sock".into(),
+        containerd_binary: "/usr/bin/containerd".into(),
+        extensions: vec![Extension { value: MessageField::some(options), ..Default::default() }],
+        socket_dir: Some(sockets.display().to_string()),
+        ..Default::default()
+    };
+    let words = ["-namespace", "default", "-address", "", "-publish-binary", "/usr/bin/containerd"];
+    let words = [&words[..], &["-id", &id, "start"]].concat();
+    let start = || -> Outcome<BootstrapResult> {
+        let said = shim::say(shim::PROGRAM, &bundle.directory, &words, &params.write_to_bytes()?)?;
+        Ok(BootstrapResult::parse_from_bytes(&said)?)
+    };
+    let started = start()?;
+    ensure_eq!((started.version, &*started.protocol), (3, "ttrpc"), "what {started:?} says");
+    let socket = started.address.strip_prefix("unix://").map(Path::new);
+    ensure_eq!(socket.and_then(Path::parent), Some(sockets), "directory of {started:?}");
+    ensure_eq!(start()?.address, started.address, "address when it is started again");
+    let shim = shim::Shim::connect(&started.address)?;
+    let service = shim::TASK_OF_2;
+    let first = make(&shim, service, &bundle, &id)?;
+    let connect = ConnectRequest { id: id.clone(), ..Default::default() };
+    let connected: ConnectResponse = shim.call(service, "Connect", &connect)?;
+    ensure_eq!(connected.task_pid, first, "process in what {connected:?} says");
+    let in_group = fs::read_to_string(format!("/proc/{}/cgroup", connected.shim_pid))?;
+    ensure_eq!(in_group, format!("0::{group}\n"), "group of the shim");
+    let of_container = fs::read_to_string(format!("/proc/{first}/cgroup"))?;
+    ensure!(!of_container.contains(group), "the container is in the shim's group: {of_container}");
+    let wait: shim::Later<Result<WaitResponse, _>> =
+        shim.call_beside(service, "Wait", WaitRequest { id: id.clone(), ..Default::default() });
+    shim.call::<Empty>(service, "Kill", &KillRequest { id: id.clone(), signal: 9, ..Default::default() })?;
+    ensure_eq!(wait.get()??.exit_status, 137, "exit status");
+    let deleted: DeleteResponse =
+        shim.call(service, "Delete", &DeleteRequest { id: id.clone(), ..Default::default() })?;
+    ensure_eq!((deleted.pid, deleted.exit_status), (first, 137), "what {deleted:?} says");
+    // The connection ends with it.
+    let _ = shim.call::<Empty>(service, "Shutdown", &ShutdownRequest { id, ..Default::default() });
+    shim.gone()?;
+    let until = Instant::now() + DEADLINE;
+    for empty in [place, sockets] {
+        while let Err(error) = fs::remove_dir(empty) {
+            ensure!(Instant::now() < until, "{}: {error}", empty.display());
+            thread::sleep(Duration::from_millis(20));
+        }
+    }
     check(&before)
 }
