@@ -14,8 +14,6 @@ const NEEDED: &[(Cap, &str)] = &[
     (Cap::UserMemory, "guest memory"),
     (Cap::SplitIrqchip, "local APICs in the kernel alone (split irqchip)"),
     (Cap::SignalMsi, "message-signalled interrupts"),
-    (Cap::IrqRouting, "interrupt routes"),
-    (Cap::Irqfd, "interrupts by eventfd (irqfd)"),
     (Cap::Ioeventfd, "notifications by eventfd (ioeventfd)"),
     (Cap::TscDeadlineTimer, "the TSC-deadline timer"),
     (Cap::ImmediateExit, "leaving a vCPU at once (immediate_exit)"),
