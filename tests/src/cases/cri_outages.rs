@@ -224,8 +224,12 @@ fn kill_one(what: &str, is_it: impl Fn(&processes::Process) -> bool) -> Outcome 
     Ok(())
 }
 
+/// In an event of a process that was killed.
+const KILLED: &str = "\"exit_status\":137";
+
 fn a_killed_shim(scene: &Scene) -> Outcome {
     let cri = Cri::start(scene)?;
+    let mut told = 0;
     for round in 0..scene.repeat.min(MOST) {
         let mut events = cri.events()?;
         let name = format!("s{round}");
@@ -243,8 +247,11 @@ fn a_killed_shim(scene: &Scene) -> Outcome {
         })()
         .map_err(|error| format!("round {round}: {error}"))?;
         events.signal(Signal::KILL)?;
-        events.wait()?;
+        // Of whichever container, the pod's own among them.
+        let exits = events.wait()?.stdout;
+        told += exits.lines().filter(|line| line.contains(" /tasks/exit ") && line.contains(KILLED)).count();
     }
+    ensure!(told > 0, "of no container was containerd told that it was killed");
     cri.end()
 }
 

@@ -1,7 +1,7 @@
 //! containerd with podhull's own shim, when something goes wrong, and often.
 
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -32,6 +32,7 @@ pub const CASES: &[Case] = &[
     podhull("shim::killed", killed),
     podhull("shim::what_is_executed_is_stopped", what_is_executed_is_stopped),
     podhull("shim::a_class_has_a_configuration_of_its_own", a_class_has_a_configuration_of_its_own),
+    podhull("shim::delete_of_any_wreck", delete_of_any_wreck),
     podhull("shim::what_it_says_of_itself", what_it_says_of_itself),
     podhull("shim::started_with_parameters", started_with_parameters),
 ];
@@ -186,6 +187,9 @@ fn a_class_has_a_configuration_of_its_own(scene: &Scene) -> Outcome {
     check(&before)
 }
 
+/// What containerd gives the program to delete what a shim has left.
+const MOST_OF_A_DELETION: Duration = Duration::from_secs(5);
+
 /// Makes a container by a shim, and starts it. Its root is mounted by the shim.
 fn make(shim: &shim::Shim, service: &str, bundle: &Bundle, id: &str) -> Outcome<u32> {
     let directory = bundle.directory.display().to_string();
@@ -201,6 +205,76 @@ fn make(shim: &shim::Shim, service: &str, bundle: &Bundle, id: &str) -> Outcome<
     let start = StartRequest { id: id.into(), ..Default::default() };
     ensure_eq!(shim.call::<StartResponse>(service, "Start", &start)?.pid, created.pid, "process");
     Ok(created.pid)
+}
+
+/// The one process that this is true of.
+fn the_one(what: &str, is_it: impl Fn(&processes::Process) -> bool) -> Outcome<Pid> {
+    let found: Vec<_> = processes::all().into_iter().filter(is_it).collect();
+    let [process] = &found[..] else { return Err(format!("{what}: {found:?}").into()) };
+    Ok(Pid::from_raw(process.pid).ok_or("no pid")?)
+}
+
+/// The control group of a process.
+fn group_of(pid: i32) -> Outcome<PathBuf> {
+    let line = fs::read_to_string(format!("/proc/{pid}/cgroup"))?;
+    let path = line.trim().strip_prefix("0::/").ok_or_else(|| format!("group of {pid}: {line}"))?;
+    Ok(Path::new("/sys/fs/cgroup").join(path))
+}
+
+/// As containerd has it deleted that finds the shim gone: without anybody who answers, whatever else is missing, and twice.
+fn delete_of_any_wreck(scene: &Scene) -> Outcome {
+    let before = Leaks::watch();
+    for (number, lacks) in ["nothing", "its state", "config.json"].into_iter().enumerate() {
+        let (id, bundle) = (format!("wreck-{number}"), scene.busybox()?.writable().sh(PATIENT));
+        bundle.write()?;
+        let shim = shim::Shim::start(&bundle.directory, &id)?;
+        let pid = make(&shim, shim::TASK, &bundle, &id)?;
+        let is_machine = |process: &processes::Process| process.command.starts_with("podhull vmm");
+        let machine = the_one("machines", is_machine)?;
+        // It answers nobody.
+        kill_process(machine, Signal::STOP)?;
+        kill_process(the_one("shims", |process| process.is_shim() && process.command.contains(&id))?, Signal::KILL)?;
+        let state = Path::new("/run/containerd/podhull/default").join(&id);
+        ensure!(state.is_dir(), "{lacks}: no state at {}", state.display());
+        match lacks {
+            "its state" => {
+                // By its state alone is it known what runs, and in which groups.
+                let groups = [machine.as_raw_nonzero().get(), pid.cast_signed()].map(group_of);
+                kill_process(machine, Signal::KILL)?;
+                let ended = |process: &processes::Process| {
+                    process.pid == pid.cast_signed() && !matches!(process.state, 'Z' | 'X')
+                };
+                let until = Instant::now() + DEADLINE;
+                while processes::all().iter().any(ended) {
+                    ensure!(Instant::now() < until, "process {pid} does not end with its machine");
+                    thread::sleep(Duration::from_millis(20));
+                }
+                fs::remove_dir_all(&state)?;
+                for group in groups {
+                    fs::remove_dir(group?)?;
+                }
+            }
+            "config.json" => fs::remove_file(bundle.directory.join("config.json"))?,
+            _ => {}
+        }
+        let directory = bundle.directory.display().to_string();
+        let words = ["-namespace", "default", "-address", "", "-publish-binary", "/usr/bin/containerd"];
+        let words = [&words[..], &["-id", &id, "-bundle", &directory, "delete"]].concat();
+        for known in [if lacks == "its state" { 0 } else { pid }, 0] {
+            let began = Instant::now();
+            let said = shim::say("containerd-shim-podhull-v2", &bundle.directory, &words, &[])?;
+            let took = began.elapsed();
+            ensure!(took < MOST_OF_A_DELETION, "{lacks} is missing: deleted in {took:?}");
+            let answer = DeleteResponse::parse_from_bytes(&said)?;
+            let found = (answer.pid, answer.exit_status, answer.exited_at.is_some());
+            ensure_eq!(found, (known, 137, true), "what is said where {lacks} is missing");
+            ensure!(!fs::read_to_string("/proc/mounts")?.contains(&directory), "{lacks} is missing: mounts are left");
+            ensure!(!state.exists(), "{lacks} is missing: its state is left");
+        }
+        let ended = |process: &processes::Process| is_machine(process) && !matches!(process.state, 'Z' | 'X');
+        ensure!(!processes::all().iter().any(ended), "{lacks} is missing: its machine is left");
+    }
+    check(&before)
 }
 
 /// What containerd 2 asks each program for, and passes on to kubelet.
