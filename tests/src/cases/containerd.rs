@@ -89,7 +89,7 @@ fn tasks(scene: &Scene, shim: Shim) -> Outcome {
     let deleted = containerd.call(&["task", "delete", "second"])?;
     ensure!(deleted.stderr.contains("non-zero exit code 3"), "exit status: {:?}", deleted.stderr);
     containerd.call(&["container", "delete", "second"])?.output()?;
-    let expected = [
+    let mut expected = vec![
         "create second",
         "start second",
         "exec-added e1",
@@ -103,7 +103,11 @@ fn tasks(scene: &Scene, shim: Shim) -> Outcome {
         "exit second",
         "delete second",
     ];
-    ensure_eq!(told(&mut events, "second")?, expected, "what containerd was told");
+    if matches!(shim, Shim::Runc) {
+        // That shim may end before it has sent its last event.
+        expected.pop();
+    }
+    ensure_eq!(told(&mut events, "second", expected.len())?, expected, "what containerd was told");
     events.signal(Signal::KILL)?;
     events.wait()?;
     // Who comes later speaks to it, too.
@@ -145,10 +149,10 @@ fn processes(containerd: &Containerd, id: &str) -> Outcome {
     Ok(())
 }
 
-/// What containerd was told of a container, to its deletion: topics, and the ids of processes.
-fn told(events: &mut Running, container: &str) -> Outcome<Vec<String>> {
+/// The first things that containerd was told of a container: topics, and the ids of processes.
+fn told(events: &mut Running, container: &str, count: usize) -> Outcome<Vec<String>> {
     let mut told = Vec::new();
-    loop {
+    while told.len() < count {
         let line = events.line().map_err(|error| format!("after {told:?}: {error}"))?;
         let Some((_, rest)) = line.split_once(" /tasks/") else { continue };
         let (topic, text) = rest.split_once(' ').ok_or_else(|| format!("no event: {line}"))?;
@@ -156,11 +160,9 @@ fn told(events: &mut Running, container: &str) -> Outcome<Vec<String>> {
         if event["container_id"] == container {
             let process = ["exec_id", "id"].iter().find_map(|key| event[key].as_str().filter(|id| !id.is_empty()));
             told.push(format!("{topic} {}", process.unwrap_or(container)));
-            if topic == "delete" {
-                return Ok(told);
-            }
         }
     }
+    Ok(told)
 }
 
 /// Into a file, and to a program that takes them, which is told whose they are.
