@@ -13,8 +13,10 @@ use crate::netns::Netns;
 use crate::suite::{Case, Scene};
 use crate::{Outcome, ensure, ensure_eq};
 
-pub const CASES: &[Case] =
-    &[long(oci("compose::web_server_application_and_database", by_path)), oci("compose::by_the_shim", by_the_shim)];
+pub const CASES: &[Case] = &[
+    long(oci("compose::web_server_application_and_database", by_path)),
+    long(oci("compose::by_the_shim", by_the_shim)),
+];
 
 /// The image has no programs: they are this host's, so that there is less to load.
 const SERVICES: &str = r#"
