@@ -217,7 +217,7 @@ for name, number in calls.items():
     print(name, errno.errorcode.get(ctypes.get_errno(), 'none'))
 print(subprocess.check_output(['apt-get', '--version'], text=True).split()[0])
 print(subprocess.check_output(['stress-ng', '--version'], text=True).split()[0])
-print(subprocess.check_output('hello', text=True).strip())
+print(subprocess.check_output('/usr/lib32/libc.so.6', text=True).split()[0])
 ";
     let bundle = scene.debian()?.capabilities(&granted).set("/linux/seccomp", default_profile(&granted)?);
     let bundle = bundle.python(script);
