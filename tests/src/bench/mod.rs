@@ -167,7 +167,7 @@ fn run() -> Outcome<bool> {
             }
         }
     }
-    fs::remove_dir_all(&bench.directory)?;
+    let removed = fs::remove_dir_all(&bench.directory);
 
     ensure!(panels.iter().any(|panel| !panel.figures.is_empty()), "nothing was measured");
     print!("{}", report::table(&panels));
@@ -182,6 +182,8 @@ fn run() -> Outcome<bool> {
     if !failed.is_empty() {
         println!("failed: {}", failed.join(" "));
     }
+    // Last: what failed may have left something mounted there, and the figures are there all the same.
+    removed?;
     Ok(failed.is_empty())
 }
 
