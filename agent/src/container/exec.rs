@@ -106,7 +106,7 @@ impl Container {
         let ready = self.exec_ready(request, document, &spec, &process, &limits, &around).await.map_err(or_stopped)?;
         ready.pass().await.map_err(or_stopped)?;
         let event = Event { container_id: self.id.clone(), exec_id: reservation.id.clone(), ..Event::default() };
-        let (watched, _) = ready.watched(event, self.cgroup.clone(), around.events.clone(), std::future::pending());
+        let (watched, _) = ready.watched(event, self.cgroup.clone(), around.events.clone(), None);
         let pid = watched.pid.as_raw_nonzero().get();
         reservation.becomes = Some(Arc::new(watched));
         Ok(pid)

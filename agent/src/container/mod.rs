@@ -16,6 +16,7 @@ mod limits;
 mod mount_options;
 mod mounts;
 pub mod namespaces;
+mod out_of_memory;
 mod paths;
 mod process;
 pub mod report;
@@ -33,7 +34,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use podhull_protocol::{ContainerStatsResponse, Event, OutOfMemory, event};
+use podhull_protocol::{ContainerStatsResponse, Event};
 use rustix::io::Errno;
 use rustix::process::{Pid, Signal};
 use tokio::io::unix::AsyncFd;
@@ -54,6 +55,7 @@ pub use join::setns;
 use launch::{LaunchError, Place};
 use limits::{LimitError, Limits};
 use namespaces::{NamespaceError, Namespaces};
+use out_of_memory::Kills;
 use process::ProcessError;
 use report::ErrorKind;
 pub use terminal::Window;
@@ -313,8 +315,8 @@ impl Container {
         };
         let cgroup = Arc::new(cgroup);
         let event = Event { container_id: id.clone(), ..Event::default() };
-        let memory = report_out_of_memory(id.clone(), cgroup.clone(), around.events.clone());
-        let (init, socket) = ready.watched(event, cgroup.clone(), around.events.clone(), memory);
+        let kills = Kills::new(id.clone(), cgroup.clone(), around.events.clone());
+        let (init, socket) = ready.watched(event, cgroup.clone(), around.events.clone(), Some(kills));
         let hooks: Duration = spec.hooks.start_container.iter().map(hooks::timeout).sum();
         Ok(Self {
             id,
@@ -499,25 +501,6 @@ impl Container {
         last.join_all().await;
         Ok(())
     }
-}
-
-/// Reports kills for lack of memory as they happen, for as long as it is polled.
-async fn report_out_of_memory(id: String, cgroup: Arc<Cgroup>, events: Arc<Events>) -> std::convert::Infallible {
-    let mut reported = 0;
-    if let Ok(Some(mut watch)) = cgroup.watch_memory() {
-        loop {
-            let kills = cgroup.oom_kills();
-            if kills > reported {
-                reported = kills;
-                let kind = event::Kind::OutOfMemory(OutOfMemory { kills, ..OutOfMemory::default() });
-                events.push(Event { container_id: id.clone(), kind: Some(kind), ..Event::default() });
-            }
-            if watch.changed().await.is_err() {
-                break;
-            }
-        }
-    }
-    std::future::pending().await
 }
 
 fn mounts_cgroup_writable(spec: &Spec) -> bool {

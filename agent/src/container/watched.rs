@@ -13,6 +13,7 @@ use tokio::sync::watch;
 
 use super::launch::{self, Launched};
 use super::limits::Limits;
+use super::out_of_memory::Kills;
 use super::report::Report;
 use super::{ContainerError, gate, terminal};
 use crate::cgroup::Cgroup;
@@ -64,24 +65,34 @@ impl Ready {
         passed
     }
 
-    /// Has its end reported as `event`, which says whose it is; until then `meanwhile` is polled. Returns the way to its gate,
-    /// too.
+    /// Has its end reported as `event`, which says whose it is; until then, and before it, the kills of its container, if they are
+    /// its to say. Returns the way to its gate, too.
     pub fn watched(
         self,
         mut event: Event,
         cgroup: Arc<Cgroup>,
         events: Arc<Events>,
-        meanwhile: impl Future<Output = std::convert::Infallible> + Send + 'static,
+        kills: Option<Kills>,
     ) -> (Watched, AsyncFd<OwnedFd>) {
         let Self { launched: Launched { pid, pidfd, socket, exit, .. }, pumps, master } = self;
         let (sender, ended) = watch::channel(false);
         let reporter = tokio::spawn(async move {
+            let mut kills = kills;
+            let watch = async {
+                match &mut kills {
+                    Some(kills) => kills.watch().await,
+                    None => std::future::pending().await,
+                }
+            };
             let status = tokio::select! {
                 status = exit => status.unwrap_or(ExitStatus::Code(255)),
-                never = meanwhile => match never {},
+                never = watch => match never {},
             };
             sender.send_replace(true);
             pumps.finish().await;
+            if let Some(kills) = &mut kills {
+                kills.say();
+            }
             let (code, signal) = match status {
                 ExitStatus::Code(code) => (code, 0),
                 ExitStatus::Signal(signal) => (0, signal),

@@ -91,6 +91,8 @@ pub struct Outcome {
     pub stdout: String,
     pub stderr: String,
     pub exit: Exit,
+    /// Processes of the container killed for lack of memory, as events before its end have told; 0 of one executed later.
+    pub kills: u64,
 }
 
 impl Outcome {
@@ -201,8 +203,9 @@ impl Agent {
         };
         let ((), stdout, stderr) = tokio::join!(feed, read_all(stdout), read_all(stderr));
         let exit = self.exit_of(&id).await;
+        let kills = self.kills_told_of(&id).await;
         self.delete(&id).await;
-        Outcome { stdout, stderr, exit }
+        Outcome { stdout, stderr, exit, kills }
     }
 
     pub async fn create(&self, id: &str, rootfs: &str, spec: &Value, stdio: Stdio) -> ttrpc::Result<i32> {
@@ -295,6 +298,13 @@ impl Agent {
         }
     }
 
+    /// How many kills for lack of memory were told of a container before its end, which was waited for.
+    async fn kills_told_of(&self, id: &str) -> u64 {
+        let (_, waiting) = &*self.events.lock().await;
+        let of = waiting.iter().filter(|event| event.has_out_of_memory() && event.container_id == id);
+        of.map(|event| event.out_of_memory().kills).max().unwrap_or_default()
+    }
+
     /// A container that does nothing until it is deleted.
     pub async fn idle(&self, id: &str, rootfs: &str, spec: &Value) {
         self.create(id, rootfs, spec, Stdio::default()).await.unwrap();
@@ -339,7 +349,7 @@ impl Agent {
         let (stdout, stderr) = tokio::join!(read_all(stdout), read_all(stderr));
         let exit = self.exit_of_process(id, &exec_id).await;
         self.delete_process(id, &exec_id).await.unwrap();
-        Outcome { stdout, stderr, exit }
+        Outcome { stdout, stderr, exit, kills: 0 }
     }
 
     pub async fn signal_process(&self, id: &str, exec_id: &str, signal: i32) -> ttrpc::Result<Empty> {

@@ -22,7 +22,7 @@ const AFTER: Duration = Duration::from_secs(10);
 const LAST_PAGES: Duration = Duration::from_secs(60);
 
 /// How long the last event of a container may come after its end.
-const LAST_WORDS: Duration = Duration::from_secs(1);
+const LAST_WORDS: Duration = Duration::from_secs(10);
 
 /// How long the start of a program may wait for somebody to watch it.
 const WATCHED: Duration = Duration::from_secs(10);
