@@ -34,7 +34,7 @@ const MOST: usize = 50;
 const COUNTING: &str = "
 n=0
 while :; do
-    echo $n; n=$((n + 1)); sleep 0.2
+    echo $n; n=$((n + 1)); sleep 1
     [ ! -e /volume/exit-$NAME ] || exit 7
     [ ! -e /volume/starve-$NAME ] || exec tail -c 200000000 /dev/zero
 done";
@@ -93,6 +93,15 @@ impl Counting {
     }
 }
 
+/// All of them do, at the same time.
+fn check_all(all: &[Counting], cri: &Cri) -> Outcome {
+    let checked: Vec<Outcome> = thread::scope(|scope| {
+        let threads: Vec<_> = all.iter().map(|counting| scope.spawn(|| counting.check(cri))).collect();
+        threads.into_iter().map(|thread| thread.join().unwrap_or_else(|_| Err("it panicked".into()))).collect()
+    });
+    checked.into_iter().collect::<Outcome<Vec<()>>>().map(drop)
+}
+
 fn wait(what: &str, mut done: impl FnMut() -> Outcome<bool>) -> Outcome {
     let until = Instant::now() + DEADLINE;
     while !done()? {
@@ -117,9 +126,7 @@ fn containerd_goes_and_comes_back(scene: &Scene) -> Outcome {
     // In a soak as many of each kind.
     let rounds = scene.repeat.min(MOST) * if scene.is_soak() { 2 } else { 1 };
     for round in 0..rounds {
-        for counting in &all {
-            counting.check(&cri)?;
-        }
+        check_all(&all, &cri)?;
         // Of two pods the containers end meanwhile: one by itself, and one that is killed for lack of memory.
         let (one, other) = (round % all.len(), (round + 1) % all.len());
         let ends = [(one, "exit", 7), (other, "starve", 137)];
@@ -149,8 +156,8 @@ fn containerd_goes_and_comes_back(scene: &Scene) -> Outcome {
             cri.remove(&old)?;
         }
     }
+    check_all(&all, &cri)?;
     for counting in &all {
-        counting.check(&cri)?;
         ensure_eq!(cri.pod_status(&counting.pod)?.state(), api::PodSandboxState::SandboxReady, "state of the pod");
     }
     for counting in &all {
