@@ -1,9 +1,13 @@
 //! Events for containerd, in the order in which they happened.
 //!
-//! A containerd that is being restarted is waited for: its socket is made anew, and the directory tells of that (inotify).
+//! A containerd that is being restarted is waited for: its socket is made anew, and the directory tells of that (inotify). It takes
+//! events, and forgets them, some moments before those in it who want to know of them have begun to listen: CRI would not know that a
+//! container was killed for lack of memory. So the first event waits until somebody asks for a container, which they do next.
 
 use std::io;
 use std::path::{Path, PathBuf};
+use std::pin::pin;
+use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use containerd_shim_protos::events::task;
@@ -16,7 +20,7 @@ use containerd_shim_protos::shim_async::{Client, EventsClient};
 use containerd_shim_protos::topics;
 use rustix::fs::inotify;
 use tokio::io::unix::AsyncFd;
-use tokio::sync::mpsc;
+use tokio::sync::{Notify, mpsc};
 use tokio::time::timeout;
 use ttrpc::context::with_duration;
 
@@ -25,6 +29,9 @@ const ANSWER: Duration = Duration::from_secs(10);
 
 /// How long a containerd that is away is waited for. It asks for the state of everything when it comes back.
 const AWAY: Duration = Duration::from_secs(300);
+
+/// How long a containerd that is back may take until somebody asks for a container. There may be nobody who does.
+const SETTLED: Duration = Duration::from_secs(5);
 
 /// How often one is sent that containerd does not want.
 const TRIES: u32 = 5;
@@ -95,20 +102,31 @@ pub fn timestamp(time: SystemTime) -> Timestamp {
 
 /// Takes events; they are sent by [`Sender`].
 #[derive(Clone)]
-pub struct Publisher(mpsc::Sender<Envelope>, String);
+pub struct Publisher {
+    sender: mpsc::Sender<Envelope>,
+    namespace: String,
+    asked: Arc<Notify>,
+}
 
 impl Publisher {
     /// For the containers of a namespace; the other half sends to `address`, or to nobody if that is empty.
     pub fn new(address: &str, namespace: &str) -> (Self, Sender) {
         let (sender, receiver) = mpsc::channel(MOST);
         let path = address.strip_prefix("unix://").unwrap_or(address);
-        (Self(sender, namespace.into()), Sender { receiver, path: path.into(), client: None })
+        let asked = Arc::<Notify>::default();
+        let sender = Self { sender, namespace: namespace.into(), asked: asked.clone() };
+        (sender, Sender { receiver, path: path.into(), client: None, asked })
     }
 
     /// Something has happened.
     pub fn publish(&self, event: &Event) {
         // Full: see MOST.
-        let _ = self.0.try_send(event.envelope(&self.1));
+        let _ = self.sender.try_send(event.envelope(&self.namespace));
+    }
+
+    /// Somebody has asked for a container, and hears of what happens to it from now on.
+    pub fn asked(&self) {
+        self.asked.notify_waiters();
     }
 }
 
@@ -117,6 +135,7 @@ pub struct Sender {
     receiver: mpsc::Receiver<Envelope>,
     path: PathBuf,
     client: Option<EventsClient>,
+    asked: Arc<Notify>,
 }
 
 impl Sender {
@@ -136,7 +155,7 @@ impl Sender {
         while refused < TRIES {
             let client = match self.client.take() {
                 Some(client) => client,
-                None => match self.connect().await {
+                None => match self.connect_settled().await {
                     Ok(client) => client,
                     // There is no such directory, or no way to watch it: nobody will come back there.
                     Err(_) => return,
@@ -153,17 +172,31 @@ impl Sender {
         }
     }
 
-    /// Connects, when there is somebody to connect to.
-    async fn connect(&self) -> io::Result<EventsClient> {
+    /// Connects, when there is somebody to connect to; if that was waited for, when somebody has asked for a container, too.
+    async fn connect_settled(&self) -> io::Result<EventsClient> {
+        // Begins here: who asks may be faster than what follows.
+        let mut asked = pin!(self.asked.notified());
+        asked.as_mut().enable();
+        let (client, was_away) = self.connect().await?;
+        if was_away {
+            let _ = timeout(SETTLED, asked).await;
+        }
+        Ok(client)
+    }
+
+    /// Connects, when there is somebody to connect to. Says whether that had to be waited for.
+    async fn connect(&self) -> io::Result<(EventsClient, bool)> {
         let address = format!("unix://{}", self.path.display());
         let directory = self.path.parent().unwrap_or(Path::new("/"));
         // Watched before it is tried, so that nothing is missed.
         let watch = Watch::new(directory)?;
+        let mut was_away = false;
         loop {
             match Client::connect(&address).await {
-                Ok(client) => return Ok(EventsClient::new(client)),
+                Ok(client) => return Ok((EventsClient::new(client), was_away)),
                 Err(_) => watch.changed().await?,
             }
+            was_away = true;
         }
     }
 }
@@ -200,5 +233,86 @@ impl Sender {
     /// What waits to be sent.
     pub fn waiting(&mut self) -> Vec<Envelope> {
         std::iter::from_fn(|| self.receiver.try_recv().ok()).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::HashMap;
+    use std::os::unix::fs::PermissionsExt;
+
+    use async_trait::async_trait;
+    use containerd_shim_protos::api::Empty;
+    use containerd_shim_protos::shim_async::{Events, create_events};
+    use tokio::time::sleep;
+    use ttrpc::r#async::{Server, TtrpcContext};
+
+    use super::*;
+
+    /// Takes topics.
+    struct Taker(mpsc::UnboundedSender<String>);
+
+    #[async_trait]
+    impl Events for Taker {
+        async fn forward(&self, _: &TtrpcContext, request: ForwardRequest) -> ttrpc::Result<Empty> {
+            let _ = self.0.send(request.envelope.topic.clone());
+            Ok(Empty::new())
+        }
+    }
+
+    /// Listens, and changes the mode of its socket afterwards, as containerd does.
+    async fn listen(path: &Path) -> (Server, mpsc::UnboundedReceiver<String>) {
+        let (sender, receiver) = mpsc::unbounded_channel();
+        let services: HashMap<_, _> = create_events(Arc::new(Taker(sender)));
+        let server = Server::new().bind(&format!("unix://{}", path.display())).unwrap();
+        let mut server = server.register_service(services);
+        server.start().await.unwrap();
+        std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o660)).unwrap();
+        (server, receiver)
+    }
+
+    fn starved() -> Event {
+        Event::OutOfMemory(task::TaskOOM { container_id: "c".into(), ..Default::default() })
+    }
+
+    #[tokio::test]
+    async fn who_is_back_is_told_when_somebody_asks() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("s");
+        let (publisher, sender) = Publisher::new(&path.display().to_string(), "n");
+        let sender = tokio::spawn(sender.run());
+        publisher.publish(&starved());
+        sleep(Duration::from_millis(50)).await;
+        let (mut first, mut topics) = listen(&path).await;
+        assert!(timeout(SETTLED / 10, topics.recv()).await.is_err());
+        publisher.asked();
+        assert_eq!(topics.recv().await.unwrap(), "/tasks/oom");
+        // At once from then on.
+        publisher.publish(&starved());
+        let soon = SETTLED / 2;
+        assert_eq!(timeout(soon, topics.recv()).await.unwrap().unwrap(), "/tasks/oom");
+
+        // Nothing is waited for where it was not away when there was something to tell.
+        first.stop_listen().await;
+        drop(first);
+        std::fs::remove_file(&path).unwrap();
+        let (_second, mut topics) = listen(&path).await;
+        publisher.publish(&starved());
+        assert_eq!(timeout(soon, topics.recv()).await.unwrap().unwrap(), "/tasks/oom");
+        sender.abort();
+    }
+
+    #[tokio::test]
+    async fn who_is_back_is_told_where_nobody_asks() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("s");
+        let (publisher, sender) = Publisher::new(&path.display().to_string(), "n");
+        publisher.publish(&starved());
+        drop(publisher);
+        let sender = tokio::spawn(sender.run());
+        sleep(Duration::from_millis(50)).await;
+        let (_server, mut topics) = listen(&path).await;
+        assert_eq!(timeout(SETTLED * 10, topics.recv()).await.unwrap().unwrap(), "/tasks/oom");
+        sender.await.unwrap();
     }
 }

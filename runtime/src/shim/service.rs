@@ -183,6 +183,14 @@ pub async fn whole<T: Send + 'static>(work: impl Future<Output = Result<T>> + Se
     tokio::spawn(work).await.unwrap_or_else(|failure| Err(error(Code::INTERNAL, failure.to_string())))
 }
 
+impl Service {
+    /// One that somebody asks for: not containerd, which asks for what there is (Connect, Pids) when it is back.
+    fn container(&self, id: &str) -> Result<Arc<Container>> {
+        self.0.surroundings.publisher.asked();
+        self.0.container(id)
+    }
+}
+
 #[async_trait]
 impl Task for Service {
     async fn create(&self, _: &TtrpcContext, request: CreateTaskRequest) -> Result<CreateTaskResponse> {
@@ -191,23 +199,24 @@ impl Task for Service {
     }
 
     async fn start(&self, _: &TtrpcContext, request: StartRequest) -> Result<StartResponse> {
-        let container = self.0.container(&request.id)?;
+        let container = self.container(&request.id)?;
         let pid = whole(async move { container.start(&request.exec_id).await }).await?;
         Ok(StartResponse { pid, ..Default::default() })
     }
 
     async fn exec(&self, _: &TtrpcContext, request: ExecProcessRequest) -> Result<Empty> {
-        self.0.container(&request.id)?.add(request)?;
+        self.container(&request.id)?.add(request)?;
         Ok(Empty::new())
     }
 
     async fn delete(&self, _: &TtrpcContext, request: DeleteRequest) -> Result<DeleteResponse> {
         let tasks = self.0.clone();
+        tasks.surroundings.publisher.asked();
         whole(async move { tasks.delete(request).await }).await
     }
 
     async fn state(&self, _: &TtrpcContext, request: StateRequest) -> Result<StateResponse> {
-        self.0.container(&request.id)?.state(&request.exec_id).await
+        self.container(&request.id)?.state(&request.exec_id).await
     }
 
     async fn pids(&self, _: &TtrpcContext, request: PidsRequest) -> Result<PidsResponse> {
@@ -215,13 +224,13 @@ impl Task for Service {
     }
 
     async fn pause(&self, _: &TtrpcContext, request: PauseRequest) -> Result<Empty> {
-        let container = self.0.container(&request.id)?;
+        let container = self.container(&request.id)?;
         whole(async move { container.pause().await }).await?;
         Ok(Empty::new())
     }
 
     async fn resume(&self, _: &TtrpcContext, request: ResumeRequest) -> Result<Empty> {
-        let container = self.0.container(&request.id)?;
+        let container = self.container(&request.id)?;
         whole(async move { container.resume().await }).await?;
         Ok(Empty::new())
     }
@@ -232,19 +241,19 @@ impl Task for Service {
     }
 
     async fn kill(&self, _: &TtrpcContext, request: KillRequest) -> Result<Empty> {
-        self.0.container(&request.id)?.kill(&request.exec_id, request.signal, request.all).await?;
+        self.container(&request.id)?.kill(&request.exec_id, request.signal, request.all).await?;
         Ok(Empty::new())
     }
 
     async fn resize_pty(&self, _: &TtrpcContext, request: ResizePtyRequest) -> Result<Empty> {
-        let process = self.0.container(&request.id)?.process(&request.exec_id)?;
+        let process = self.container(&request.id)?.process(&request.exec_id)?;
         let size = |number: u32| u16::try_from(number).unwrap_or(u16::MAX);
         process.resize((size(request.height), size(request.width))).map_err(failed)?;
         Ok(Empty::new())
     }
 
     async fn close_io(&self, _: &TtrpcContext, request: CloseIORequest) -> Result<Empty> {
-        let process = self.0.container(&request.id)?.process(&request.exec_id)?;
+        let process = self.container(&request.id)?.process(&request.exec_id)?;
         if request.stdin {
             process.close_stdin();
         }
@@ -252,19 +261,19 @@ impl Task for Service {
     }
 
     async fn update(&self, _: &TtrpcContext, request: UpdateTaskRequest) -> Result<Empty> {
-        self.0.container(&request.id)?.update(request.resources.value.clone()).await?;
+        self.container(&request.id)?.update(request.resources.value.clone()).await?;
         Ok(Empty::new())
     }
 
     async fn wait(&self, _: &TtrpcContext, request: WaitRequest) -> Result<WaitResponse> {
-        let process = self.0.container(&request.id)?.process(&request.exec_id)?;
+        let process = self.container(&request.id)?.process(&request.exec_id)?;
         let exit = process.wait().await.ok_or_else(|| not_found("the process was deleted before it was started"))?;
         let exited_at = MessageField::some(timestamp(exit.at));
         Ok(WaitResponse { exit_status: exit.status, exited_at, ..Default::default() })
     }
 
     async fn stats(&self, _: &TtrpcContext, request: StatsRequest) -> Result<StatsResponse> {
-        let stats = any(&metrics::of(self.0.container(&request.id)?.stats().await?));
+        let stats = any(&metrics::of(self.container(&request.id)?.stats().await?));
         Ok(StatsResponse { stats: MessageField::some(stats), ..Default::default() })
     }
 
