@@ -72,12 +72,11 @@ impl Ready {
         mut event: Event,
         cgroup: Arc<Cgroup>,
         events: Arc<Events>,
-        kills: Option<Kills>,
+        mut kills: Option<Kills>,
     ) -> (Watched, AsyncFd<OwnedFd>) {
         let Self { launched: Launched { pid, pidfd, socket, exit, .. }, pumps, master } = self;
         let (sender, ended) = watch::channel(false);
         let reporter = tokio::spawn(async move {
-            let mut kills = kills;
             let watch = async {
                 match &mut kills {
                     Some(kills) => kills.watch().await,

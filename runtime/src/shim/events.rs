@@ -244,7 +244,6 @@ mod tests {
     use async_trait::async_trait;
     use containerd_shim_protos::api::Empty;
     use containerd_shim_protos::shim_async::{Events, create_events};
-    use tokio::time::sleep;
     use ttrpc::r#async::{Server, TtrpcContext};
 
     use super::*;
@@ -271,6 +270,13 @@ mod tests {
         (server, receiver)
     }
 
+    /// Sends, and has found nobody yet.
+    async fn in_vain(sender: Sender) -> tokio::task::JoinHandle<()> {
+        let mut running = Box::pin(sender.run());
+        assert!(timeout(Duration::from_millis(50), &mut running).await.is_err());
+        tokio::spawn(running)
+    }
+
     fn starved() -> Event {
         Event::OutOfMemory(task::TaskOOM { container_id: "c".into(), ..Default::default() })
     }
@@ -280,9 +286,8 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("s");
         let (publisher, sender) = Publisher::new(&path.display().to_string(), "n");
-        let sender = tokio::spawn(sender.run());
         publisher.publish(&starved());
-        sleep(Duration::from_millis(50)).await;
+        let sender = in_vain(sender).await;
         let (mut first, mut topics) = listen(&path).await;
         assert!(timeout(SETTLED / 10, topics.recv()).await.is_err());
         publisher.asked();
@@ -309,8 +314,7 @@ mod tests {
         let (publisher, sender) = Publisher::new(&path.display().to_string(), "n");
         publisher.publish(&starved());
         drop(publisher);
-        let sender = tokio::spawn(sender.run());
-        sleep(Duration::from_millis(50)).await;
+        let sender = in_vain(sender).await;
         let (_server, mut topics) = listen(&path).await;
         assert_eq!(timeout(SETTLED * 10, topics.recv()).await.unwrap().unwrap(), "/tasks/oom");
         sender.await.unwrap();
