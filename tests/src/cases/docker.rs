@@ -17,7 +17,8 @@ use crate::{Outcome, ensure, ensure_eq};
 pub const CASES: &[Case] = &[oci("docker::containers", by_path), oci("docker::containers_by_the_shim", by_the_shim)];
 
 /// Serves files of the container, and ends when it is asked to.
-const SERVE: &str = "trap 'echo bye; exit 3' TERM; echo hello; echo data > /file; httpd -p 80 -h /; while :; do sleep 1000 & wait; done";
+const SERVE: &str = "trap 'echo bye; exit 3' TERM; echo hello; echo data > /file; httpd -p 80 -h /; \
+                     while :; do sleep 1000 & wait; done";
 
 fn by_path(scene: &Scene) -> Outcome {
     containers(scene, Docker::start, None)
