@@ -27,8 +27,9 @@ use ttrpc::context::with_duration;
 /// How long containerd may take to take one.
 const ANSWER: Duration = Duration::from_secs(10);
 
-/// How long a containerd that is away is waited for. It asks for the state of everything when it comes back.
-const AWAY: Duration = Duration::from_secs(300);
+/// When one that is away is looked for again though nobody has told that it is back: where too many wait to be answered by it, or nothing
+/// can be had that would tell.
+const AGAIN: Duration = Duration::from_secs(10);
 
 /// How long a containerd that is back may take until somebody asks for a container. There may be nobody who does.
 const SETTLED: Duration = Duration::from_secs(5);
@@ -139,14 +140,14 @@ pub struct Sender {
 }
 
 impl Sender {
-    /// Sends until there will be no more.
+    /// Sends until there will be no more. A containerd that is away is waited for as long as it takes: there are never more than [`MOST`].
     pub async fn run(mut self) {
         while let Some(envelope) = self.receiver.recv().await {
             if self.path.as_os_str().is_empty() {
                 continue;
             }
             let request = ForwardRequest { envelope: MessageField::some(envelope), ..Default::default() };
-            let _ = timeout(AWAY, self.send(&request)).await;
+            self.send(&request).await;
         }
     }
 
@@ -157,7 +158,7 @@ impl Sender {
                 Some(client) => client,
                 None => match self.connect_settled().await {
                     Ok(client) => client,
-                    // There is no such directory, or no way to watch it: nobody will come back there.
+                    // There is no such directory: nobody will come back there.
                     Err(_) => return,
                 },
             };
@@ -188,17 +189,27 @@ impl Sender {
     async fn connect(&self) -> io::Result<(EventsClient, bool)> {
         let address = format!("unix://{}", self.path.display());
         let directory = self.path.parent().unwrap_or(Path::new("/"));
-        // Watched before it is tried, so that nothing is missed.
-        let watch = Watch::new(directory)?;
+        let mut watch = None;
         let mut was_away = false;
         loop {
-            match Client::connect(&address).await {
-                Ok(client) => return Ok((EventsClient::new(client), was_away)),
-                Err(_) => watch.changed().await?,
+            match (Client::connect(&address).await, &watch) {
+                (Ok(client), _) => return Ok((EventsClient::new(client), was_away)),
+                (Err(_), Some(watch)) => changed(watch).await?,
+                (Err(_), None) => match Watch::new(directory) {
+                    // It is looked for once more, that nothing is missed that was made before.
+                    Ok(made) => watch = Some(made),
+                    Err(error) if error.kind() == io::ErrorKind::NotFound => return Err(error),
+                    Err(_) => tokio::time::sleep(AGAIN).await,
+                },
             }
             was_away = true;
         }
     }
+}
+
+/// Waits until it is time to look again.
+async fn changed(watch: &Watch) -> io::Result<()> {
+    timeout(AGAIN, watch.changed()).await.unwrap_or(Ok(()))
 }
 
 /// Tells of what is made in a directory.
