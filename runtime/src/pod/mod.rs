@@ -54,6 +54,7 @@ pub use descriptors::{Asked, DescriptorError, Inherited};
 pub use exec::{Exec, ExecError, Execution, exec, exec_in_background, exec_in_foreground, running};
 pub use link::{Creator, News};
 pub use notify::SOCKET as NOTIFY_SOCKET;
+pub use resize::leave;
 pub use resources::{IMAGE, KERNEL, LIBRARY, ResourceError, image, kernel, library_file};
 pub use shadow::{FLAG as SHADOW_FLAG, Launch, NAME as SHADOW_NAME};
 pub use size::{Demand, MAX_CPUS, MAX_MEMORY, Sizing, host_cpus, host_memory};

@@ -536,11 +536,17 @@ impl Container {
     /// Removes what there is of it beside this process, whatever it does.
     async fn remove(&self) -> Result<()> {
         let (surroundings, id, bundle) = (self.surroundings.clone(), self.id.clone(), self.bundle.clone());
-        beside(move || {
-            pod::delete(&surroundings.root, &id, true, &surroundings.log).map_err(of_command)?;
-            rootfs::unmount_all(&bundle).map_err(failed)
-        })
-        .await?
+        let removed = beside(move || {
+            let removed = pod::destroy(&surroundings.root, &id, true, &surroundings.log).map_err(of_command)?;
+            rootfs::unmount_all(&bundle).map_err(failed)?;
+            Ok::<_, ttrpc::Error>(removed)
+        });
+        if let Some(state) = removed.await?? {
+            // Nobody waits for the guest to give back its room: CRI does all there is to do for an end in ten seconds, or has lost it.
+            let surroundings = self.surroundings.clone();
+            drop(tokio::task::spawn_blocking(move || pod::leave(&surroundings.root, &state, &surroundings.log)));
+        }
+        Ok(())
     }
 }
 
