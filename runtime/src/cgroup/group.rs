@@ -77,6 +77,11 @@ impl Cgroup {
         fs::OpenOptions::new().write(true).open(self.place.directory().join("memory.max")).ok()
     }
 
+    /// Most bytes that may be used in it; see [`Place::memory`].
+    pub fn memory(&self) -> Option<u64> {
+        self.place.memory()
+    }
+
     /// Makes it without systemd, with its process in it.
     pub(super) fn make(&self) -> Result<(), CgroupError> {
         let mut group = PathBuf::from(MOUNT_POINT);
@@ -151,6 +156,14 @@ impl Cgroup {
 impl Place {
     pub(super) fn directory(&self) -> PathBuf {
         Path::new(MOUNT_POINT).join(self.path.strip_prefix("/").unwrap_or(&self.path))
+    }
+
+    /// Most bytes that may be used in it: the least of its own `memory.max` and those of the groups above; none if no group has one.
+    pub(super) fn memory(&self) -> Option<u64> {
+        let directory = self.directory();
+        let groups = directory.ancestors().take_while(|group| *group != Path::new(MOUNT_POINT));
+        // "max", or no such file, is no limit.
+        groups.filter_map(|group| fs::read_to_string(group.join("memory.max")).ok()?.trim().parse().ok()).min()
     }
 
     fn processes(&self) -> Result<Vec<i32>, CgroupError> {

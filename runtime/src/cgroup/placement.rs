@@ -104,6 +104,11 @@ impl Placement {
         Cgroup { place, process: machine }
     }
 
+    /// Most bytes that may be used in the groups above both: a pod's, where there is one.
+    pub fn memory(&self) -> Option<u64> {
+        Place { path: self.container.path.parent()?.into(), unit: None }.memory()
+    }
+
     /// Makes the group of the machine's process, and moves it there. Memory that it uses before stays with our own group.
     pub fn make_machine(&self, machine: Process) -> Result<(), CgroupError> {
         let group = self.machine(machine);

@@ -271,6 +271,8 @@ impl Config {
             max_cpus: cpus(Key::MaxVcpus),
             least_memory: bytes(Key::Memory).filter(|_| asked(Key::Memory)),
             least_cpus: cpus(Key::Vcpus).filter(|_| asked(Key::Vcpus)),
+            // What the group has that it is in is no setting.
+            room: None,
             expected: sandbox::expected(annotations)?,
         };
         Ok(Settings {

@@ -481,9 +481,10 @@ impl Create<'_> {
         state::check_free(self.root, self.id)?;
         let bundle = Bundle::open(self.bundle)?;
         let joined = join::look_up(self.root, &bundle.config)?;
-        let settings = self.settings(&bundle, &joined)?;
+        let mut settings = self.settings(&bundle, &joined)?;
         Size::of(&settings.sizing, &[&Demand::of(bundle.config.spec())])?;
         let placement = Placement::new(self.cgroups, &bundle.config, self.id)?;
+        settings.sizing.room = placement.as_ref().and_then(Placement::memory);
         Ok((bundle, Wanted { joined, placement, settings }))
     }
 

@@ -7,6 +7,7 @@ use std::time::Duration;
 use super::command::{CommandError, event_loop};
 use super::size::{Demand, Size, Sizing};
 use crate::agent::{Agent, Growth};
+use crate::cgroup::Cgroup;
 use crate::log::Log;
 use crate::machine::Control;
 use crate::state::{self, State};
@@ -35,11 +36,16 @@ impl<'a> Machine<'a> {
         // Only now: who had its turn before may have added one.
         let there = state::list(root)?.into_iter().map(|known| known.state);
         let others = there.filter(|state| state.id != container.id && state.pod().as_ref() == Some(&pod));
-        let mut sizing = (container.id == pod.pod).then(|| container.sizing.clone());
+        let of_first = |state: &State| {
+            // Whoever made the group of the pod may have given it another limit since.
+            let room = state.machine_cgroup.as_ref().and_then(Cgroup::memory);
+            Sizing { room, ..state.sizing.clone() }
+        };
+        let mut sizing = (container.id == pod.pod).then(|| of_first(container));
         let mut demands = Vec::new();
         for state in others {
             if state.id == pod.pod {
-                sizing = Some(state.sizing);
+                sizing = Some(of_first(&state));
             }
             demands.push(state.demand);
         }

@@ -16,6 +16,13 @@ const BASE_MEMORY: u64 = 256 * MIB;
 /// kernel's account of pages.
 const GUEST_OVERHEAD: u64 = 96 * MIB;
 
+/// What the host's processes need of a pod of up to five containers, in the same control group as the machine's memory; the host's
+/// tables for that memory are a 512th of it more.
+const HOST_OVERHEAD: u64 = 24 * MIB;
+
+/// What they need for each container more.
+const MEMBER_OVERHEAD: u64 = 4 * MIB;
+
 /// Granularity of guest memory.
 const PAGE: u64 = 2 * MIB;
 
@@ -78,6 +85,10 @@ pub struct Sizing {
     /// CPUs it has at least.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub least_cpus: Option<u32>,
+    /// Bytes that may be used in the control groups that it is in, those of the host's processes too. They are not exceeded, but a
+    /// machine has what it boots with: one that has too little does not boot.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub room: Option<u64>,
     /// What its containers will ask for together. They come one after the other, and the machine is not to change for each.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub expected: Option<Demand>,
@@ -93,6 +104,16 @@ impl Sizing {
         let limits = limits.fold(0u64, |sum, limit| sum.saturating_add(limit).saturating_add(limit / 32));
         let limited = !demands.is_empty() && demands.iter().all(|demand| demand.memory().is_some());
         limits.saturating_add(if limited { GUEST_OVERHEAD } else { self.memory.unwrap_or(Self::DEFAULT_MEMORY) })
+    }
+
+    /// Most memory that a machine of so many containers may have, that its control group is never full: the kernel of the host would
+    /// kill the machine, and with it all of them, where that of the guest reclaims, or kills what takes too much.
+    fn bound(&self, containers: usize) -> u64 {
+        let Some(room) = self.room else { return u64::MAX };
+        let further = u64::try_from(containers.saturating_sub(5)).unwrap_or(u64::MAX);
+        let room = room.saturating_sub(HOST_OVERHEAD.saturating_add(further.saturating_mul(MEMBER_OVERHEAD)));
+        let bound = room - room.div_ceil(513);
+        bound - bound % PAGE
     }
 
     /// CPUs that they need together.
@@ -239,6 +260,7 @@ impl Size {
         let memory = sizing.memory(&together).max(promised.unwrap_or(0)).max(sizing.least_memory.unwrap_or(0));
         let memory = memory.min(most.max(GUEST_OVERHEAD)).next_multiple_of(PAGE);
         let memory_base = memory.min(BASE_MEMORY);
+        let memory = memory.min(sizing.bound(demands.len()).max(memory_base));
         // No more is touched of what the machine could grow to than of what it has.
         let memory_max = memory_base + memory.max(most).saturating_sub(memory_base).next_multiple_of(BLOCK);
 
@@ -351,6 +373,31 @@ mod tests {
         assert!(error.to_string().contains("machine.max_memory"), "{error}");
         let (one, two) = (demand(Some(1000 * MIB), Some(3), None), demand(Some(500 * MIB), Some(3), None));
         assert_eq!(sized(&sizing, &[&one, &two]), (1024, 4));
+    }
+
+    #[test]
+    fn no_machine_takes_more_than_there_is_room_for_in_its_control_group() {
+        let in_group = |limits: &[u64], overhead: u64| {
+            let room = limits.iter().sum::<u64>() + overhead;
+            let sizing = Sizing { room: Some(room * MIB), ..Sizing::default() };
+            let demands: Vec<_> = limits.iter().map(|limit| demand(Some(limit * MIB), Some(1), None)).collect();
+            let demands: Vec<_> = demands.iter().collect();
+            let size = Size::new(&sizing, &demands, 4 * HOST, 16).unwrap();
+            assert_eq!(size.memory_base, size.memory.min(BASE_MEMORY));
+            size.memory / MIB
+        };
+        // What the runtime classes say.
+        assert_eq!(in_group(&[64], 128), 64 + 2 + 96);
+        assert_eq!(in_group(&[128, 64, 64], 128), 256 + 128 - 24 - 2);
+        assert_eq!(in_group(&[1024], 128), 1152 - 24 - 4);
+        assert_eq!(in_group(&[3072], 128), 3200 - 24 - 8);
+        assert_eq!(in_group(&[1024; 7], 128), 7 * 1024 + 128 - 24 - 8 - 16);
+        // Another class, for large pods.
+        assert_eq!(in_group(&[4096], 64 + 4 * 18 + 128), 4096 + 128 + 96);
+        // None: what it boots with, or what there is.
+        assert_eq!(in_group(&[64], 0), 64 + 2 + 96);
+        assert_eq!(in_group(&[1024], 0), 1024 - 24 - 2);
+        assert_eq!(in_group(&[200], 0), 256);
     }
 
     #[test]

@@ -2,13 +2,13 @@
 
 use std::fs;
 use std::io::Write as _;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use k8s_cri::v1 as api;
 
 use super::{long, oci, podhull};
 use crate::containerd::{Containerd, Shim, check};
-use crate::cri::{Cri, container, resources};
+use crate::cri::{Cri, container, resources, security};
 use crate::image;
 use crate::leaks::Leaks;
 use crate::run::{Ended, Running};
@@ -23,6 +23,7 @@ pub const CASES: &[Case] = &[
     podhull("deploy::the_image_installs", the_image_installs),
     oci("deploy::the_overhead_is_enough", |scene| overhead(scene, &[("small", &[64]), ("three", &[128, 64, 64])])),
     long(oci("deploy::the_overhead_of_a_large_pod", |scene| overhead(scene, &[("large", &[1024, 512])]))),
+    long(oci("deploy::a_pod_that_takes_all_of_its_machine", takes_all)),
     // With the others that need systemd.
     podhull("systemd::containerd_of_a_node_is_restarted", containerd_of_a_node_is_restarted),
 ];
@@ -267,27 +268,61 @@ fn containerd_of_a_node_is_restarted(scene: &Scene) -> Outcome {
     check(&before)
 }
 
+/// MiB that the chart's runtime classes say a pod needs beside its containers.
+fn overhead_of_the_classes() -> Outcome<i64> {
+    let values = include_str!("../../../deploy/chart/values.yaml");
+    let overhead = values.lines().find_map(|line| line.trim().strip_prefix("memory: ")?.strip_suffix("Mi"));
+    Ok(overhead.ok_or("no overhead among the chart's values")?.parse()?)
+}
+
+/// What kubelet says of a pod whose containers have limits of so many MiB together, and its group with the limit that kubelet gives it.
+fn limited_pod(cri: &Cri, name: &str, all: i64) -> Outcome<(api::PodSandboxConfig, PathBuf)> {
+    let overhead = overhead_of_the_classes()?;
+    let mut config = cri.pod_config(name)?;
+    let group = Path::new("/sys/fs/cgroup/kubepods").join(format!("pod-{name}"));
+    for above in ["/sys/fs/cgroup", "/sys/fs/cgroup/kubepods"] {
+        fs::write(Path::new(above).join("cgroup.subtree_control"), "+memory")?;
+    }
+    fs::write(group.join("memory.max"), ((all + overhead) << 20).to_string())?;
+    let bytes =
+        |mebibytes: i64| api::LinuxContainerResources { memory_limit_in_bytes: mebibytes << 20, ..Default::default() };
+    let linux = config.linux.get_or_insert_default();
+    (linux.resources, linux.overhead) = (Some(bytes(all)), Some(bytes(overhead)));
+    Ok((config, group))
+}
+
+/// A container that takes its limits away, and then all the memory of its machine, is killed there: the group of its pod was never
+/// full.
+fn takes_all(scene: &Scene) -> Outcome {
+    let cri = Cri::start(scene)?;
+    let (mut config, group) = limited_pod(&cri, "greedy", 1024)?;
+    config.linux.get_or_insert_default().security_context.get_or_insert_default().privileged = true;
+    let pod = cri.run(config)?;
+    // The limits of what is above it in the machine are not its own to change.
+    let script = "echo max >/sys/fs/cgroup/memory.max && tail /dev/zero";
+    let mut config = container("main", &["sh", "-c", script]);
+    resources(&mut config).memory_limit_in_bytes = 1024 << 20;
+    security(&mut config).privileged = true;
+    let id = cri.launch(&pod, config)?;
+    ensure_eq!(cri.ended(&id)?.exit_code, 137, "status of what takes all memory");
+    let events = fs::read_to_string(group.join("memory.events"))?;
+    ensure!(events.contains("oom_kill 0\n"), "{events}");
+    ensure_eq!(cri.pod_status(&pod)?.state(), api::PodSandboxState::SandboxReady, "state of its pod");
+    let peak: i64 = fs::read_to_string(group.join("memory.peak"))?.trim().parse()?;
+    ensure!(peak > 1024 << 20, "at most {peak} bytes were in its group");
+    eprintln!("greedy: at most {} MiB in a group of {} MiB", peak >> 20, 1024 + overhead_of_the_classes()?);
+    cri.remove_pod(&pod)?;
+    cri.end()
+}
+
 /// Pods in the group that kubelet makes for them, limited to what their containers may have and the overhead of the runtime class,
 /// whose containers use all of theirs: nothing is killed for it.
 fn overhead(scene: &Scene, pods: &[(&str, &[i64])]) -> Outcome {
-    let values = include_str!("../../../deploy/chart/values.yaml");
-    let overhead = values.lines().find_map(|line| line.trim().strip_prefix("memory: ")?.strip_suffix("Mi"));
-    let overhead: i64 = overhead.ok_or("no overhead among the chart's values")?.parse()?;
+    let overhead = overhead_of_the_classes()?;
     let cri = Cri::start(scene)?;
     for (name, limits) in pods {
         let all = limits.iter().sum::<i64>();
-        let mut config = cri.pod_config(name)?;
-        let group = Path::new("/sys/fs/cgroup/kubepods").join(format!("pod-{name}"));
-        for above in ["/sys/fs/cgroup", "/sys/fs/cgroup/kubepods"] {
-            fs::write(Path::new(above).join("cgroup.subtree_control"), "+memory")?;
-        }
-        fs::write(group.join("memory.max"), ((all + overhead) << 20).to_string())?;
-        let bytes = |mebibytes: i64| api::LinuxContainerResources {
-            memory_limit_in_bytes: mebibytes << 20,
-            ..Default::default()
-        };
-        let linux = config.linux.get_or_insert_default();
-        (linux.resources, linux.overhead) = (Some(bytes(all)), Some(bytes(overhead)));
+        let (config, group) = limited_pod(&cri, name, all)?;
         let pod = cri.run(config)?;
         let mut ids = Vec::new();
         for (index, limit) in limits.iter().enumerate() {
@@ -321,7 +356,7 @@ fn overhead(scene: &Scene, pods: &[(&str, &[i64])]) -> Outcome {
         let stays: i64 = ["anon ", "kernel ", "shmem "].into_iter().map(value).sum();
         ensure!(stays < (all + overhead) << 20, "{name}: {stays} bytes stay of {all} MiB and {overhead} MiB");
         ensure!(stays > (all - 24 * limits.len() as i64) << 20, "{name}: only {stays} bytes are held");
-        // As the page says it of any size, and of containers; there is more for what they leave of their limits.
+        // Less than the page says of any size; there is more for what containers leave of their limits.
         let beside = 64 + 18 * all / 1024 + 4 * (limits.len() as i64 - 1);
         ensure!(stays <= (all + beside) << 20, "{name}: {stays} bytes stay of {all} MiB, and {beside} MiB beside");
         eprintln!("{name}: limits of {all} MiB, {} MiB beside that stay", (stays >> 20) - all);
