@@ -1,6 +1,5 @@
 //! What the administrator of a host sees of its pods.
 
-use std::collections::BTreeMap;
 use std::io::{Read as _, Write as _};
 use std::os::unix::fs::MetadataExt as _;
 use std::os::unix::net::UnixStream;
@@ -8,7 +7,7 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use rustix::process::{Pid, Resource, Rlimit, Signal, prlimit};
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use super::config::Configuration;
 use super::disks::Loop;
@@ -17,6 +16,7 @@ use super::pods::in_the_pod_of;
 use crate::container::Container;
 use crate::containerd::{self, Containerd, Shim};
 use crate::leaks::Leaks;
+use crate::metrics::{Metrics, labels_of};
 use crate::processes;
 use crate::run::{DEADLINE, Running};
 use crate::suite::{Case, Scene};
@@ -100,91 +100,14 @@ fn pods_are_listed(scene: &Scene) -> Outcome {
     before.check()
 }
 
-/// What all samples of a pod begin with.
-fn labels_of(id: &str, root: &str) -> String {
-    format!("pod=\"{id}\",root=\"{root}\"")
-}
-
-/// Samples of the text format, by name and labels; every line is checked.
-pub struct Metrics(BTreeMap<String, f64>);
-
-impl Metrics {
-    /// Of a whole text.
-    pub fn read(text: &str) -> Outcome<Self> {
-        let (mut family, mut done) = (("", ""), Vec::new());
-        let mut samples = BTreeMap::new();
-        ensure!(text.ends_with('\n'), "the text does not end with a line: {text:?}");
-        for line in text.lines() {
-            if let Some(rest) = line.strip_prefix("# ") {
-                let mut words = rest.splitn(3, ' ');
-                match (words.next(), words.next(), words.next()) {
-                    (Some("HELP"), Some(name), Some(help)) if !help.is_empty() => {
-                        ensure!(!done.contains(&name), "{name} comes twice");
-                        done.push(name);
-                    }
-                    (Some("TYPE"), Some(name), Some(kind)) => {
-                        ensure!(["counter", "gauge", "histogram"].contains(&kind), "type of {line}");
-                        ensure_eq!(done.last(), Some(&name), "name before {line}");
-                        family = (name, kind);
-                    }
-                    _ => return Err(format!("comment {line}").into()),
-                }
-                continue;
-            }
-            let (sample, value) = line.rsplit_once(' ').ok_or_else(|| format!("line {line}"))?;
-            let (name, labels) = sample.strip_suffix('}').and_then(|text| text.split_once('{')).unwrap_or((sample, ""));
-            let own = match family.1 {
-                "histogram" => ["_bucket", "_sum", "_count"].iter().any(|end| name.strip_suffix(end) == Some(family.0)),
-                _ => name == family.0,
-            };
-            ensure!(own, "{line} in {}", family.0);
-            ensure!(labels.is_empty() || labels.ends_with('"') && labels.contains("=\""), "labels of {line}");
-            let value: f64 = value.parse().map_err(|error| format!("{line}: {error}"))?;
-            ensure!(value.is_finite() && value >= 0.0, "value of {line}");
-            ensure!(samples.insert(sample.to_owned(), value).is_none(), "{sample} comes twice");
-        }
-        let metrics = Self(samples);
-        metrics.check_histograms()?;
-        Ok(metrics)
-    }
-
-    /// Buckets do not decrease, and the last is the count.
-    fn check_histograms(&self) -> Outcome {
-        for (sample, count) in &self.0 {
-            let Some((name, labels)) = sample.strip_suffix('}').and_then(|sample| sample.split_once("_count{")) else {
-                continue;
-            };
-            let prefix = format!("{name}_bucket{{{labels},le=\"");
-            let mut buckets: Vec<(f64, f64)> = Vec::new();
-            for (bucket, value) in self.0.iter().filter(|(sample, _)| sample.starts_with(&prefix)) {
-                let bound = bucket[prefix.len()..].trim_end_matches("\"}");
-                buckets.push((if bound == "+Inf" { f64::INFINITY } else { bound.parse()? }, *value));
-            }
-            buckets.sort_by(|a, b| a.0.total_cmp(&b.0));
-            ensure!(buckets.is_sorted_by(|a, b| a.1 <= b.1), "buckets of {sample}: {buckets:?}");
-            ensure_eq!(buckets.last(), Some(&(f64::INFINITY, *count)), "last bucket of {sample}");
-        }
-        Ok(())
-    }
-
-    /// One of the pod.
-    fn of(&self, name: &str, labels: &str) -> Outcome<f64> {
-        let sample = if labels.is_empty() { name.to_owned() } else { format!("{name}{{{labels}}}") };
-        self.0.get(&sample).copied().ok_or_else(|| format!("no {sample} among {:?}", self.0.keys()).into())
-    }
-
-    /// The sum of those that have one more label.
-    fn of_all(&self, name: &str, labels: &str) -> f64 {
-        let prefix = format!("{name}{{{labels},");
-        self.0.iter().filter(|(sample, _)| sample.starts_with(&prefix)).map(|(_, value)| value).sum()
-    }
-}
-
 fn metrics_move(scene: &Scene) -> Outcome {
     let disk = Loop::new(scene)?;
     let before = Leaks::watch();
+    let shared = scene.make_directory("shared")?;
+    std::fs::write(shared.join("from-host"), vec![b'x'; 3 << 20])?;
     let began = Instant::now();
-    let bundle = disk.give(scene.debian()?, "/dev/xvdz", "rwm").sh("echo ready; exec sleep 1000");
+    let bundle = disk.give(scene.debian()?, "/dev/xvdz", "rwm").bind(&shared, "/mnt", &["rbind", "rw"]);
+    let bundle = bundle.sh("echo ready; exec sleep 1000");
     let container = Container::make(scene, &bundle, &["run", "-d"])?;
     let made = began.elapsed().as_secs_f64();
     let scrape = || Metrics::read(&scene.call(&["metrics", &container.id])?.output()?);
@@ -192,7 +115,8 @@ fn metrics_move(scene: &Scene) -> Outcome {
     let own = format!("{pod},container=\"{}\"", container.id);
     let began = Instant::now();
     let idle = scrape()?;
-    // Half a second of a processor, 32 MiB of memory, a megabyte through an interface, and a mebibyte to a disk.
+    // Half a second of a processor, 32 MiB of memory, a megabyte through an interface, a mebibyte to a disk, two to a file of the
+    // host, and three from one.
     let load = "
 import os, sys, time, socket
 kept = bytearray(b'x') * (32 << 20)
@@ -206,6 +130,8 @@ for _ in range(100):
 disk = open('/dev/xvdz', 'r+b', buffering=0)
 disk.write(bytes(1 << 20))
 os.fsync(disk.fileno())
+with open('/mnt/from-guest', 'wb', buffering=0) as file: file.write(bytes(2 << 20))
+with open('/mnt/from-host', 'rb') as file: file.read()
 print('done', flush=True)
 sys.stdin.read()
 ";
@@ -245,6 +171,15 @@ sys.stdin.read()
     let written = loaded.of_all("podhull_guest_disk_written_bytes_total", &pod)
         - idle.of_all("podhull_guest_disk_written_bytes_total", &pod);
     ensure_eq!(written, f64::from(1 << 20), "bytes that were written to a disk");
+    // Programs were read, too.
+    let read = grown("podhull_share_read_bytes_total", &pod)? / f64::from(1 << 20);
+    ensure!((3.0..200.0).contains(&read), "{read} MiB were read from files");
+    let written = grown("podhull_share_written_bytes_total", &pod)? / f64::from(1 << 20);
+    ensure!((2.0..3.0).contains(&written), "{written} MiB were written to files");
+    for (kind, least, most) in [("read", 3.0, 1e5), ("write", 2.0, 1e3), ("other", 3.0, 1e6)] {
+        let requests = grown("podhull_share_requests_total", &format!("{pod},kind=\"{kind}\""))?;
+        ensure!((least..most).contains(&requests), "{requests} requests to {kind}");
+    }
     ensure_eq!(
         grown("podhull_agent_request_duration_seconds_count", &format!("{pod},method=\"PodStats\""))?,
         1.0,
@@ -306,7 +241,7 @@ fn a_start_is_traced(scene: &Scene) -> Outcome {
     let before = Leaks::watch();
     let path = scene.directory.join("trace.json");
     // Of which it is known how long it takes at least, beside the boot, however long all does.
-    let hook = serde_json::json!([{ "path": "/bin/sleep", "args": ["sleep", "1"] }]);
+    let hook = json!([{ "path": "/bin/sleep", "args": ["sleep", "1"] }]);
     let bundle = scene.debian()?.set("/hooks/createRuntime", hook).sh("echo ready");
     bundle.write()?;
     let mut words = scene.runtime.run_words(&bundle.directory, &scene.id());
@@ -490,7 +425,7 @@ fn the_log_of_a_guest(scene: &Scene) -> Outcome {
     let before = Leaks::watch();
     // What a hostile container writes into it, if it can, does nothing to a terminal.
     let hostile = "printf '\\033[2Jevil\\n\\233x\\n' >/dev/kmsg; echo ready; exec sleep 1000";
-    let device = serde_json::json!({ "path": "/dev/kmsg", "type": "c", "major": 1, "minor": 11 });
+    let device = json!({ "path": "/dev/kmsg", "type": "c", "major": 1, "minor": 11 });
     let bundle = scene.debian()?.privileged().push("/linux/devices", device).sh(hostile);
     let container = Container::make(scene, &bundle, &["run", "-d"])?;
     container.expect_output("ready")?;
