@@ -35,6 +35,10 @@ pub const FAMILIES: &[Family] = &[
         "podhull_agent_request_duration_seconds",
         "Calls of the agent in the guest, by method, as the host saw them.",
     ),
+    histogram(
+        "podhull_shim_request_duration_seconds",
+        "Requests to the pod's shim, by method; those that wait for an end are left out.",
+    ),
     gauge("podhull_vm_cpus", "CPUs of the virtual machine."),
     gauge("podhull_vm_memory_bytes", "Memory of the virtual machine."),
     counter("podhull_vm_exits_total", "KVM exits of the virtual machine to user space, by reason."),
@@ -124,6 +128,10 @@ fn say(to: &mut Exposition, pod: &Pod, look: &Look) {
     for calls in &look.calls {
         let labels = with(own, &[("method", calls.method)]);
         to.histogram("podhull_agent_request_duration_seconds", &labels, &BOUNDS, &calls.buckets, calls.seconds);
+    }
+    for requests in &look.requests {
+        let labels = with(own, &[("method", requests.method)]);
+        to.histogram("podhull_shim_request_duration_seconds", &labels, &BOUNDS, &requests.buckets, requests.seconds);
     }
     for (kind, numbers) in &look.processes {
         let labels = &with(own, &[("process", kind.name())]);

@@ -340,6 +340,16 @@ fn a_shim_serves_metrics(scene: &Scene) -> Outcome {
     ensure!((0.001..most).contains(&time), "{time} s of a processor, of {most}");
     let starts = format!("{own},phase=\"start\"");
     ensure_eq!(metrics.of("podhull_start_phase_duration_seconds_count", &starts)?, 1.0, "starts");
+    // How long it took to answer, and not how long somebody waits for the end.
+    let (boot, create) = ("podhull_start_phase_duration_seconds_sum", "podhull_shim_request_duration_seconds_sum");
+    let least = metrics.of(boot, &format!("{own},phase=\"boot\""))?;
+    let (took, most) = (metrics.of(create, &format!("{own},method=\"Create\""))?, began.elapsed().as_secs_f64());
+    ensure!((least..most).contains(&took), "the answer to Create took {took} s, of {least} to {most}");
+    for method in ["Create", "Start"] {
+        let labels = format!("{own},method=\"{method}\"");
+        ensure_eq!(metrics.of("podhull_shim_request_duration_seconds_count", &labels)?, 1.0, "{method}");
+    }
+    ensure!(!body.contains("method=\"Wait"), "calls that wait are counted: {body}");
     // The commands see it too.
     ensure_eq!(pods(scene, &[])?[0]["root"], root, "root of the pod");
     let again = Metrics::read(&scene.call(&["metrics"])?.output()?)?;
