@@ -544,8 +544,9 @@ impl Container {
     /// Removes what there is of it beside this process, whatever it does.
     async fn remove(&self) -> Result<()> {
         let (surroundings, id, bundle) = (self.surroundings.clone(), self.id.clone(), self.bundle.clone());
+        let log = self.log.clone();
         beside(move || {
-            pod::delete(&surroundings.root, &id, true, &surroundings.log).map_err(of_command)?;
+            pod::delete(&surroundings.root, &id, true, &log).map_err(of_command)?;
             rootfs::unmount_all(&bundle).map_err(failed)
         })
         .await?
