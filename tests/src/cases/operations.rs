@@ -4,7 +4,7 @@ use std::io::{Read as _, Write as _};
 use std::os::unix::fs::MetadataExt as _;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use rustix::process::{Pid, Resource, Rlimit, Signal, prlimit};
 use serde_json::{Value, json};
@@ -25,6 +25,7 @@ use crate::{Outcome, ensure, ensure_eq};
 pub const CASES: &[Case] = &[
     podhull("operations::pods_are_listed_with_what_they_use", pods_are_listed),
     podhull("operations::metrics_are_valid_and_move_with_a_load", metrics_move),
+    podhull("operations::metrics_tell_of_limits", metrics_tell_of_limits),
     podhull("operations::a_start_is_traced", a_start_is_traced),
     podhull("operations::a_shim_serves_the_metrics_of_its_pod", a_shim_serves_metrics),
     podhull("operations::the_log_of_a_guest", the_log_of_a_guest),
@@ -100,12 +101,17 @@ fn pods_are_listed(scene: &Scene) -> Outcome {
     before.check()
 }
 
+/// Seconds of the wall clock.
+fn since_the_epoch() -> Outcome<f64> {
+    Ok(SystemTime::now().duration_since(SystemTime::UNIX_EPOCH)?.as_secs_f64())
+}
+
 fn metrics_move(scene: &Scene) -> Outcome {
     let disk = Loop::new(scene)?;
     let before = Leaks::watch();
     let shared = scene.make_directory("shared")?;
     std::fs::write(shared.join("from-host"), vec![b'x'; 3 << 20])?;
-    let began = Instant::now();
+    let (began, clock) = (Instant::now(), since_the_epoch()?);
     let bundle = disk.give(scene.debian()?, "/dev/xvdz", "rwm").bind(&shared, "/mnt", &["rbind", "rw"]);
     let bundle = bundle.sh("echo ready; exec sleep 1000");
     let container = Container::make(scene, &bundle, &["run", "-d"])?;
@@ -115,6 +121,9 @@ fn metrics_move(scene: &Scene) -> Outcome {
     let own = format!("{pod},container=\"{}\"", container.id);
     let began = Instant::now();
     let idle = scrape()?;
+    let started = idle.of("podhull_pod_start_time_seconds", &pod)?;
+    // Clocks of processes have ticks of a hundredth.
+    ensure!((clock - 0.1..clock + made + 0.1).contains(&started), "started at {started}, asked at {clock}");
     // Half a second of a processor, 32 MiB of memory, a megabyte through an interface, a mebibyte to a disk, two to a file of the
     // host, and three from one.
     let load = "
@@ -210,6 +219,39 @@ sys.stdin.read()
     running.wait()?.expect_status(0)?;
     container.end()?;
     ensure_eq!(scene.call(&["metrics"])?.output()?, "", "metrics when there is no pod");
+    before.check()
+}
+
+/// What a container may use, and what became of one that wanted more.
+fn metrics_tell_of_limits(scene: &Scene) -> Outcome {
+    let before = Leaks::watch();
+    let bundle = scene.debian()?.set("/linux/resources/memory", json!({ "limit": 96 << 20 }));
+    let bundle = bundle.set("/annotations/io.kubernetes.cri.sandbox-name", "web".into());
+    let bundle = bundle.set("/annotations/io.kubernetes.cri.sandbox-namespace", "shop".into());
+    let container = Container::make(scene, &bundle.sh("echo ready; exec sleep 1000"), &["run", "-d"])?;
+    container.expect_output("ready")?;
+    let id = &*container.id;
+    let scrape = || Metrics::read(&scene.call(&["metrics", id])?.output()?);
+    let pod = labels_of(id, "/run/podhull");
+    let own = format!("{pod},container=\"{id}\"");
+    let (killed, throttled) = ("podhull_container_oom_kills_total", "podhull_container_cpu_throttled_seconds_total");
+    let idle = scrape()?;
+    ensure_eq!(idle.of("podhull_pod_info", &format!("{pod},namespace=\"shop\",name=\"web\""))?, 1.0, "names");
+    let cpus: f64 = scene.call(&["exec", id, "nproc"])?.output()?.trim().parse()?;
+    ensure_eq!(idle.of("podhull_vm_cpus", &pod)?, cpus, "processors");
+    let limit = idle.of("podhull_container_memory_limit_bytes", &own)?;
+    ensure_eq!(limit, f64::from(96 << 20), "limit of its memory");
+    ensure_eq!((idle.of(killed, &own)?, idle.of(throttled, &own)?), (0.0, 0.0), "before it wants more");
+    // One is killed for lack of memory, and one waits for four fifths of two seconds.
+    scene.call(&["exec", id, "tail", "/dev/zero"])?.expect_status(137)?;
+    scene.call(&["update", "--cpu-quota", "20000", "--cpu-period", "100000", id])?.output()?;
+    let began = Instant::now();
+    scene.call(&["exec", id, "timeout", "2", "sh", "-c", "while :; do :; done"])?.expect_status(124)?;
+    let (loaded, most) = (scrape()?, began.elapsed().as_secs_f64() * cpus);
+    ensure_eq!(loaded.of(killed, &own)?, 1.0, "what was killed for lack of memory");
+    let waited = loaded.of(throttled, &own)?;
+    ensure!((0.2..most).contains(&waited), "it was kept waiting for {waited} s, of {most}");
+    container.end()?;
     before.check()
 }
 
