@@ -94,11 +94,40 @@ fn pods_are_listed(scene: &Scene) -> Outcome {
     }
     watching.signal(Signal::INT)?;
     ensure_eq!(watching.wait()?.signal, Some(Signal::INT.as_raw()), "what ended it");
+    a_table_is_redrawn(scene, &first.id)?;
     member.end()?;
     ensure_eq!(pods(scene, &[])?[0]["containers"], 1, "containers when one is gone");
     first.end()?;
     ensure_eq!(pods(scene, &[])?.len(), 0, "pods in the end");
     before.check()
+}
+
+/// On a terminal the table is drawn over the one before.
+fn a_table_is_redrawn(scene: &Scene, id: &str) -> Outcome {
+    let tmux = crate::terminal::Tmux::start(&scene.directory, 160, 20)?;
+    let program = scene.runtime.program().display();
+    tmux.type_line(&format!("clear; {program} pods --watch --interval 1 {id}"))?;
+    let (mut uptimes, until) = (Vec::new(), Instant::now() + DEADLINE);
+    while uptimes.len() < 3 {
+        let screen = tmux.screen()?;
+        let lines: Vec<Vec<&str>> = screen.lines().map(|line| line.split_whitespace().collect()).collect();
+        // Else it has just been cleared.
+        if let [head, row] = &lines[..]
+            && head.first() == Some(&"POD")
+            && row.get(..3) == Some(&[id, "shop/web", "2"])
+        {
+            let at = head.iter().position(|word| *word == "UPTIME").ok_or("no column for the uptime")?;
+            // With a unit, what memory comes to is two words.
+            let uptime = row.get(at + 1).copied().unwrap_or_default().to_owned();
+            if uptimes.last() != Some(&uptime) {
+                uptimes.push(uptime);
+            }
+        }
+        ensure!(Instant::now() < until, "after {uptimes:?} on the screen: {screen}");
+        std::thread::sleep(Duration::from_millis(100));
+    }
+    tmux.key("C-c")?;
+    tmux.expect("host> ")
 }
 
 /// Seconds of the wall clock.
