@@ -6,7 +6,7 @@ use std::ptr::NonNull;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use rustix::fs::{Mode, OFlags};
+use rustix::fs::{FallocateFlags, Mode, OFlags};
 use rustix::io::Errno;
 use rustix::mm::{MapFlags, ProtFlags};
 
@@ -183,7 +183,8 @@ impl Page {
     fn open(directory: BorrowedFd<'_>, name: &str, make: OFlags) -> Result<Self, Errno> {
         let flags = OFlags::RDWR | OFlags::NOFOLLOW | OFlags::CLOEXEC | make;
         let file = rustix::fs::openat(directory, name, flags, Mode::from_raw_mode(0o600))?;
-        rustix::fs::ftruncate(&file, PAGE as u64)?;
+        // With its memory: a file system that has none left says so here, and does not kill by SIGBUS who counts.
+        rustix::fs::fallocate(&file, FallocateFlags::empty(), 0, PAGE as u64)?;
         // SAFETY: a new mapping at a place of the kernel's choice.
         let page = unsafe {
             rustix::mm::mmap(std::ptr::null_mut(), PAGE, ProtFlags::READ | ProtFlags::WRITE, MapFlags::SHARED, &file, 0)
@@ -209,6 +210,10 @@ mod tests {
     use super::*;
     use std::os::fd::AsFd;
 
+    use rustix::mount::{
+        FsMountFlags, FsOpenFlags, MountAttrFlags, fsconfig_create, fsconfig_set_string, fsmount, fsopen,
+    };
+
     #[test]
     fn what_one_counts_another_sees() {
         let directory = tempfile::tempdir().unwrap();
@@ -223,6 +228,21 @@ mod tests {
         let [durations] = &other.so_far()[..] else { panic!("{:?}", other.so_far()) };
         assert_eq!((durations.method, durations.seconds), ("Grow", 11.002));
         assert_eq!((durations.buckets[1], durations.buckets[12], durations.buckets.iter().sum::<u64>()), (1, 1, 2));
+    }
+
+    #[test]
+    fn a_full_file_system_is_told_of_before_anything_is_counted() {
+        let context = fsopen("tmpfs", FsOpenFlags::FSOPEN_CLOEXEC).unwrap();
+        fsconfig_set_string(context.as_fd(), "size", "8k").unwrap();
+        fsconfig_create(context.as_fd()).unwrap();
+        let pod = fsmount(context.as_fd(), FsMountFlags::FSMOUNT_CLOEXEC, MountAttrFlags::empty()).unwrap();
+        let calls = Calls::open(pod.as_fd(), AGENT).unwrap();
+        let fill = rustix::fs::openat(&pod, "fill", OFlags::CREATE | OFlags::RDWR, Mode::RUSR).unwrap();
+        assert_eq!(rustix::io::write(&fill, &[1; 2 * PAGE]), Ok(PAGE));
+        assert_eq!(Calls::open(pod.as_fd(), SHIM).err(), Some(Errno::NOSPC));
+        // What was there before still counts.
+        calls.count("Grow", Duration::from_millis(2));
+        assert_eq!(Calls::find(pod.as_fd(), AGENT).unwrap().so_far().len(), 1);
     }
 
     #[test]
