@@ -19,7 +19,7 @@ use ttrpc::r#async::ClientStreamReceiver;
 use ttrpc::r#async::transport::Socket;
 use ttrpc::context::{Context, with_duration};
 
-use crate::calls::Calls;
+use crate::calls::{AGENT, Calls};
 use crate::pod::GuestTimes;
 use frames::{Bounds, Frames};
 
@@ -142,7 +142,7 @@ impl Agent {
 
     /// Notes how long calls take among those of the pod with this directory. What cannot be noted is no reason not to call.
     pub fn counted(self, pod: BorrowedFd<'_>) -> Self {
-        Self { calls: Calls::open(pod).ok().map(Arc::new), ..self }
+        Self { calls: Calls::open(pod, AGENT).ok().map(Arc::new), ..self }
     }
 
     /// Speaks to the agent behind the socket in a pod's directory; needs a runtime.

@@ -115,6 +115,7 @@ const FILES: &[i64] = &[
     libc::SYS_readlinkat,
     libc::SYS_faccessat2,
     libc::SYS_ftruncate,
+    libc::SYS_fallocate,
     libc::SYS_fsync,
     libc::SYS_fdatasync,
     libc::SYS_flock,

@@ -1,7 +1,7 @@
 //! Black-box tests of podhull: each starts the built binary on a host with KVM and looks at what comes out and what stays.
 //!
 //! [`runtime`] knows the program under test, [`bundle`] makes what it is given, [`run`] starts it and waits with a deadline,
-//! [`terminal`] gives it a terminal, [`container`] keeps it in the background, [`leaks`] finds what it left behind, [`seccomp`] reads the host's default profile, [`shape`] the keys of a document,
+//! [`terminal`] gives it a terminal, [`container`] keeps it in the background, [`leaks`] finds what it left behind, [`metrics`] reads what it says of itself, [`seccomp`] reads the host's default profile, [`shape`] the keys of a document,
 //! [`podman`], [`docker`], [`containerd`] and, as kubelet, [`cri`] are callers, [`shim`] is what they say to podhull's shim themselves,
 //! [`image`] is what they load, [`cni`] their networks,
 //! [`suite`] drives [`cases`], one module for each topic. [`bench`] measures with the same tools; [`conformance`] runs the suites of
@@ -23,6 +23,7 @@ pub mod docker;
 pub mod image;
 pub mod kubernetes;
 pub mod leaks;
+pub mod metrics;
 pub mod netns;
 pub mod podman;
 pub mod processes;

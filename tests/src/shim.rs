@@ -51,11 +51,19 @@ impl Shim {
     /// Has the shim of a bundle's container started, or that of its pod found, as CRI-O does: without anybody who takes events, in the
     /// bundle, with a pipe for its log. Nothing is said on standard input.
     pub fn start(bundle: &Path, id: &str) -> Outcome<Self> {
+        Self::start_with(bundle, id, &[])
+    }
+
+    /// The same with more words on its command line.
+    pub fn start_with(bundle: &Path, id: &str, more: &[&str]) -> Outcome<Self> {
         let log = bundle.join("log");
         mkfifoat(CWD, &log, Mode::from_raw_mode(0o700))?;
         let mut log = OpenOptions::new().read(true).custom_flags(OFlags::NONBLOCK.bits().cast_signed()).open(log)?;
         let words = ["env", "-C"].map(OsString::from).into_iter().chain([bundle.into(), PROGRAM.into()]).chain(
-            ["-namespace", "default", "-address", "", "-publish-binary", "/usr/bin/crio", "-id", id, "start"]
+            ["-namespace", "default", "-address", "", "-publish-binary", "/usr/bin/crio", "-id", id]
+                .into_iter()
+                .chain(more.iter().copied())
+                .chain(["start"])
                 .map(OsString::from),
         );
         let environment = [
@@ -71,6 +79,17 @@ impl Shim {
         let _ = log.read_to_string(&mut said);
         ensure!(ended.status == 0, "start: {ended:?}, its log {said:?}");
         Ok(Self { log: Some(Arc::new(log)), ..Self::connect(ended.stdout.trim())? })
+    }
+
+    /// What it has logged since this was asked for.
+    pub fn logged(&self) -> Outcome<String> {
+        let (mut log, mut said) = (&**self.log.as_ref().ok_or("its log is another's")?, Vec::new());
+        match log.read_to_end(&mut said) {
+            // It has the other end, and there is no more.
+            Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {}
+            read => drop(read?),
+        }
+        Ok(String::from_utf8(said)?)
     }
 
     /// Finds that of a bundle's container again, as CRI-O does that was restarted.

@@ -197,6 +197,8 @@ pub struct Measured {
     pub memory_bytes: u64,
     /// KVM exits to user space so far, of all vCPUs.
     pub exits: Exits,
+    /// What the guest has asked of its share so far. None of a machine without one, or of a version that did not count.
+    pub share: Option<Traffic>,
 }
 
 /// KVM exits that came to user space, by what they were for.
@@ -219,6 +221,21 @@ impl Exits {
     pub fn sum(&self) -> u64 {
         self.port_reads + self.port_writes + self.mmio_reads + self.mmio_writes + self.others
     }
+}
+
+/// Requests to the file server of a share, by what they were for, and the contents of files that went along.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Traffic {
+    /// Requests to read from a file.
+    pub reads: u64,
+    /// Requests to write to one.
+    pub writes: u64,
+    /// All others.
+    pub others: u64,
+    /// Bytes that were read from files.
+    pub read_bytes: u64,
+    /// Bytes that were written to files.
+    pub written_bytes: u64,
 }
 
 /// Why a machine ended.

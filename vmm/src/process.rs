@@ -18,6 +18,7 @@ use crate::fault;
 use crate::jail::{Jail, Kind, Leftover, raise_descriptor_limit};
 use crate::machine::{Listeners, Machine, Parts};
 use crate::vcpu::{install_kick_handler, lock};
+use crate::virtio::fs::traffic::Counts;
 use crate::virtio::fs::{Share, ShareConfig};
 use crate::virtio::mem::MemoryHandle;
 use crate::virtio::{Broken, vsock};
@@ -68,6 +69,8 @@ struct Process {
     machine: Machine,
     /// What the machine gets when its agent is ready: the share, taps, and devices without descriptors.
     share: Option<Share>,
+    /// What is counted of the share.
+    traffic: Option<Counts>,
     batch: Batch,
     disks: Vec<Known>,
     devices: Vec<Device>,
@@ -247,6 +250,7 @@ impl Process {
         machine.add_device("vsock", Box::new(device)).map_err(line)?;
         let mut process = Self {
             machine,
+            traffic: share.as_ref().map(Share::traffic),
             share,
             batch: start.batch,
             disks: Vec::new(),
@@ -382,6 +386,7 @@ impl Process {
                     cpus: self.machine.cpus(),
                     memory_bytes: self.memory_bytes + self.memory.as_ref().map_or(0, MemoryHandle::plugged),
                     exits: self.machine.exits(),
+                    share: self.traffic.as_ref().map(Counts::so_far),
                 }));
             }
         }

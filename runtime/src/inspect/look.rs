@@ -14,7 +14,7 @@ use tokio::task::JoinSet;
 use super::pods::{InspectError, Pod};
 use super::processes::{self, Kind, Numbers};
 use crate::agent::{Agent, AgentError};
-use crate::calls::{Calls, Durations};
+use crate::calls::{AGENT, Callee, Calls, Durations, SHIM};
 use crate::machine::{Control, MachineError};
 use crate::state::StateError;
 
@@ -32,6 +32,8 @@ pub struct Look {
     pub guest: Option<PodStatsResponse>,
     /// How long calls of its agent took.
     pub calls: Vec<Durations>,
+    /// How long requests to its shim took, if it has one.
+    pub requests: Vec<Durations>,
 }
 
 impl Look {
@@ -65,9 +67,12 @@ pub fn look_at_all(pods: &[Pod]) -> Result<Vec<Look>, InspectError> {
     })?;
     let looks = pods.iter().enumerate().map(|(index, pod)| {
         let (machine, guest) = answers.remove(&index).unwrap_or_default();
-        let calls = pod.first.pod().ok().and_then(|directory| Calls::open(directory.as_fd()).ok());
-        let calls = calls.map(|calls| calls.so_far()).unwrap_or_default();
-        Look { processes: processes::of(pod), machine, guest, calls }
+        let directory = pod.first.pod().ok();
+        let durations = |callee: &'static Callee| {
+            let calls = directory.as_ref().and_then(|directory| Calls::find(directory.as_fd(), callee).ok());
+            calls.map(|calls| calls.so_far()).unwrap_or_default()
+        };
+        Look { processes: processes::of(pod), machine, guest, calls: durations(AGENT), requests: durations(SHIM) }
     });
     Ok(looks.collect())
 }

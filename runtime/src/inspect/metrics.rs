@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use podhull_protocol::{ContainerStatsResponse, PodStatsResponse};
-use podhull_vmm::control::Measured;
+use podhull_vmm::control::{Measured, Traffic};
 
 use super::exposition::{Exposition, Family, Labels, Type};
 use super::look::{Look, look_at_all};
@@ -35,9 +35,19 @@ pub const FAMILIES: &[Family] = &[
         "podhull_agent_request_duration_seconds",
         "Calls of the agent in the guest, by method, as the host saw them.",
     ),
+    histogram(
+        "podhull_shim_request_duration_seconds",
+        "Requests to the pod's shim, by method; those that wait for an end are left out.",
+    ),
     gauge("podhull_vm_cpus", "CPUs of the virtual machine."),
     gauge("podhull_vm_memory_bytes", "Memory of the virtual machine."),
     counter("podhull_vm_exits_total", "KVM exits of the virtual machine to user space, by reason."),
+    counter(
+        "podhull_share_requests_total",
+        "Requests of the guest to the file server, which has roots and volumes, by what for.",
+    ),
+    counter("podhull_share_read_bytes_total", "Read by the guest from files of the file server."),
+    counter("podhull_share_written_bytes_total", "Written by the guest to files of the file server."),
     gauge("podhull_processes", "Processes of the pod on the host, by what they are for."),
     counter(
         "podhull_process_cpu_seconds_total",
@@ -68,7 +78,7 @@ pub const FAMILIES: &[Family] = &[
     counter("podhull_guest_network_transmit_dropped_total", "Dropped by an interface of the pod, and not sent."),
     counter(
         "podhull_guest_disk_read_bytes_total",
-        "Read from a disk of the virtual machine; shared files are on none.",
+        "Read from a disk of the virtual machine; files of the file server are on none.",
     ),
     counter("podhull_guest_disk_reads_total", "Reads from a disk of the virtual machine."),
     counter("podhull_guest_disk_written_bytes_total", "Written to a disk of the virtual machine."),
@@ -118,6 +128,10 @@ fn say(to: &mut Exposition, pod: &Pod, look: &Look) {
     for calls in &look.calls {
         let labels = with(own, &[("method", calls.method)]);
         to.histogram("podhull_agent_request_duration_seconds", &labels, &BOUNDS, &calls.buckets, calls.seconds);
+    }
+    for requests in &look.requests {
+        let labels = with(own, &[("method", requests.method)]);
+        to.histogram("podhull_shim_request_duration_seconds", &labels, &BOUNDS, &requests.buckets, requests.seconds);
     }
     for (kind, numbers) in &look.processes {
         let labels = &with(own, &[("process", kind.name())]);
@@ -178,6 +192,17 @@ fn machine(to: &mut Exposition, own: Labels<'_>, measured: &Measured) {
     ] {
         to.add("podhull_vm_exits_total", &with(own, &[("reason", reason)]), count);
     }
+    if let Some(traffic) = &measured.share {
+        share(to, own, traffic);
+    }
+}
+
+fn share(to: &mut Exposition, own: Labels<'_>, traffic: &Traffic) {
+    for (kind, count) in [("read", traffic.reads), ("write", traffic.writes), ("other", traffic.others)] {
+        to.add("podhull_share_requests_total", &with(own, &[("kind", kind)]), count);
+    }
+    to.add("podhull_share_read_bytes_total", own, traffic.read_bytes);
+    to.add("podhull_share_written_bytes_total", own, traffic.written_bytes);
 }
 
 fn guest(to: &mut Exposition, own: Labels<'_>, stats: &PodStatsResponse) {

@@ -27,6 +27,7 @@ use super::events::{Event, Publisher, any, timestamp};
 use super::io::{Io, Names, Owner};
 use super::options::Options;
 use super::process::{Phase, Process};
+use super::timed::Durations;
 use super::{process, rootfs, scrape};
 use crate::bundle;
 use crate::cgroup::Manager;
@@ -34,7 +35,7 @@ use crate::log::Log;
 use crate::pod::{self, Announce, CommandError, Create, Execution, Handed, Inherited, Launch};
 use crate::signals;
 use crate::spec::{Config, Resources};
-use crate::state::{Known, Status};
+use crate::state::{self, Known, Status};
 
 /// Most processes that are known of a container. Those that have ended, and that nobody has deleted, make room for others: CRI-O
 /// deletes none that it has killed because it took too long.
@@ -54,6 +55,8 @@ pub struct Surroundings {
     pub debug: bool,
     /// Who is told what happens.
     pub publisher: Publisher,
+    /// How long it took to answer.
+    pub durations: Arc<Durations>,
 }
 
 /// A container.
@@ -222,6 +225,11 @@ impl Container {
 
     /// Serves what the pod uses, for as long as this container is known: the machine is its own.
     fn serve_metrics(&self) {
+        let pod = state::open_pod(&self.surroundings.root, &self.id).map_err(std::io::Error::other);
+        let given = pod.and_then(|pod| Ok(self.surroundings.durations.give_to(pod.as_fd())?));
+        if let Err(error) = given {
+            self.log.warning(&format!("cannot say how long requests take: {error}"));
+        }
         let (surroundings, log, id) = (self.surroundings.clone(), self.log.clone(), self.id.clone());
         let serving = tokio::spawn(async move {
             // A pod without is one all the same.
@@ -536,15 +544,16 @@ impl Container {
     /// Removes what there is of it beside this process, whatever it does.
     async fn remove(&self) -> Result<()> {
         let (surroundings, id, bundle) = (self.surroundings.clone(), self.id.clone(), self.bundle.clone());
+        let log = self.log.clone();
         let removed = beside(move || {
-            let removed = pod::destroy(&surroundings.root, &id, true, &surroundings.log).map_err(of_command)?;
+            let removed = pod::destroy(&surroundings.root, &id, true, &log).map_err(of_command)?;
             rootfs::unmount_all(&bundle).map_err(failed)?;
             Ok::<_, ttrpc::Error>(removed)
         });
         if let Some(state) = removed.await?? {
             // Nobody waits for the guest to give back its room: CRI does all there is to do for an end in ten seconds, or has lost it.
-            let surroundings = self.surroundings.clone();
-            drop(tokio::task::spawn_blocking(move || pod::leave(&surroundings.root, &state, &surroundings.log)));
+            let (surroundings, log) = (self.surroundings.clone(), self.log.clone());
+            drop(tokio::task::spawn_blocking(move || pod::leave(&surroundings.root, &state, &log)));
         }
         Ok(())
     }

@@ -23,6 +23,7 @@ mod scrape;
 mod serve;
 mod service;
 mod start;
+mod timed;
 
 use std::ffi::OsStr;
 use std::io::Write;

@@ -16,6 +16,7 @@ use super::container::Surroundings;
 use super::events::Publisher;
 use super::service::Tasks;
 use super::start::{EVENTS, LISTENER_FD};
+use super::timed::Durations;
 use super::{fifo, state_root};
 use crate::descriptors::raise_limit;
 use crate::log::{Format, Log};
@@ -69,6 +70,7 @@ pub fn serve(arguments: &Arguments) -> Result<(), ServeError> {
             log,
             debug: arguments.debug,
             publisher,
+            durations: Durations::new(),
         };
         let tasks = Tasks::new(Arc::new(surroundings), over.clone());
         let (connections, open) = Connections::of(listener).map_err(ServeError::Events)?;

@@ -26,6 +26,7 @@ use super::error::{error, failed, not_found};
 use super::events::{any, timestamp};
 use super::metrics;
 use super::sandbox::{self, Sandbox};
+use super::timed::timed;
 
 /// Names of the service: that of the version that containerd has spoken since 1.3, and of 2.0.
 const NAMES: [&str; 2] = ["containerd.task.v2.Task", "containerd.task.v3.Task"];
@@ -70,7 +71,8 @@ impl Tasks {
             create_task(service.clone()).into_values().map(move |service| (name.to_owned(), service)).next()
         };
         let sandbox = create_sandbox(Arc::new(sandbox::Service(self.clone())));
-        NAMES.iter().filter_map(|name| named(name)).chain(sandbox).collect()
+        let services = NAMES.iter().filter_map(|name| named(name)).chain(sandbox);
+        services.map(|(name, service)| (name, timed(service, &self.surroundings.durations))).collect()
     }
 
     /// The pod, if it was made for itself.

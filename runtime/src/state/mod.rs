@@ -9,6 +9,7 @@
 //! <root>/pods/<id>/control.sock  the way to the machine's process
 //! <root>/pods/<id>/metrics.sock  where a shim tells Prometheus of its pod
 //! <root>/pods/<id>/calls         how long calls of the agent took
+//! <root>/pods/<id>/requests      how long a shim took to answer
 //! <root>/pods/<id>/lock          locked by the command that changes the size of the machine
 //! <root>/pods/<id>/mounts        locked by who changes the mounts of the machine
 //! <root>/@<random>/              a container's directory in the making

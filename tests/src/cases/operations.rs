@@ -1,14 +1,13 @@
 //! What the administrator of a host sees of its pods.
 
-use std::collections::BTreeMap;
 use std::io::{Read as _, Write as _};
 use std::os::unix::fs::MetadataExt as _;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use rustix::process::{Pid, Resource, Rlimit, Signal, prlimit};
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use super::config::Configuration;
 use super::disks::Loop;
@@ -17,6 +16,7 @@ use super::pods::in_the_pod_of;
 use crate::container::Container;
 use crate::containerd::{self, Containerd, Shim};
 use crate::leaks::Leaks;
+use crate::metrics::{Metrics, labels_of};
 use crate::processes;
 use crate::run::{DEADLINE, Running};
 use crate::suite::{Case, Scene};
@@ -25,6 +25,7 @@ use crate::{Outcome, ensure, ensure_eq};
 pub const CASES: &[Case] = &[
     podhull("operations::pods_are_listed_with_what_they_use", pods_are_listed),
     podhull("operations::metrics_are_valid_and_move_with_a_load", metrics_move),
+    podhull("operations::metrics_tell_of_limits", metrics_tell_of_limits),
     podhull("operations::a_start_is_traced", a_start_is_traced),
     podhull("operations::a_shim_serves_the_metrics_of_its_pod", a_shim_serves_metrics),
     podhull("operations::the_log_of_a_guest", the_log_of_a_guest),
@@ -93,6 +94,7 @@ fn pods_are_listed(scene: &Scene) -> Outcome {
     }
     watching.signal(Signal::INT)?;
     ensure_eq!(watching.wait()?.signal, Some(Signal::INT.as_raw()), "what ended it");
+    a_table_is_redrawn(scene, &first.id)?;
     member.end()?;
     ensure_eq!(pods(scene, &[])?[0]["containers"], 1, "containers when one is gone");
     first.end()?;
@@ -100,91 +102,47 @@ fn pods_are_listed(scene: &Scene) -> Outcome {
     before.check()
 }
 
-/// What all samples of a pod begin with.
-fn labels_of(id: &str, root: &str) -> String {
-    format!("pod=\"{id}\",root=\"{root}\"")
+/// On a terminal the table is drawn over the one before.
+fn a_table_is_redrawn(scene: &Scene, id: &str) -> Outcome {
+    let tmux = crate::terminal::Tmux::start(&scene.directory, 160, 20)?;
+    let program = scene.runtime.program().display();
+    tmux.type_line(&format!("clear; {program} pods --watch --interval 1 {id}"))?;
+    let (mut uptimes, until) = (Vec::new(), Instant::now() + DEADLINE);
+    while uptimes.len() < 3 {
+        let screen = tmux.screen()?;
+        let lines: Vec<Vec<&str>> = screen.lines().map(|line| line.split_whitespace().collect()).collect();
+        // Else it has just been cleared.
+        if let [head, row] = &lines[..]
+            && head.first() == Some(&"POD")
+            && row.get(..3) == Some(&[id, "shop/web", "2"])
+        {
+            let at = head.iter().position(|word| *word == "UPTIME").ok_or("no column for the uptime")?;
+            // With a unit, what memory comes to is two words.
+            let uptime = row.get(at + 1).copied().unwrap_or_default().to_owned();
+            if uptimes.last() != Some(&uptime) {
+                uptimes.push(uptime);
+            }
+        }
+        ensure!(Instant::now() < until, "after {uptimes:?} on the screen: {screen}");
+        std::thread::sleep(Duration::from_millis(100));
+    }
+    tmux.key("C-c")?;
+    tmux.expect("host> ")
 }
 
-/// Samples of the text format, by name and labels; every line is checked.
-pub struct Metrics(BTreeMap<String, f64>);
-
-impl Metrics {
-    /// Of a whole text.
-    pub fn read(text: &str) -> Outcome<Self> {
-        let (mut family, mut done) = (("", ""), Vec::new());
-        let mut samples = BTreeMap::new();
-        ensure!(text.ends_with('\n'), "the text does not end with a line: {text:?}");
-        for line in text.lines() {
-            if let Some(rest) = line.strip_prefix("# ") {
-                let mut words = rest.splitn(3, ' ');
-                match (words.next(), words.next(), words.next()) {
-                    (Some("HELP"), Some(name), Some(help)) if !help.is_empty() => {
-                        ensure!(!done.contains(&name), "{name} comes twice");
-                        done.push(name);
-                    }
-                    (Some("TYPE"), Some(name), Some(kind)) => {
-                        ensure!(["counter", "gauge", "histogram"].contains(&kind), "type of {line}");
-                        ensure_eq!(done.last(), Some(&name), "name before {line}");
-                        family = (name, kind);
-                    }
-                    _ => return Err(format!("comment {line}").into()),
-                }
-                continue;
-            }
-            let (sample, value) = line.rsplit_once(' ').ok_or_else(|| format!("line {line}"))?;
-            let (name, labels) = sample.strip_suffix('}').and_then(|text| text.split_once('{')).unwrap_or((sample, ""));
-            let own = match family.1 {
-                "histogram" => ["_bucket", "_sum", "_count"].iter().any(|end| name.strip_suffix(end) == Some(family.0)),
-                _ => name == family.0,
-            };
-            ensure!(own, "{line} in {}", family.0);
-            ensure!(labels.is_empty() || labels.ends_with('"') && labels.contains("=\""), "labels of {line}");
-            let value: f64 = value.parse().map_err(|error| format!("{line}: {error}"))?;
-            ensure!(value.is_finite() && value >= 0.0, "value of {line}");
-            ensure!(samples.insert(sample.to_owned(), value).is_none(), "{sample} comes twice");
-        }
-        let metrics = Self(samples);
-        metrics.check_histograms()?;
-        Ok(metrics)
-    }
-
-    /// Buckets do not decrease, and the last is the count.
-    fn check_histograms(&self) -> Outcome {
-        for (sample, count) in &self.0 {
-            let Some((name, labels)) = sample.strip_suffix('}').and_then(|sample| sample.split_once("_count{")) else {
-                continue;
-            };
-            let prefix = format!("{name}_bucket{{{labels},le=\"");
-            let mut buckets: Vec<(f64, f64)> = Vec::new();
-            for (bucket, value) in self.0.iter().filter(|(sample, _)| sample.starts_with(&prefix)) {
-                let bound = bucket[prefix.len()..].trim_end_matches("\"}");
-                buckets.push((if bound == "+Inf" { f64::INFINITY } else { bound.parse()? }, *value));
-            }
-            buckets.sort_by(|a, b| a.0.total_cmp(&b.0));
-            ensure!(buckets.is_sorted_by(|a, b| a.1 <= b.1), "buckets of {sample}: {buckets:?}");
-            ensure_eq!(buckets.last(), Some(&(f64::INFINITY, *count)), "last bucket of {sample}");
-        }
-        Ok(())
-    }
-
-    /// One of the pod.
-    fn of(&self, name: &str, labels: &str) -> Outcome<f64> {
-        let sample = if labels.is_empty() { name.to_owned() } else { format!("{name}{{{labels}}}") };
-        self.0.get(&sample).copied().ok_or_else(|| format!("no {sample} among {:?}", self.0.keys()).into())
-    }
-
-    /// The sum of those that have one more label.
-    fn of_all(&self, name: &str, labels: &str) -> f64 {
-        let prefix = format!("{name}{{{labels},");
-        self.0.iter().filter(|(sample, _)| sample.starts_with(&prefix)).map(|(_, value)| value).sum()
-    }
+/// Seconds of the wall clock.
+fn since_the_epoch() -> Outcome<f64> {
+    Ok(SystemTime::now().duration_since(SystemTime::UNIX_EPOCH)?.as_secs_f64())
 }
 
 fn metrics_move(scene: &Scene) -> Outcome {
     let disk = Loop::new(scene)?;
     let before = Leaks::watch();
-    let began = Instant::now();
-    let bundle = disk.give(scene.debian()?, "/dev/xvdz", "rwm").sh("echo ready; exec sleep 1000");
+    let shared = scene.make_directory("shared")?;
+    std::fs::write(shared.join("from-host"), vec![b'x'; 3 << 20])?;
+    let (began, clock) = (Instant::now(), since_the_epoch()?);
+    let bundle = disk.give(scene.debian()?, "/dev/xvdz", "rwm").bind(&shared, "/mnt", &["rbind", "rw"]);
+    let bundle = bundle.sh("echo ready; exec sleep 1000");
     let container = Container::make(scene, &bundle, &["run", "-d"])?;
     let made = began.elapsed().as_secs_f64();
     let scrape = || Metrics::read(&scene.call(&["metrics", &container.id])?.output()?);
@@ -192,7 +150,11 @@ fn metrics_move(scene: &Scene) -> Outcome {
     let own = format!("{pod},container=\"{}\"", container.id);
     let began = Instant::now();
     let idle = scrape()?;
-    // Half a second of a processor, 32 MiB of memory, a megabyte through an interface, and a mebibyte to a disk.
+    let started = idle.of("podhull_pod_start_time_seconds", &pod)?;
+    // Clocks of processes have ticks of a hundredth.
+    ensure!((clock - 0.1..clock + made + 0.1).contains(&started), "started at {started}, asked at {clock}");
+    // Half a second of a processor, 32 MiB of memory, a megabyte through an interface, a mebibyte to a disk, two to a file of the
+    // host, and three from one.
     let load = "
 import os, sys, time, socket
 kept = bytearray(b'x') * (32 << 20)
@@ -206,6 +168,8 @@ for _ in range(100):
 disk = open('/dev/xvdz', 'r+b', buffering=0)
 disk.write(bytes(1 << 20))
 os.fsync(disk.fileno())
+with open('/mnt/from-guest', 'wb', buffering=0) as file: file.write(bytes(2 << 20))
+with open('/mnt/from-host', 'rb') as file: file.read()
 print('done', flush=True)
 sys.stdin.read()
 ";
@@ -245,6 +209,15 @@ sys.stdin.read()
     let written = loaded.of_all("podhull_guest_disk_written_bytes_total", &pod)
         - idle.of_all("podhull_guest_disk_written_bytes_total", &pod);
     ensure_eq!(written, f64::from(1 << 20), "bytes that were written to a disk");
+    // Programs were read, too.
+    let read = grown("podhull_share_read_bytes_total", &pod)? / f64::from(1 << 20);
+    ensure!((3.0..200.0).contains(&read), "{read} MiB were read from files");
+    let written = grown("podhull_share_written_bytes_total", &pod)? / f64::from(1 << 20);
+    ensure!((2.0..3.0).contains(&written), "{written} MiB were written to files");
+    for (kind, least, most) in [("read", 3.0, 1e5), ("write", 2.0, 1e3), ("other", 3.0, 1e6)] {
+        let requests = grown("podhull_share_requests_total", &format!("{pod},kind=\"{kind}\""))?;
+        ensure!((least..most).contains(&requests), "{requests} requests to {kind}");
+    }
     ensure_eq!(
         grown("podhull_agent_request_duration_seconds_count", &format!("{pod},method=\"PodStats\""))?,
         1.0,
@@ -278,6 +251,39 @@ sys.stdin.read()
     before.check()
 }
 
+/// What a container may use, and what became of one that wanted more.
+fn metrics_tell_of_limits(scene: &Scene) -> Outcome {
+    let before = Leaks::watch();
+    let bundle = scene.debian()?.set("/linux/resources/memory", json!({ "limit": 96 << 20 }));
+    let bundle = bundle.set("/annotations/io.kubernetes.cri.sandbox-name", "web".into());
+    let bundle = bundle.set("/annotations/io.kubernetes.cri.sandbox-namespace", "shop".into());
+    let container = Container::make(scene, &bundle.sh("echo ready; exec sleep 1000"), &["run", "-d"])?;
+    container.expect_output("ready")?;
+    let id = &*container.id;
+    let scrape = || Metrics::read(&scene.call(&["metrics", id])?.output()?);
+    let pod = labels_of(id, "/run/podhull");
+    let own = format!("{pod},container=\"{id}\"");
+    let (killed, throttled) = ("podhull_container_oom_kills_total", "podhull_container_cpu_throttled_seconds_total");
+    let idle = scrape()?;
+    ensure_eq!(idle.of("podhull_pod_info", &format!("{pod},namespace=\"shop\",name=\"web\""))?, 1.0, "names");
+    let cpus: f64 = scene.call(&["exec", id, "nproc"])?.output()?.trim().parse()?;
+    ensure_eq!(idle.of("podhull_vm_cpus", &pod)?, cpus, "processors");
+    let limit = idle.of("podhull_container_memory_limit_bytes", &own)?;
+    ensure_eq!(limit, f64::from(96 << 20), "limit of its memory");
+    ensure_eq!((idle.of(killed, &own)?, idle.of(throttled, &own)?), (0.0, 0.0), "before it wants more");
+    // One is killed for lack of memory, and one waits for four fifths of two seconds.
+    scene.call(&["exec", id, "tail", "/dev/zero"])?.expect_status(137)?;
+    scene.call(&["update", "--cpu-quota", "20000", "--cpu-period", "100000", id])?.output()?;
+    let began = Instant::now();
+    scene.call(&["exec", id, "timeout", "2", "sh", "-c", "while :; do :; done"])?.expect_status(124)?;
+    let (loaded, most) = (scrape()?, began.elapsed().as_secs_f64() * cpus);
+    ensure_eq!(loaded.of(killed, &own)?, 1.0, "what was killed for lack of memory");
+    let waited = loaded.of(throttled, &own)?;
+    ensure!((0.2..most).contains(&waited), "it was kept waiting for {waited} s, of {most}");
+    container.end()?;
+    before.check()
+}
+
 /// Complete events of a track, in order: name, beginning and length in microseconds.
 fn track(trace: &Value, name: &str) -> Outcome<Vec<(String, f64, f64)>> {
     let events = trace["traceEvents"].as_array().ok_or("no events")?;
@@ -306,7 +312,7 @@ fn a_start_is_traced(scene: &Scene) -> Outcome {
     let before = Leaks::watch();
     let path = scene.directory.join("trace.json");
     // Of which it is known how long it takes at least, beside the boot, however long all does.
-    let hook = serde_json::json!([{ "path": "/bin/sleep", "args": ["sleep", "1"] }]);
+    let hook = json!([{ "path": "/bin/sleep", "args": ["sleep", "1"] }]);
     let bundle = scene.debian()?.set("/hooks/createRuntime", hook).sh("echo ready");
     bundle.write()?;
     let mut words = scene.runtime.run_words(&bundle.directory, &scene.id());
@@ -405,6 +411,16 @@ fn a_shim_serves_metrics(scene: &Scene) -> Outcome {
     ensure!((0.001..most).contains(&time), "{time} s of a processor, of {most}");
     let starts = format!("{own},phase=\"start\"");
     ensure_eq!(metrics.of("podhull_start_phase_duration_seconds_count", &starts)?, 1.0, "starts");
+    // How long it took to answer, and not how long somebody waits for the end.
+    let (boot, create) = ("podhull_start_phase_duration_seconds_sum", "podhull_shim_request_duration_seconds_sum");
+    let least = metrics.of(boot, &format!("{own},phase=\"boot\""))?;
+    let (took, most) = (metrics.of(create, &format!("{own},method=\"Create\""))?, began.elapsed().as_secs_f64());
+    ensure!((least..most).contains(&took), "the answer to Create took {took} s, of {least} to {most}");
+    for method in ["Create", "Start"] {
+        let labels = format!("{own},method=\"{method}\"");
+        ensure_eq!(metrics.of("podhull_shim_request_duration_seconds_count", &labels)?, 1.0, "{method}");
+    }
+    ensure!(!body.contains("method=\"Wait"), "calls that wait are counted: {body}");
     // The commands see it too.
     ensure_eq!(pods(scene, &[])?[0]["root"], root, "root of the pod");
     let again = Metrics::read(&scene.call(&["metrics"])?.output()?)?;
@@ -490,7 +506,7 @@ fn the_log_of_a_guest(scene: &Scene) -> Outcome {
     let before = Leaks::watch();
     // What a hostile container writes into it, if it can, does nothing to a terminal.
     let hostile = "printf '\\033[2Jevil\\n\\233x\\n' >/dev/kmsg; echo ready; exec sleep 1000";
-    let device = serde_json::json!({ "path": "/dev/kmsg", "type": "c", "major": 1, "minor": 11 });
+    let device = json!({ "path": "/dev/kmsg", "type": "c", "major": 1, "minor": 11 });
     let bundle = scene.debian()?.privileged().push("/linux/devices", device).sh(hostile);
     let container = Container::make(scene, &bundle, &["run", "-d"])?;
     container.expect_output("ready")?;

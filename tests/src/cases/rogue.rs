@@ -17,13 +17,14 @@ use serde_json::json;
 
 use super::config::Configuration;
 use super::containerd::{stopped, stopped_within};
-use super::operations::{Metrics, get};
+use super::operations::get;
 use super::{long, podhull};
 use crate::bundle::Bundle;
 use crate::container::Container;
 use crate::containerd::{Containerd, Shim, check};
 use crate::cri::{self, Cri, PATIENT, Pod, container, resources};
 use crate::leaks::Leaks;
+use crate::metrics::Metrics;
 use crate::run::{DEADLINE, Ended, Running};
 use crate::suite::{Case, Scene};
 use crate::{Outcome, ensure, ensure_eq, processes};

@@ -68,7 +68,19 @@ fn create(scene: &Scene, shim: &Shim, pid: u32, script: &str) -> Outcome<(Result
     }
     shim.call::<StartResponse>(TASK, "Start", &StartRequest { id, ..Default::default() })?;
     wait_for(&bundle.directory.join("rootfs/ready"))?;
+    says_whom_it_is_about(&bundle.directory, "main")?;
     Ok((created, true))
+}
+
+/// Each line of the log in a container's bundle has its id, and its pod's from where that is known.
+fn says_whom_it_is_about(bundle: &Path, id: &str) -> Outcome {
+    let text = fs::read_to_string(bundle.join("log.json"))?;
+    let lines = text.lines().map(serde_json::from_str).collect::<Result<Vec<Value>, _>>()?;
+    ensure!(lines.iter().all(|line| line["container"] == id), "a line about another than {id}: {text}");
+    let made = |line: &&Value| line["msg"].as_str().is_some_and(|text| text.contains("container created"));
+    let made = lines.iter().find(made).ok_or_else(|| format!("no line about {id} that is made: {text}"))?;
+    ensure_eq!(made["pod"], ID, "pod of {made}");
+    Ok(())
 }
 
 fn wait_for(path: &Path) -> Outcome {
@@ -89,7 +101,7 @@ fn from_its_making_to_its_end(scene: &Scene) -> Outcome {
         ("trap 'exit 3' TERM; touch /ready; while :; do sleep 0.1; done", 0, 137),
     ] {
         let (directory, netns) = (scene.make_directory("sandbox")?, Netns::new(scene, "net")?);
-        let shim = Shim::start(&directory, ID)?;
+        let shim = Shim::start_with(&directory, ID, &["-debug"])?;
         let make = CreateSandboxRequest {
             sandbox_id: ID.into(),
             bundle_path: directory.display().to_string(),
@@ -112,6 +124,7 @@ fn from_its_making_to_its_end(scene: &Scene) -> Outcome {
         ensure_eq!(info["runtimeSpec"]["annotations"]["io.kubernetes.cri.sandbox-id"], ID, "information {info}");
         let (created, runs) = create(scene, &shim, pid, script)?;
         ensure!(runs, "no container: {created:?}");
+        says_whom_it_is_about(&directory, ID)?;
         let used = metrics(&shim)?.metrics.unwrap_or_default();
         ensure_eq!((&*used.id, &*used.data.type_url), (ID, "io.containerd.cgroups.v2.Metrics"), "whose statistics");
 
@@ -133,6 +146,14 @@ fn from_its_making_to_its_end(scene: &Scene) -> Outcome {
         refused(Code::FAILED_PRECONDITION, ping(&shim))?;
         refused(Code::NOT_FOUND, metrics(&shim))?;
         shim.call::<DeleteResponse>(TASK, "Delete", &DeleteRequest { id: "main".into(), ..Default::default() })?;
+        // Its own log says what it has done itself.
+        let log = shim.logged()?;
+        for id in [ID, "main"] {
+            let started =
+                |line: &str| line.contains("container started") && line.ends_with(&format!(" pod={ID} container={id}"));
+            ensure!(log.lines().any(started), "no line about the start of {id}: {log:?}");
+        }
+        ensure!(log.lines().all(|line| line.contains(" container=")), "a line about nobody: {log:?}");
         let (late, _) = create(scene, &shim, std::process::id(), script)?;
         ensure!(refused(Code::FAILED_PRECONDITION, late)?.contains("has ended"), "why there is no container");
         let shutdown = ShutdownSandboxRequest { sandbox_id: ID.into(), ..Default::default() };

@@ -3,6 +3,7 @@
 
 mod sandbox;
 
+use std::os::fd::AsFd;
 use std::path::Path;
 use std::process::{Child, Command};
 use std::time::Duration;
@@ -20,7 +21,9 @@ use ttrpc::r#async::transport::Socket;
 use ttrpc::context::Context;
 
 use super::super::events::{Publisher, Sender};
+use super::super::timed::Durations;
 use super::*;
+use crate::calls::{Calls, SHIM};
 use crate::log::Log;
 
 /// For what is done at once.
@@ -52,6 +55,7 @@ impl Shim {
             log: Log::stderr(),
             debug: false,
             publisher,
+            durations: Durations::new(),
         };
         let over = Arc::new(Notify::new());
         let tasks = Tasks::new(Arc::new(surroundings), over.clone());
@@ -267,6 +271,70 @@ async fn what_is_asked_of_nobody_is_not_found() {
     assert_eq!(code(client.checkpoint(context(), &checkpoint).await), Code::UNIMPLEMENTED);
     client.shutdown(context(), &ShutdownRequest { id: id(), ..Default::default() }).await.unwrap();
     timeout(SOON, shim.over.notified()).await.unwrap();
+}
+
+/// Which methods took how long at most, in buckets of [`crate::calls::BOUNDS`], once there is a pod; and which are never noted.
+#[tokio::test]
+async fn it_is_noted_how_long_each_method_took() {
+    let shim = Shim::start().await;
+    let (durations, client) = (&shim.tasks.surroundings.durations, shim.client().await);
+    let pod = std::fs::File::open(shim.directory.path()).unwrap();
+    let noted = || -> Vec<(&str, u64)> {
+        let all = Calls::find(pod.as_fd(), SHIM).unwrap().so_far();
+        all.iter().map(|of| (of.method, of.buckets.iter().sum())).collect()
+    };
+    client.connect(Context::default(), &ConnectRequest::new()).await.unwrap();
+    durations.give_to(pod.as_fd()).unwrap();
+    assert_eq!(noted(), [("Connect", 1)]);
+    // One that fails, one under the other name of the service, and one that waits for an end.
+    let (container, mut child) = shim.container("c");
+    client.state(Context::default(), &StateRequest::new()).await.unwrap_err();
+    let mut stream = shim.connect().await;
+    stream
+        .write_all(&request(1, NAMES[1], "Pids", &PidsRequest { id: "c".into(), ..Default::default() }))
+        .await
+        .unwrap();
+    assert_eq!(answer(&mut stream).await, (1, Code::OK));
+    child.kill().unwrap();
+    timeout(SOON, container.init.wait()).await.unwrap();
+    client.wait(Context::default(), &WaitRequest { id: "c".into(), ..Default::default() }).await.unwrap();
+    assert_eq!(noted(), [("State", 1), ("Pids", 1), ("Connect", 1)]);
+    // Every method there is, and no others.
+    let services = shim.tasks.services();
+    let mut known: Vec<&str> =
+        services.values().flat_map(|service| service.methods.keys().map(String::as_str)).collect();
+    known.sort_unstable();
+    known.dedup();
+    for method in &known {
+        durations.note(method, Duration::from_millis(1));
+    }
+    let mut of: Vec<_> = noted().into_iter().map(|(method, _)| method).chain(["Wait", "WaitSandbox"]).collect();
+    of.sort_unstable();
+    assert_eq!(of, known);
+    assert!(services.values().all(|service| service.streams.is_empty()));
+}
+
+/// A server gives up what takes longer than who asked wanted to wait.
+#[tokio::test]
+async fn what_is_given_up_is_noted_too() {
+    let shim = Shim::start().await;
+    let pod = std::fs::File::open(shim.directory.path()).unwrap();
+    shim.tasks.surroundings.durations.give_to(pod.as_fd()).unwrap();
+    let client = shim.client().await;
+    let place = Arc::new(Place::default());
+    let turn = place.turn.lock().await;
+    shim.tasks.containers().insert("c".into(), place.clone());
+    let context = ttrpc::context::with_duration(Duration::from_millis(30));
+    client.delete(context, &DELETE).await.unwrap_err();
+    drop(turn);
+    let noted = async {
+        while Calls::find(pod.as_fd(), SHIM).unwrap().so_far().is_empty() {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    };
+    timeout(SOON, noted).await.unwrap();
+    let [of] = &Calls::find(pod.as_fd(), SHIM).unwrap().so_far()[..] else { panic!("not one method") };
+    assert!(of.method == "Delete" && of.seconds >= 0.03, "{of:?}");
 }
 
 #[tokio::test]

@@ -20,6 +20,7 @@ use virtiofsd::read_dir::ReadDir;
 use super::directories::Directories;
 use super::keep::Kept;
 use super::threads::own_file_system_context;
+use super::traffic::Counts;
 use super::unnamed::{Unnamed, copy, is_unnamed, write};
 
 /// File descriptors kept for the rest of the process: devices, sockets, and files open for the length of a call.
@@ -45,6 +46,7 @@ struct Inner {
     unnamed: Unnamed,
     kept: Kept,
     directories: Directories,
+    traffic: Counts,
     /// Held during initialisation: two at a time would both make the root.
     initialising: Mutex<()>,
 }
@@ -84,8 +86,8 @@ impl Files {
             scope.spawn(|| own_file_system_context().and_then(|()| PassthroughFs::new(config))).join()
         })
         .map_err(|_| io::Error::other("panic"))??;
-        let (kept, directories) = Default::default();
-        Ok(Self(Arc::new(Inner { passthrough, unnamed, kept, directories, initialising: Mutex::new(()) })))
+        let (kept, directories, traffic) = Default::default();
+        Ok(Self(Arc::new(Inner { passthrough, unnamed, kept, directories, traffic, initialising: Mutex::new(()) })))
     }
 
     fn inner(&self) -> &PassthroughFs {
@@ -94,6 +96,11 @@ impl Files {
 
     fn unnamed(&self) -> &Unnamed {
         &self.0.unnamed
+    }
+
+    /// What is counted of requests.
+    pub fn traffic(&self) -> &Counts {
+        &self.0.traffic
     }
 
     /// Makes a file without a name in the file system of a directory, and opens it.
@@ -368,10 +375,12 @@ impl FileSystem for Files {
         lock_owner: Option<u64>,
         flags: u32,
     ) -> io::Result<usize> {
-        if is_unnamed(inode) {
-            return self.unnamed().read(inode, handle, data, size, offset);
-        }
-        self.inner().read(ctx, inode, handle, data, size, offset, lock_owner, flags)
+        let read = if is_unnamed(inode) {
+            self.unnamed().read(inode, handle, data, size, offset)
+        } else {
+            self.inner().read(ctx, inode, handle, data, size, offset, lock_owner, flags)
+        };
+        read.inspect(|bytes| self.traffic().read(*bytes))
     }
 
     fn write<R: ZeroCopyReader>(
@@ -387,12 +396,14 @@ impl FileSystem for Files {
         kill_priv: bool,
         flags: u32,
     ) -> io::Result<usize> {
-        if is_unnamed(inode) {
+        let written = if is_unnamed(inode) {
             // What comes from a mapping has its place already.
             let append = flags as i32 & libc::O_APPEND != 0 && !delayed_write;
-            return write(&*self.unnamed().handle(inode, handle)?, data, size, offset, append, kill_priv);
-        }
-        self.inner().write(ctx, inode, handle, data, size, offset, lock_owner, delayed_write, kill_priv, flags)
+            write(&*self.unnamed().handle(inode, handle)?, data, size, offset, append, kill_priv)
+        } else {
+            self.inner().write(ctx, inode, handle, data, size, offset, lock_owner, delayed_write, kill_priv, flags)
+        };
+        written.inspect(|bytes| self.traffic().written(*bytes))
     }
 
     fn flush(&self, ctx: Context, inode: u64, handle: u64, lock_owner: u64) -> io::Result<()> {

@@ -10,6 +10,7 @@
 //! - `keep`: which contents the guest may keep cached.
 //! - [`request`]: one FUSE request.
 //! - [`threads`]: the threads that serve, which exist before the device is active.
+//! - [`traffic`]: what is counted of all that.
 //! - `unnamed`: files without a name, which the library lacks.
 
 mod directories;
@@ -17,6 +18,7 @@ pub mod files;
 mod keep;
 pub mod request;
 pub mod threads;
+pub mod traffic;
 mod unnamed;
 
 use std::fs::File;
@@ -29,6 +31,7 @@ use super::{ActivateError, Activation, ActiveQueue, Broken, Device, Poll, Worker
 use files::Files;
 use request::Requests;
 use threads::{Session, Threads};
+use traffic::Counts;
 
 /// Bytes of the tag in the configuration space (5.11.4).
 const TAG_SIZE: usize = 36;
@@ -89,6 +92,11 @@ impl Share {
         let files = Files::new(config.root, config.proc_self_fd).map_err(ShareError::Files)?;
         let threads = Threads::start(config.threads, config.confine.into()).map_err(ShareError::Thread)?;
         Ok(Self { tag, requests: Arc::new(Requests::new(files)), threads: Arc::new(threads) })
+    }
+
+    /// What is counted of its requests, also when the machine has it.
+    pub fn traffic(&self) -> Counts {
+        self.requests.traffic().clone()
     }
 }
 

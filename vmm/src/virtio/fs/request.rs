@@ -11,6 +11,7 @@ use vm_memory::ByteValued;
 
 use super::super::{Buffers, Chain};
 use super::files::Files;
+use super::traffic::Counts;
 use crate::memory::{GuestMemory, SharedMemory};
 
 /// Longest body of a request that makes a file: a name and more groups than any process has in practice.
@@ -28,6 +29,11 @@ impl Requests {
         Self { server: Server::new(files.clone()), files }
     }
 
+    /// What is counted of them.
+    pub fn traffic(&self) -> &Counts {
+        self.files.traffic()
+    }
+
     /// Ends the FUSE session: closes every file that the guest had open or knew of.
     pub fn forget_all(&self) {
         self.server.destroy();
@@ -42,6 +48,7 @@ impl Requests {
         let Some(header) = request.read_object::<InHeader>() else {
             return answer(memory, chain, 0, libc::EINVAL);
         };
+        self.traffic().request(header.opcode);
         if chain.writable(memory).is_empty() {
             self.serve_unanswered(header, request);
             return 0;

@@ -15,6 +15,7 @@ use vm_memory::ByteValued;
 
 use super::super::test_driver::{Descriptor, Driven, NEXT, Part, WRITE, drive_with};
 use super::*;
+use crate::control::Traffic;
 use crate::jail::{Kind, confine_in_test};
 
 const ROOT: u64 = 1;
@@ -203,6 +204,33 @@ fn files_are_read_and_written_from_either_side() {
     fs::set_permissions(&directory.0, fs::Permissions::from_mode(0o555)).unwrap();
     guest.create(ROOT, "by-capability", 0o600).unwrap();
     assert_eq!(fs::metadata(directory.path("by-capability")).unwrap().uid(), 1000);
+}
+
+#[test]
+fn what_the_guest_asks_for_is_counted() {
+    let directory = Directory::new();
+    let mut share = share(&directory.0);
+    let traffic = share.traffic();
+    let mut guest = Mounted::new(&mut share);
+    fs::write(directory.path("f"), [7; 5000]).unwrap();
+    let entry = guest.lookup(ROOT, "f").unwrap();
+    let fh = guest.open(entry.nodeid, libc::O_RDWR).unwrap();
+    // FUSE_INIT, LOOKUP, OPEN.
+    assert_eq!(traffic.so_far(), Traffic { others: 3, ..Default::default() });
+    // What is there counts, not what was asked for; and nothing of what fails.
+    assert_eq!(guest.read(entry.nodeid, fh, 4000, 4096).unwrap().len(), 1000);
+    assert_eq!(guest.write(entry.nodeid, fh, 0, &[8; 300]), Ok(300));
+    assert_eq!(guest.read(entry.nodeid, fh + 99, 0, 4096), Err(libc::EBADF));
+    assert_eq!(guest.write(entry.nodeid, fh + 99, 0, &[8; 300]), Err(libc::EBADF));
+    // Files without a name are the same to it.
+    let create = CreateIn { flags: libc::O_RDWR as u32, mode: 0o600, ..Default::default() };
+    let room = size_of::<EntryOut>() + size_of::<OpenOut>();
+    let made = guest.ask(51, ROOT, &[create.as_slice(), b"/\0"].concat(), room).unwrap();
+    let (node, fh) = (object::<EntryOut>(&made).nodeid, object::<OpenOut>(&made[size_of::<EntryOut>()..]).fh);
+    assert_eq!(guest.write(node, fh, 0, &[9; 40]), Ok(40));
+    assert_eq!(guest.read(node, fh, 0, 4096).unwrap().len(), 40);
+    let expected = Traffic { reads: 3, writes: 3, others: 4, read_bytes: 1040, written_bytes: 340 };
+    assert_eq!(traffic.so_far(), expected);
 }
 
 #[test]
