@@ -299,12 +299,13 @@ fn takes_all(scene: &Scene) -> Outcome {
     config.linux.get_or_insert_default().security_context.get_or_insert_default().privileged = true;
     let pod = cri.run(config)?;
     // The limits of what is above it in the machine are not its own to change.
-    let script = "echo max >/sys/fs/cgroup/memory.max && tail /dev/zero";
+    let script = "echo max >/sys/fs/cgroup$(cut -d: -f3 /proc/self/cgroup)/memory.max && tail /dev/zero";
     let mut config = container("main", &["sh", "-c", script]);
     resources(&mut config).memory_limit_in_bytes = 1024 << 20;
     security(&mut config).privileged = true;
     let id = cri.launch(&pod, config)?;
-    ensure_eq!(cri.ended(&id)?.exit_code, 137, "status of what takes all memory");
+    let ended = cri.ended(&id)?;
+    ensure_eq!(ended.exit_code, 137, "status of what takes all memory, which says {:?}", cri.log(&pod, "main"));
     let events = fs::read_to_string(group.join("memory.events"))?;
     ensure!(events.contains("oom_kill 0\n"), "{events}");
     ensure_eq!(cri.pod_status(&pod)?.state(), api::PodSandboxState::SandboxReady, "state of its pod");
