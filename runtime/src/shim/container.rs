@@ -410,14 +410,17 @@ impl Container {
         if number == 0 {
             return Ok(());
         }
+        if !(1..=64).contains(&number) {
+            return Err(error(Code::INVALID_ARGUMENT, format!("there is no signal {signal}")));
+        }
         if exec.is_empty() {
             let this = self.clone();
             if number == libc::SIGKILL {
                 tokio::spawn(self.clone().insist());
             }
             return match beside(move || pod::kill(&this.surroundings.root, &this.id, number, all)).await? {
-                // Nobody inside does it, or there is nobody left but what it has written: see there.
-                Err(CommandError::Agent(_)) if number == libc::SIGKILL => Ok(()),
+                // Nobody inside does it, or there is nobody left but what it has written: see there. Its end is yet to be told.
+                Err(CommandError::Agent(_) | CommandError::NotRunning(..)) if number == libc::SIGKILL => Ok(()),
                 killed => killed.map_err(of_kill),
             };
         }
@@ -425,9 +428,8 @@ impl Container {
         // Real-time signals have no names.
         let signal = match number {
             libc::SIGSTOP => return signals::send_stop(shadow).map_err(|_| not_found("process already finished")),
-            // SAFETY: whoever sends signals of the C library's own means a process of the guest.
-            1..=64 => unsafe { Signal::from_raw_unchecked(number) },
-            _ => return Err(error(Code::INVALID_ARGUMENT, format!("there is no signal {signal}"))),
+            // SAFETY: it is in range; whoever sends signals of the C library's own means a process of the guest.
+            _ => unsafe { Signal::from_raw_unchecked(number) },
         };
         pidfd_send_signal(shadow, signal).map_err(|_| not_found("process already finished"))
     }

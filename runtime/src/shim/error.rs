@@ -2,6 +2,7 @@
 
 use ttrpc::{Code, Error, get_status};
 
+use crate::agent::AgentError;
 use crate::bundle::BundleError;
 use crate::config::ConfigError;
 use crate::pod::{CommandError, CreateError, ExecError};
@@ -70,7 +71,9 @@ pub fn of_command(failure: CommandError) -> Error {
 /// Of a signal: who has ended is nobody any more.
 pub fn of_kill(failure: CommandError) -> Error {
     match failure {
-        CommandError::NotRunning(..) => not_found("process already finished"),
+        CommandError::NotRunning(..) | CommandError::Agent(AgentError::Missing(_)) => {
+            not_found("process already finished")
+        }
         failure => of_command(failure),
     }
 }
@@ -78,7 +81,9 @@ pub fn of_kill(failure: CommandError) -> Error {
 /// Of numbers: containerd asks for those of what has ended, too, and passes over what is not found.
 pub fn of_stats(failure: CommandError) -> Error {
     match failure {
-        CommandError::Over(_) | CommandError::NotRunning(..) => not_found(failure.to_string()),
+        CommandError::Over(_) | CommandError::NotRunning(..) | CommandError::Agent(AgentError::Missing(_)) => {
+            not_found(failure.to_string())
+        }
         failure => of_command(failure),
     }
 }
