@@ -22,7 +22,7 @@ use tokio::sync::oneshot;
 use tokio::task::AbortHandle;
 use ttrpc::{Code, Result};
 
-use super::error::{error, failed, not_found, not_now, of_command, of_create, of_exec, of_kill, of_stats};
+use super::error::{error, failed, not_found, not_now, of_command, of_create, of_exec, of_io, of_kill, of_stats};
 use super::events::{Event, Publisher, any, timestamp};
 use super::io::{Io, Names, Owner};
 use super::options::Options;
@@ -132,7 +132,7 @@ impl Container {
             terminal: request.terminal,
         };
         let owner = Owner { namespace: surroundings.namespace.clone(), id: request.id.clone() };
-        let Io { streams, terminal, ends } = Io::open(&names, &owner).await.map_err(failed)?;
+        let Io { streams, terminal, ends } = Io::open(&names, &owner).await.map_err(of_io)?;
         let container = Arc::new(Self {
             cgroups: asked.cgroups.unwrap_or_else(|| manager(&config)),
             id: request.id.clone(),
@@ -316,7 +316,7 @@ impl Container {
         }
         self.check_running()?;
         let owner = Owner { namespace: self.surroundings.namespace.clone(), id: self.id.clone() };
-        let Io { streams, terminal, ends } = Io::open(&process.names, &owner).await.map_err(failed)?;
+        let Io { streams, terminal, ends } = Io::open(&process.names, &owner).await.map_err(of_io)?;
         let (this, added) = (self.clone(), process.clone());
         let executed = beside(move || {
             let known = pod::running(&this.surroundings.root, &this.id, false)?;
