@@ -1,6 +1,6 @@
 //! What happened to containers, kept until the host has taken it.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::{HashMap, HashSet, VecDeque};
 use std::pin::pin;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -14,13 +14,13 @@ use crate::log;
 const WATCHED: usize = 64;
 
 /// A queue of events. Each goes to one reader: that of the process it is about, or that of all. A new reader of the same
-/// supersedes the one before, whose connection may be long dead. Bounded by nature: a process ends once, and a container's
-/// out-of-memory events are merged while they wait.
+/// supersedes the one before, whose connection may be long dead. Bounded by nature: a process ends once, a container's
+/// out-of-memory events are merged while they wait, and what nobody will ask for any more is forgotten.
 pub struct Events {
     queue: Mutex<VecDeque<Event>>,
     added: Notify,
     /// The latest reader of each subject.
-    readers: watch::Sender<HashMap<Subject, u64>>,
+    readers: watch::Sender<HashMap<Subject, Reading>>,
     count: AtomicU64,
     /// Those who only watch get copies.
     watchers: broadcast::Sender<Event>,
@@ -40,6 +40,13 @@ impl Default for Events {
 
 /// A container, and the process executed in it; both empty for all.
 type Subject = (String, String);
+
+/// Who reads the events of a subject.
+struct Reading {
+    number: u64,
+    /// Nobody will come after it.
+    last: bool,
+}
 
 /// Notes in the log what happens to containers. What is executed in them, as by probes, would soon be all that is in it.
 fn say(event: &Event) {
@@ -78,9 +85,39 @@ impl Events {
         let subject: Subject = (container.into(), exec.into());
         let number = self.count.fetch_add(1, Ordering::Relaxed);
         self.readers.send_modify(|readers| {
-            readers.insert(subject.clone(), number);
+            readers.insert(subject.clone(), Reading { number, last: false });
         });
         Reader { events: self, subject, number, readers: self.readers.subscribe() }
+    }
+
+    /// Nobody stands for an executed process any more, and it is gone: its events are for who reads them now, and for nobody later.
+    pub fn forget(&self, container: &str, exec: &str) {
+        self.forget_those(|(of, process)| of == container && process == exec);
+    }
+
+    /// The same for a container, and all that was executed in it.
+    pub fn forget_container(&self, container: &str) {
+        self.forget_those(|(of, _)| of == container);
+    }
+
+    fn forget_those(&self, gone: impl Fn(&Subject) -> bool) {
+        let mut read = HashSet::new();
+        self.readers.send_if_modified(|readers| {
+            for (subject, reading) in readers.iter_mut().filter(|(subject, _)| is_all(subject) || gone(subject)) {
+                // Its connection may be dead without its having been told, and what it has taken comes back then.
+                reading.last = !is_all(subject);
+                read.insert(subject.clone());
+            }
+            // Nobody waits to hear that.
+            false
+        });
+        // Who reads of all takes what is there, too.
+        if !read.iter().any(is_all) {
+            self.queue().retain(|event| {
+                let subject = (event.container_id.clone(), event.exec_id.clone());
+                !gone(&subject) || read.contains(&subject)
+            });
+        }
     }
 
     /// Watches what happens to a process from now on, or to all if both are empty, and takes nothing from anybody.
@@ -94,6 +131,12 @@ impl Events {
         self.readers.borrow().len()
     }
 
+    /// How many there are that nobody has taken.
+    #[cfg(test)]
+    pub fn count(&self) -> usize {
+        self.queue().len()
+    }
+
     fn queue(&self) -> MutexGuard<'_, VecDeque<Event>> {
         self.queue.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -104,7 +147,7 @@ pub struct Reader<'a> {
     events: &'a Events,
     subject: Subject,
     number: u64,
-    readers: watch::Receiver<HashMap<Subject, u64>>,
+    readers: watch::Receiver<HashMap<Subject, Reading>>,
 }
 
 impl Reader<'_> {
@@ -114,7 +157,8 @@ impl Reader<'_> {
             // Before the look at the queue, so that no event comes between look and wait unseen.
             let mut added = pin!(self.events.added.notified());
             added.as_mut().enable();
-            if self.readers.borrow_and_update().get(&self.subject) != Some(&self.number) {
+            let latest = self.readers.borrow_and_update().get(&self.subject).map(|reading| reading.number);
+            if latest != Some(self.number) {
                 return None;
             }
             if let Some(event) = self.take() {
@@ -141,21 +185,28 @@ impl Reader<'_> {
 }
 
 impl Drop for Reader<'_> {
-    /// Forgets the subject, unless another reads it now.
+    /// Forgets the subject, unless another reads it now; its events, too, if nobody will.
     fn drop(&mut self) {
+        let mut last = false;
         self.events.readers.send_if_modified(|readers| {
-            if readers.get(&self.subject) == Some(&self.number) {
-                readers.remove(&self.subject);
+            if readers.get(&self.subject).is_some_and(|reading| reading.number == self.number) {
+                last = readers.remove(&self.subject).is_some_and(|reading| reading.last);
             }
             // Nobody waits to hear that.
             false
         });
+        if last {
+            self.events.queue().retain(|event| !is_about(event, &self.subject));
+        }
     }
 }
 
-fn is_about(event: &Event, (container, exec): &Subject) -> bool {
-    let all = container.is_empty() && exec.is_empty();
-    all || (event.container_id == *container && event.exec_id == *exec)
+fn is_all((container, exec): &Subject) -> bool {
+    container.is_empty() && exec.is_empty()
+}
+
+fn is_about(event: &Event, subject: &Subject) -> bool {
+    is_all(subject) || (event.container_id == subject.0 && event.exec_id == subject.1)
 }
 
 /// One who gets copies of the events of a subject.
@@ -228,6 +279,52 @@ mod tests {
         assert_eq!(second.next().await, Some(exit("2")));
         drop((first, second));
         assert_eq!(events.count_readers(), 1);
+    }
+
+    #[tokio::test(flavor = "current_thread")]
+    async fn what_nobody_will_ask_for_is_forgotten() {
+        let events = Events::default();
+        let exit =
+            |id: &str, exec: &str| Event { exec_id: exec.into(), ..event(id, event::Kind::Exit(Exit::default())) };
+        for (id, exec) in [("a", ""), ("a", "1"), ("a", "2"), ("b", "1")] {
+            events.push(exit(id, exec));
+        }
+        events.forget("a", "1");
+        assert_eq!(events.count(), 3);
+        events.forget("a", "1");
+        events.push(out_of_memory("a", 1));
+        events.forget_container("a");
+        assert_eq!(events.count(), 1);
+        assert_eq!(events.reader("", "").next().await, Some(exit("b", "1")));
+        // A container that has the name of one that is gone.
+        let mut reader = events.reader("a", "");
+        events.push(exit("a", ""));
+        assert_eq!((reader.next().await, events.count()), (Some(exit("a", "")), 0));
+    }
+
+    #[tokio::test(flavor = "current_thread")]
+    async fn who_reads_of_what_is_forgotten_reads_it_to_its_end() {
+        let events = Events::default();
+        let exit = |exec: &str| Event { exec_id: exec.into(), ..event("a", event::Kind::Exit(Exit::default())) };
+        let (mut taker, mut loser, idle) = (events.reader("a", "1"), events.reader("a", "2"), events.reader("a", "3"));
+        for exec in ["1", "2", "3", "4"] {
+            events.push(exit(exec));
+        }
+        // It is on its way on a connection that is dead.
+        let lost = loser.next().await.unwrap();
+        events.forget_container("a");
+        assert_eq!((taker.next().await, events.count()), (Some(exit("1")), 1));
+        loser.put_back(lost);
+        assert_eq!(events.count(), 2);
+        drop((taker, loser));
+        assert_eq!(events.count(), 1);
+        drop(idle);
+        assert_eq!((events.count(), events.count_readers()), (0, 0));
+        // Who reads of all is told of it all.
+        let mut all = events.reader("", "");
+        events.push(exit("5"));
+        events.forget("a", "5");
+        assert_eq!(all.next().await, Some(exit("5")));
     }
 
     #[tokio::test(flavor = "current_thread")]

@@ -336,7 +336,16 @@ impl Pod {
         // Another may have its name by now.
         if self.container(container.id()).is_ok_and(|there| Arc::ptr_eq(&there, container)) {
             let _ = self.delete(container.id()).await;
+            // It was what would have asked how it ended.
+            self.events.forget_container(container.id());
         }
+    }
+
+    /// The same for a process that is executed in one.
+    async fn abandoned_process(&self, container: &Container, exec_id: &str) {
+        // Its name is a random number, and not another's by now. Mostly it was deleted before.
+        let _ = container.delete_process(exec_id).await;
+        self.events.forget(container.id(), exec_id);
     }
 
     fn streams_of(&self, stdio: Stdio) -> Result<container::Streams, PodError> {
@@ -391,13 +400,13 @@ impl Pod {
         let (pid, lease) = tokio::join!(container.exec(asked, self.surroundings()), lease);
         let pid = pid?;
         if lease.is_err() {
-            let _ = container.delete_process(&request.exec_id).await;
+            self.abandoned_process(&container, &request.exec_id).await;
         }
         if let Some(lease) = lease? {
+            let pod = self.clone();
             tokio::spawn(async move {
                 stdio::ended(&lease).await;
-                // Its name is a random number, and not another's by now. Mostly it was deleted before.
-                let _ = container.delete_process(&request.exec_id).await;
+                pod.abandoned_process(&container, &request.exec_id).await;
             });
         }
         Ok(ExecProcessResponse { pid, ..ExecProcessResponse::default() })

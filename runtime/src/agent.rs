@@ -1,6 +1,8 @@
 //! The agent's client. Every call has a deadline, and every answer is checked: the guest is hostile.
 
 mod frames;
+#[cfg(test)]
+pub mod stand_in;
 
 use std::io;
 use std::os::fd::BorrowedFd;
@@ -47,6 +49,9 @@ pub enum AgentError {
     /// It answered that what it is about is in no state for that.
     #[error("{0}")]
     NotNow(String),
+    /// It answered that there is no such thing (any more).
+    #[error("{0}")]
+    Missing(String),
     /// It did not answer in time.
     #[error("the agent in the guest did not answer {0} in time")]
     Silent(&'static str),
@@ -70,6 +75,9 @@ impl AgentError {
             ttrpc::Error::RpcStatus(status) if status.code() == ttrpc::Code::DEADLINE_EXCEEDED => Self::Silent(call),
             ttrpc::Error::RpcStatus(status) if status.code() == ttrpc::Code::FAILED_PRECONDITION => {
                 Self::NotNow(text(status.message()))
+            }
+            ttrpc::Error::RpcStatus(status) if status.code() == ttrpc::Code::NOT_FOUND => {
+                Self::Missing(text(status.message()))
             }
             ttrpc::Error::RpcStatus(status) => Self::Refused(text(status.message())),
             ttrpc::Error::Others(said) if said == LATE => Self::Silent(call),

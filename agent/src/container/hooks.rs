@@ -39,6 +39,12 @@ pub fn timeout(hook: &Hook) -> Duration {
     hook.timeout.map_or(DEFAULT_TIMEOUT, Duration::from_secs)
 }
 
+/// How long all of them may take. What no clock counts up to is no deadline.
+pub fn timeouts(spec: &Spec) -> Duration {
+    let all = spec.hooks.start_container.iter().map(timeout);
+    all.fold(Duration::ZERO, Duration::saturating_add)
+}
+
 /// Runs the hooks one after the other, each with the state of the container on its standard input.
 pub fn run(spec: &Spec, id: &str) -> Result<(), HookError> {
     let state = serde_json::json!({
@@ -79,11 +85,12 @@ pub fn run(spec: &Spec, id: &str) -> Result<(), HookError> {
 fn wait(child: &mut Child, timeout: Duration) -> io::Result<Option<ExitStatus>> {
     let pid = Pid::from_child(child);
     let pidfd = pidfd_open(pid, PidfdFlags::empty())?;
-    let deadline = Instant::now() + timeout;
+    let deadline = Instant::now().checked_add(timeout);
     loop {
-        let left = deadline.saturating_duration_since(Instant::now());
-        let left = Timespec { tv_sec: left.as_secs() as i64, tv_nsec: i64::from(left.subsec_nanos()) };
-        match rustix::event::poll(&mut [PollFd::from_borrowed_fd(pidfd.as_fd(), PollFlags::IN)], Some(&left)) {
+        let left = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
+        // More seconds than the kernel has a number for are no deadline either.
+        let left = left.and_then(|left| Timespec::try_from(left).ok());
+        match rustix::event::poll(&mut [PollFd::from_borrowed_fd(pidfd.as_fd(), PollFlags::IN)], left.as_ref()) {
             Ok(0) => {
                 child.kill()?;
                 child.wait()?;

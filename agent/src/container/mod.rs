@@ -317,7 +317,6 @@ impl Container {
         let event = Event { container_id: id.clone(), ..Event::default() };
         let kills = Kills::new(id.clone(), cgroup.clone(), around.events.clone());
         let (init, socket) = ready.watched(event, cgroup.clone(), around.events.clone(), Some(kills));
-        let hooks: Duration = spec.hooks.start_container.iter().map(hooks::timeout).sum();
         Ok(Self {
             id,
             spec: bytes.into(),
@@ -325,7 +324,7 @@ impl Container {
             init,
             cgroup,
             gate: Mutex::new(Some(socket)),
-            start_deadline: READY_DEADLINE + hooks,
+            start_deadline: hooks::timeouts(&spec).saturating_add(READY_DEADLINE),
             executed: Executed::default(),
             deleted: AtomicBool::new(false),
             kept: Mutex::default(),

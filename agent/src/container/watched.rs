@@ -1,7 +1,7 @@
 //! A process of a container as the agent sees it, be it the init or one executed later: ready, started, watched, ended.
 
 use std::os::fd::OwnedFd;
-use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use podhull_protocol::{Event, Exit, event};
@@ -9,7 +9,7 @@ use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::io::Errno;
 use rustix::process::{Pid, Signal};
 use tokio::io::unix::AsyncFd;
-use tokio::sync::watch;
+use tokio::sync::{Mutex, watch};
 
 use super::launch::{self, Launched};
 use super::limits::Limits;
@@ -112,7 +112,7 @@ pub struct Watched {
     master: Option<Weak<OwnedFd>>,
     /// Whether it has been reaped.
     ended: watch::Receiver<bool>,
-    /// The task that reports the exit.
+    /// The task that reports the exit, until that is done.
     reporter: Mutex<Option<tokio::task::JoinHandle<()>>>,
 }
 
@@ -159,13 +159,16 @@ impl Watched {
         terminal::set_size(master, rows, columns).map_err(ContainerError::Resize)
     }
 
-    /// Waits until the exit of a killed process is reported, unless nobody takes the output.
+    /// Waits until the exit of a killed process is reported, unless nobody takes the output. It is not reported afterwards, whoever
+    /// else waits.
     pub async fn finish(&self) {
-        let reporter = self.reporter.lock().unwrap_or_else(PoisonError::into_inner).take();
-        if let Some(mut reporter) = reporter
-            && tokio::time::timeout(EXIT_DEADLINE, &mut reporter).await.is_err()
-        {
-            reporter.abort();
+        let mut slot = self.reporter.lock().await;
+        if let Some(reporter) = &mut *slot {
+            if tokio::time::timeout(EXIT_DEADLINE, &mut *reporter).await.is_err() {
+                reporter.abort();
+                let _ = reporter.await;
+            }
+            *slot = None;
         }
     }
 }

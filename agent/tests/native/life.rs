@@ -1,12 +1,15 @@
 //! From creation to deletion, and what is left.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use podhull_protocol::{AdjustClockRequest, CreatePodRequest, EventsRequest, Stdio, VERSION};
 use serde_json::json;
 use ttrpc::Code;
 
-use crate::harness::{Agent, deadline, new_token, read_all, refused, shell, spec, with, without_namespace};
+use crate::harness::{
+    Agent, DEADLINE, deadline, new_token, process, read_all, refused, shell, shell_process, spec, with,
+    without_namespace,
+};
 
 #[tokio::test(flavor = "current_thread")]
 async fn the_pod_is_made_once_and_with_the_right_version() {
@@ -168,4 +171,44 @@ async fn events_from_before_the_call_are_sent_first() {
     }
     codes.sort_unstable();
     assert_eq!(codes, [5, 6]);
+}
+
+/// Of what has the same name later the stream tells, and not of what nobody has asked about.
+#[tokio::test(flavor = "current_thread")]
+async fn what_ends_with_its_lease_leaves_no_events() {
+    let agent = Agent::start().await;
+    let rootfs = agent.rootfs();
+    let leased = async || {
+        let token = new_token();
+        (agent.stream(token).await, Stdio { lease: token, ..Stdio::default() })
+    };
+    let first = async |id: &str, exec: &str| {
+        let request = EventsRequest { container_id: id.into(), exec_id: exec.into(), ..EventsRequest::default() };
+        let mut events = agent.client.events(deadline(), &request).await.unwrap();
+        tokio::time::timeout(DEADLINE, events.recv()).await.unwrap().unwrap().unwrap().exit().code
+    };
+    agent.idle("a", &rootfs, &spec(&["sleep", "1000"])).await;
+    let (lease, stdio) = leased().await;
+    let request = Agent::exec_request("a", "e", &process(&["sleep", "1000"]), stdio);
+    agent.client.exec_process(deadline(), &request).await.unwrap();
+    drop(lease);
+    // The name is free when it is gone.
+    let begin = Instant::now();
+    while let Err(error) = agent.exec("a", "e", &shell_process("exit 7")).await {
+        assert!(error.to_string().contains("ALREADY_EXISTS") && begin.elapsed() < DEADLINE, "{error}");
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    assert_eq!(first("a", "e").await, 7);
+
+    let (lease, stdio) = leased().await;
+    agent.create("b", &rootfs, &spec(&["sleep", "1000"]), stdio).await.unwrap();
+    agent.start_container("b").await.unwrap();
+    drop(lease);
+    let begin = Instant::now();
+    while let Err(error) = agent.create("b", &rootfs, &shell("exit 5"), Stdio::default()).await {
+        assert!(error.to_string().contains("ALREADY_EXISTS") && begin.elapsed() < DEADLINE, "{error}");
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    agent.start_container("b").await.unwrap();
+    assert_eq!(first("b", "").await, 5);
 }

@@ -234,4 +234,7 @@ async fn start_container_hooks_run_inside_before_the_program() {
     let slow = json!({"startContainer": [{"path": "/bin/sleep", "args": ["sleep", "60"], "timeout": 1}]});
     let (_, message) = agent.refusal(&with(shell("true"), [("/hooks", slow)])).await;
     assert!(message.contains("timeout of 1s"), "{message}");
+    let patient = json!({"path": "/bin/true", "timeout": i64::MAX});
+    let patient = json!({"startContainer": [patient, patient, patient]});
+    assert_eq!(agent.run(&with(shell("echo ran"), [("/hooks", patient)])).await.ok(), "ran\n");
 }

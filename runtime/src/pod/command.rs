@@ -135,13 +135,20 @@ pub fn start(root: &Path, id: &str, log: &Log) -> Result<(), CommandError> {
 /// Sends a signal to the container's first process, or to all of them.
 pub fn kill(root: &Path, id: &str, signal: i32, all: bool) -> Result<(), CommandError> {
     let known = Known::load(root, id)?;
+    // As with runc: to end all of what has ended is no error.
+    let over = || if all { Ok(()) } else { Err(CommandError::NotRunning(id.into(), Status::Stopped)) };
     if known.status() == Status::Stopped {
-        // As with runc: to end all of what has ended is no error.
-        return if all { Ok(()) } else { Err(CommandError::NotRunning(id.into(), Status::Stopped)) };
+        return over();
     }
     match ask(&known, async |agent| agent.signal(id, signal, all).await) {
         // It ended on the way.
-        Err(_) if known.status() == Status::Stopped => Err(CommandError::NotRunning(id.into(), Status::Stopped)),
+        Err(_) if known.status() == Status::Stopped => over(),
+        // Its program has, and what it has written is still being read: the guest may have deleted it by then.
+        Err(CommandError::Agent(AgentError::NotNow(_) | AgentError::Missing(_)))
+            if known.state.status != Status::Creating =>
+        {
+            over()
+        }
         other => other,
     }
 }
@@ -154,7 +161,9 @@ pub fn pause(root: &Path, id: &str) -> Result<(), CommandError> {
         status => return Err(CommandError::NotRunning(id.into(), status)),
     }
     ask(&known, async |agent| agent.pause_container(id).await).map_err(|error| match error {
-        CommandError::Agent(AgentError::NotNow(_)) => CommandError::NotRunning(id.into(), known.status()),
+        CommandError::Agent(AgentError::NotNow(_) | AgentError::Missing(_)) => {
+            CommandError::NotRunning(id.into(), known.status())
+        }
         other => other,
     })?;
     known.state.paused = true;
@@ -236,3 +245,6 @@ pub fn event_loop() -> Result<tokio::runtime::Runtime, CommandError> {
     let mut builder = tokio::runtime::Builder::new_current_thread();
     builder.enable_io().enable_time().build().map_err(CommandError::Events)
 }
+
+#[cfg(test)]
+mod tests;

@@ -247,7 +247,8 @@ impl Output {
 /// Waits for a hook's end; `None` if it was killed for its timeout. What it left running may keep the outputs open: that is
 /// not waited for.
 fn wait(mut child: Child, outputs: &mut [Output; 2], timeout: Option<Duration>) -> io::Result<Option<ExitStatus>> {
-    let until = timeout.map(|timeout| Instant::now() + timeout);
+    // What no clock counts up to is no deadline.
+    let until = timeout.and_then(|timeout| Instant::now().checked_add(timeout));
     let pidfd = pidfd_open(Pid::from_child(&child), PidfdFlags::empty())?;
     loop {
         let left = until.map(|until| until.saturating_duration_since(Instant::now()));
@@ -314,6 +315,7 @@ mod tests {
         let error = run_script("exec sleep 60", Some(1)).unwrap_err();
         assert_eq!(error, "error running createRuntime hook #1: hook ran past specified timeout of 1s");
         run_script("sleep 60 & exit 0", Some(30)).unwrap();
+        run_script("exit 0", Some(i64::MAX)).unwrap();
         assert!(began.elapsed() < Duration::from_secs(20));
     }
 

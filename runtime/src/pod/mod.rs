@@ -57,6 +57,8 @@ pub use notify::SOCKET as NOTIFY_SOCKET;
 pub use resize::leave;
 pub use resources::{IMAGE, KERNEL, LIBRARY, ResourceError, image, kernel, library_file};
 pub use shadow::{FLAG as SHADOW_FLAG, Launch, NAME as SHADOW_NAME};
+#[cfg(test)]
+pub use size::SizeError;
 pub use size::{Demand, MAX_CPUS, MAX_MEMORY, Sizing, host_cpus, host_memory};
 pub use start::{Run, RunError, run};
 pub use timeline::{GuestTimes, Phase, Timeline, command_began, now as monotonic_now};

@@ -1,19 +1,23 @@
 //! Another size for a pod's machine, when what its containers ask for together is another.
 
+use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 use std::time::Duration;
 
 use super::command::{CommandError, event_loop};
 use super::size::{Demand, Size, Sizing};
-use crate::agent::{Agent, Growth};
+use crate::agent::{Agent, AgentError, Growth};
 use crate::cgroup::Cgroup;
 use crate::log::Log;
 use crate::machine::Control;
 use crate::state::{self, State};
 
 /// How long a guest may take to give back what a container had that is gone. Nothing depends on it, and somebody waits.
-const LEAVING: Duration = Duration::from_secs(10);
+const LEAVING: Duration = Duration::from_secs(3);
+
+/// How long one may take to accept a connection.
+const CONNECTING: Duration = Duration::from_secs(30);
 
 /// The machine of a pod, which no other command changes meanwhile.
 pub struct Machine<'a> {
@@ -77,22 +81,38 @@ impl<'a> Machine<'a> {
         if after.is(before) {
             return Ok(());
         }
-        let given = async { tokio::time::timeout(LEAVING, self.give(after)).await };
-        event_loop()?.block_on(given).unwrap_or_else(|_| Err(CommandError::Kept(LEAVING)))
+        let give = async {
+            let pod = self.open()?;
+            // Nothing is waited for that the deadline does not end.
+            let control = Control::dial_in_loop(pod.as_fd())?;
+            self.give(pod, control, after).await
+        };
+        let given = async { tokio::time::timeout(LEAVING, give).await };
+        event_loop()?.block_on(given).unwrap_or(Err(CommandError::Kept(LEAVING)))
     }
 
     /// Gives it a size. Memory and CPUs that are more are there on return; memory that is less goes at the guest's pace, and
     /// what is in use stays.
     pub fn resize(&self, size: Size) -> Result<(), CommandError> {
-        event_loop()?.block_on(self.give(size))
+        event_loop()?.block_on(async {
+            let pod = self.open()?;
+            // One that is busy is waited for: somebody depends on it.
+            let control = Control::dial(pod.as_fd())?;
+            self.give(pod, control, size).await
+        })
     }
 
-    async fn give(&self, Size { cpus, memory, .. }: Size) -> Result<(), CommandError> {
-        let pod = state::open_pod(self.root, &self.pod)?;
-        let mut control = Control::dial(pod.as_fd())?;
+    fn open(&self) -> Result<OwnedFd, CommandError> {
+        Ok(state::open_pod(self.root, &self.pod)?)
+    }
+
+    async fn give(&self, pod: OwnedFd, mut control: Control, size: Size) -> Result<(), CommandError> {
+        let Size { cpus, memory, .. } = size;
         control.set_cpus(cpus).await?;
         control.set_memory(memory).await?;
-        let online = Agent::dial(pod.as_fd())?.grow(Growth { cpus, rescan: true }).await?;
+        let agent = tokio::time::timeout(CONNECTING, Agent::dial_in_loop(pod.as_fd())).await;
+        let agent = agent.map_err(|_| AgentError::Connect(io::ErrorKind::TimedOut.into()))??;
+        let online = agent.grow(Growth { cpus, rescan: true }).await?;
         // Not before: the memory device may be one that the guest has to find.
         control.await_memory().await?;
         self.log.debug(|| format!("pod {}: {online} CPUs, {memory} bytes of memory", self.pod));
@@ -123,5 +143,51 @@ pub fn leave(root: &Path, container: &State, log: &Log) {
     });
     if let Err(error) = left {
         log.debug(|| format!("{}: {error}", container.id));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::net::UnixListener;
+    use std::time::Instant;
+
+    use podhull_vmm::control::{self, Notice};
+    use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
+
+    use super::*;
+
+    #[test]
+    fn a_guest_that_accepts_nothing_is_not_waited_for_when_a_container_leaves() {
+        let root = tempfile::tempdir().unwrap();
+        let directory = root.path().join("pods/p");
+        std::fs::create_dir_all(&directory).unwrap();
+        let listener =
+            rustix::net::socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None).unwrap();
+        let path = directory.join(crate::machine::CONTROL_SOCKET);
+        rustix::net::bind(&listener, &SocketAddrUnix::new(path).unwrap()).unwrap();
+        rustix::net::listen(&listener, 1).unwrap();
+        let server = std::thread::spawn(move || {
+            let client = rustix::net::accept(listener).unwrap();
+            for _ in 0..2 {
+                control::receive::<control::Request>(&client).unwrap();
+                control::send(&client, &Notice::Done, &[]).unwrap();
+            }
+        });
+        // It takes the connection, and says nothing.
+        let _agent = UnixListener::bind(directory.join(crate::stdio::SOCKET)).unwrap();
+        let machine = Machine {
+            pod: "p".into(),
+            root: root.path(),
+            sizing: Sizing::default(),
+            others: Vec::new(),
+            log: &Log::stderr(),
+            _turn: rustix::fs::open("/", rustix::fs::OFlags::PATH, rustix::fs::Mode::empty()).unwrap(),
+        };
+        let before = Demand::expected(64 << 20, 0, 0).unwrap();
+        let began = Instant::now();
+        let left = machine.shrink(&before);
+        assert!(matches!(left, Err(CommandError::Kept(LEAVING))), "{left:?}");
+        assert!(began.elapsed() < CONNECTING / 2, "{:?}", began.elapsed());
+        server.join().unwrap();
     }
 }

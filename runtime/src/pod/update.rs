@@ -29,7 +29,10 @@ pub fn update(root: &Path, id: &str, resources: &Resources, log: &Log) -> Result
             let _ = machine.resize(before);
         }
         return Err(match error {
-            CommandError::Agent(AgentError::NotNow(_)) => CommandError::NotRunning(id.into(), known.status()),
+            // As with a signal: its program has ended.
+            CommandError::Agent(AgentError::NotNow(_) | AgentError::Missing(_)) => {
+                CommandError::NotRunning(id.into(), Status::Stopped)
+            }
             other => other,
         });
     }

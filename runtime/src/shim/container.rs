@@ -22,7 +22,7 @@ use tokio::sync::oneshot;
 use tokio::task::AbortHandle;
 use ttrpc::{Code, Result};
 
-use super::error::{error, failed, not_found, not_now, of_command, of_create, of_exec, of_kill, of_stats};
+use super::error::{error, failed, not_found, not_now, of_command, of_create, of_exec, of_io, of_kill, of_stats};
 use super::events::{Event, Publisher, any, timestamp};
 use super::io::{Io, Names, Owner};
 use super::options::Options;
@@ -135,7 +135,7 @@ impl Container {
             terminal: request.terminal,
         };
         let owner = Owner { namespace: surroundings.namespace.clone(), id: request.id.clone() };
-        let Io { streams, terminal, ends } = Io::open(&names, &owner).await.map_err(failed)?;
+        let Io { streams, terminal, ends } = Io::open(&names, &owner).await.map_err(of_io)?;
         let container = Arc::new(Self {
             cgroups: asked.cgroups.unwrap_or_else(|| manager(&config)),
             id: request.id.clone(),
@@ -324,7 +324,7 @@ impl Container {
         }
         self.check_running()?;
         let owner = Owner { namespace: self.surroundings.namespace.clone(), id: self.id.clone() };
-        let Io { streams, terminal, ends } = Io::open(&process.names, &owner).await.map_err(failed)?;
+        let Io { streams, terminal, ends } = Io::open(&process.names, &owner).await.map_err(of_io)?;
         let (this, added) = (self.clone(), process.clone());
         let executed = beside(move || {
             let known = pod::running(&this.surroundings.root, &this.id, false)?;
@@ -418,14 +418,17 @@ impl Container {
         if number == 0 {
             return Ok(());
         }
+        if !(1..=64).contains(&number) {
+            return Err(error(Code::INVALID_ARGUMENT, format!("there is no signal {signal}")));
+        }
         if exec.is_empty() {
             let this = self.clone();
             if number == libc::SIGKILL {
                 tokio::spawn(self.clone().insist());
             }
             return match beside(move || pod::kill(&this.surroundings.root, &this.id, number, all)).await? {
-                // Nobody inside does it, or there is nobody left but what it has written: see there.
-                Err(CommandError::Agent(_)) if number == libc::SIGKILL => Ok(()),
+                // Nobody inside does it, or there is nobody left but what it has written: see there. Its end is yet to be told.
+                Err(CommandError::Agent(_) | CommandError::NotRunning(..)) if number == libc::SIGKILL => Ok(()),
                 killed => killed.map_err(of_kill),
             };
         }
@@ -433,9 +436,8 @@ impl Container {
         // Real-time signals have no names.
         let signal = match number {
             libc::SIGSTOP => return signals::send_stop(shadow).map_err(|_| not_found("process already finished")),
-            // SAFETY: whoever sends signals of the C library's own means a process of the guest.
-            1..=64 => unsafe { Signal::from_raw_unchecked(number) },
-            _ => return Err(error(Code::INVALID_ARGUMENT, format!("there is no signal {signal}"))),
+            // SAFETY: it is in range; whoever sends signals of the C library's own means a process of the guest.
+            _ => unsafe { Signal::from_raw_unchecked(number) },
         };
         pidfd_send_signal(shadow, signal).map_err(|_| not_found("process already finished"))
     }

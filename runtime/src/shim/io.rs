@@ -40,6 +40,9 @@ pub enum IoError {
     /// A kind of place that is not known.
     #[error("{0:?}: output goes to a named pipe, file:// or binary://")]
     Scheme(String),
+    /// The same for input.
+    #[error("{0:?}: input comes from a named pipe")]
+    Input(String),
     /// A terminal has one output.
     #[error("{0:?}: a terminal's output goes to a named pipe or binary://")]
     TerminalTo(String),
@@ -116,7 +119,7 @@ impl Io {
         let stdin = match &*names.stdin {
             "" => null()?,
             path => {
-                let input = Input::open(Path::new(path)).map_err(|e| IoError::Open(path.into(), e))?;
+                let input = input(path)?;
                 ends.stdin = Mutex::new(Some(input.writer));
                 input.reader
             }
@@ -146,7 +149,7 @@ impl Io {
         let mut ends = Ends::default();
         let input = match &*names.stdin {
             "" => None,
-            path => Some(Input::open(Path::new(path)).map_err(|e| IoError::Open(path.into(), e))?),
+            path => Some(input(path)?),
         };
         // The last that can fail: nobody would wait for the end of a program that was started for nothing.
         let output = match Place::of(&names.stdout)? {
@@ -213,6 +216,13 @@ impl Ends {
 
 fn take<T: Default>(slot: &Mutex<T>) -> T {
     std::mem::take(&mut *slot.lock().unwrap_or_else(std::sync::PoisonError::into_inner))
+}
+
+fn input(name: &str) -> Result<Input, IoError> {
+    match name.split_once("://") {
+        Some(_) => Err(IoError::Input(name.into())),
+        None => Input::open(Path::new(name)).map_err(|e| IoError::Open(name.into(), e)),
+    }
 }
 
 impl<'a> Place<'a> {
@@ -398,7 +408,11 @@ mod tests {
         assert!(matches!(Place::of("file:///var/a%20b"), Ok(Place::File(path)) if path == Path::new("/var/a b")));
         let Ok(Place::Logger(program, words)) = Place::of("binary:///usr/bin/log?--to=%2Fvar+1&-v") else { panic!() };
         assert_eq!((program, words), ("/usr/bin/log".into(), vec!["--to".into(), "/var 1".into(), "-v".into()]));
-        assert!(Place::of("npipe://x").is_err());
+        for unknown in ["npipe://x", "binary-v2:///usr/bin/log", "ttrpc+unix:///run/x?streaming_id=y"] {
+            let error = Place::of(unknown).err().unwrap();
+            assert!(error.to_string().contains(unknown) && matches!(error, IoError::Scheme(_)), "{error}");
+            assert!(matches!(input(unknown).err(), Some(IoError::Input(name)) if name == unknown));
+        }
         assert_eq!(decode("a%zz%4"), "a%zz%4");
     }
 

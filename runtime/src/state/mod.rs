@@ -209,6 +209,18 @@ impl Drop for Unmade<'_> {
     }
 }
 
+#[cfg(test)]
+impl Directory {
+    /// That of a container that looks as if this process stood for it.
+    pub fn held(root: &Path, id: &str, status: Status) -> Self {
+        let held = Self::create(root, id).unwrap();
+        let mut state = State::new(id, std::process::id().cast_signed(), Path::new("/b"), Path::new("/r"), None);
+        state.status = status;
+        held.write(&state).unwrap();
+        held
+    }
+}
+
 impl Drop for Directory {
     fn drop(&mut self) {
         // Ids have no zero byte. Nothing can be done about an error here, and the next command sweeps.

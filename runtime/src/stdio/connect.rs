@@ -3,9 +3,10 @@
 use std::io::{self, Read, Write};
 use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use podhull_protocol::STDIO_PORT;
+use rustix::io::Errno;
 use rustix::net::sockopt::{Timeout, set_socket_timeout};
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 use rustix::thread::UnshareFlags;
@@ -27,7 +28,7 @@ pub fn connect(pod: BorrowedFd<'_>, token: u64) -> io::Result<UnixStream> {
 
 /// The same for a thread whose working directory is the pod's.
 pub fn connect_here(token: u64) -> io::Result<UnixStream> {
-    name(ask_for(UnixStream::connect(SOCKET)?, STDIO_PORT)?, token)
+    name(ask_for(connect_stream(SOCKET, DEADLINE)?, STDIO_PORT)?, token)
 }
 
 /// The same in the event loop of a process that has dropped what it could do as root, and whose threads use no relative paths: its
@@ -73,14 +74,28 @@ fn name(mut stream: UnixStream, token: u64) -> io::Result<UnixStream> {
 
 /// Connects to a port of the guest through the socket in the pod's directory.
 pub fn dial(pod: BorrowedFd<'_>, port: u32) -> io::Result<UnixStream> {
-    ask_for(in_directory(pod, || UnixStream::connect(SOCKET))?, port)
+    ask_for(in_directory(pod, || connect_stream(SOCKET, DEADLINE))?, port)
 }
 
+/// Connects to a socket by a path; at most so long if its backlog is full. Nor does what is written to it wait for longer.
+fn connect_stream(path: &str, deadline: Duration) -> io::Result<UnixStream> {
+    let socket = rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None)?;
+    set_socket_timeout(&socket, Timeout::Send, Some(deadline))?;
+    rustix::net::connect(&socket, &SocketAddrUnix::new(path)?).map_err(|errno| match errno {
+        Errno::AGAIN => late(),
+        errno => errno.into(),
+    })?;
+    Ok(socket.into())
+}
+
+fn late() -> io::Error {
+    io::Error::new(io::ErrorKind::TimedOut, "the guest did not answer in time")
+}
+
+/// On a stream whose writes have a deadline.
 fn ask_for(mut stream: UnixStream, port: u32) -> io::Result<UnixStream> {
-    stream.set_read_timeout(Some(DEADLINE))?;
-    stream.set_write_timeout(Some(DEADLINE))?;
     stream.write_all(format!("CONNECT {port}\n").as_bytes())?;
-    check(&line(&mut stream)?)?;
+    check(&line(&mut stream, DEADLINE)?)?;
     stream.set_read_timeout(None)?;
     stream.set_write_timeout(None)?;
     Ok(stream)
@@ -129,19 +144,23 @@ fn in_directory<T: Send>(directory: BorrowedFd<'_>, connect: impl FnOnce() -> io
     })
 }
 
-/// One line, byte by byte: what follows belongs to the guest's stream.
-fn line(stream: &mut impl Read) -> io::Result<String> {
+/// One line, byte by byte: what follows belongs to the guest's stream. All of it comes by the deadline.
+fn line(stream: &mut UnixStream, deadline: Duration) -> io::Result<String> {
+    let until = Instant::now() + deadline;
     let mut line = Vec::new();
     let mut byte = [0];
     while line.len() < MAX_ANSWER {
+        let left = until.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            return Err(late());
+        }
+        stream.set_read_timeout(Some(left))?;
         match stream.read(&mut byte) {
             Ok(0) => return Err(io::Error::new(io::ErrorKind::ConnectionRefused, "the guest refused the connection")),
             Ok(_) if byte[0] == b'\n' => return Ok(String::from_utf8_lossy(&line).into_owned()),
             Ok(_) => line.push(byte[0]),
             Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                return Err(io::Error::new(io::ErrorKind::TimedOut, "the guest did not answer in time"));
-            }
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Err(late()),
             Err(error) => return Err(error),
         }
     }
@@ -162,7 +181,7 @@ mod tests {
         let listener = UnixListener::bind(&path).unwrap();
         let peer = std::thread::spawn(move || {
             let (mut stream, _) = listener.accept().unwrap();
-            assert_eq!(line(&mut stream).unwrap(), "CONNECT 1025");
+            assert_eq!(line(&mut stream, DEADLINE).unwrap(), "CONNECT 1025");
             stream.write_all(b"OK 7\nhello").unwrap();
             let mut token = [0; 8];
             stream.read_exact(&mut token).unwrap();
@@ -178,5 +197,36 @@ mod tests {
         assert!(connect(pod.as_fd(), 1).is_err());
         peer.join().unwrap();
         std::fs::remove_dir_all(&directory).unwrap();
+    }
+
+    #[test]
+    fn who_accepts_nothing_or_answers_byte_by_byte_is_not_waited_for_longer() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("x.sock");
+        let flags = SocketFlags::CLOEXEC;
+        let listener = rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None).unwrap();
+        rustix::net::bind(&listener, &SocketAddrUnix::new(&path).unwrap()).unwrap();
+        rustix::net::listen(&listener, 1).unwrap();
+        let (path, short) = (path.to_str().unwrap(), Duration::from_millis(200));
+        let mut waiting = Vec::new();
+        let refused = loop {
+            match connect_stream(path, short) {
+                Ok(stream) if waiting.len() < 100 => waiting.push(stream),
+                other => break other,
+            }
+        };
+        assert_eq!(refused.unwrap_err().kind(), io::ErrorKind::TimedOut);
+
+        let (mut stream, mut peer) = UnixStream::pair().unwrap();
+        // Fewer bytes than the longest answer has, each within the deadline.
+        let slow = std::thread::spawn(move || {
+            while peer.write_all(b"O").is_ok() {
+                std::thread::sleep(short / 4);
+            }
+        });
+        let error = line(&mut stream, short).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::TimedOut);
+        drop(stream);
+        slow.join().unwrap();
     }
 }

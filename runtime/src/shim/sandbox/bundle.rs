@@ -179,7 +179,8 @@ pub fn complete(container: &Path, sandbox: &Path) -> Result<(), BundleError> {
     let path = container.join("config.json");
     let wrong = |error| BundleError::File(path.clone(), error);
     let text = fs::read(&path).map_err(wrong)?;
-    let mut spec: Value = serde_json::from_slice(&text).map_err(BundleError::Config)?;
+    // What is no object has no fields to add anything to.
+    let mut spec = Value::Object(serde_json::from_slice(&text).map_err(BundleError::Config)?);
     if !add_mounts(&mut spec, sandbox) {
         return Ok(());
     }

@@ -27,7 +27,7 @@ use ttrpc::{Code, Result};
 
 use self::config::Pod;
 use super::container::{Container, Surroundings, beside};
-use super::error::{error, failed, not_found, not_now, text};
+use super::error::{error, failed, not_found, not_now, of_stop, text};
 use super::events::{any, timestamp};
 use super::process::{Exit, Phase};
 use super::service::{Tasks, whole};
@@ -145,7 +145,7 @@ impl Sandbox {
             ended.map_err(|_| error(Code::DEADLINE_EXCEEDED, format!("sandbox {:?} does not end", self.id)))?;
             match holder.delete().await {
                 Err(ttrpc::Error::RpcStatus(status)) if status.code() == Code::NOT_FOUND => {}
-                deleted => drop(deleted?),
+                deleted => drop(deleted.map_err(of_stop)?),
             }
         }
         // One that was never started has ended now.

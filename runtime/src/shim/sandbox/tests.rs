@@ -146,3 +146,13 @@ fn a_container_has_the_files_of_its_pod_unless_it_has_its_own() {
     assert_eq!(spec["mounts"][0], memory);
     assert_eq!(spec["mounts"].as_array().unwrap().len(), 4);
 }
+
+#[test]
+fn a_container_whose_specification_is_no_object_is_refused() {
+    let directory = tempfile::tempdir().unwrap();
+    for text in ["[]", "7", "null", "\"x\"", "{"] {
+        fs::write(directory.path().join("config.json"), text).unwrap();
+        let error = bundle::complete(directory.path(), Path::new("/b")).unwrap_err();
+        assert!(error.to_string().starts_with("config.json: "), "{text}: {error}");
+    }
+}

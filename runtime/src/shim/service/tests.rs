@@ -23,8 +23,10 @@ use ttrpc::context::Context;
 use super::super::events::{Publisher, Sender};
 use super::super::timed::Durations;
 use super::*;
+use crate::agent::stand_in;
 use crate::calls::{Calls, SHIM};
 use crate::log::Log;
+use crate::state::{Directory, Status};
 
 /// For what is done at once.
 const SOON: Duration = Duration::from_secs(60);
@@ -466,6 +468,37 @@ async fn what_comes_at_the_wrong_time_is_refused() {
     assert_eq!(statuses, [137]);
     client.shutdown(context(), &ShutdownRequest::new()).await.unwrap();
     timeout(SOON, shim.over.notified()).await.unwrap();
+}
+
+/// Its program has ended in the guest, and its shadow waits for somebody to read what it has written.
+#[tokio::test]
+async fn a_signal_for_a_program_that_has_ended_finds_nobody() {
+    let shim = Shim::start().await;
+    let client = shim.client().await;
+    let context = Context::default;
+    let (_, mut child) = shim.container("c");
+    let held = Directory::held(&shim.tasks.surroundings.root, "c", Status::Running);
+    let kill = |signal: i32, all: bool| KillRequest {
+        id: "c".into(),
+        signal: signal.cast_unsigned(),
+        all,
+        ..Default::default()
+    };
+    for refused in [Code::FAILED_PRECONDITION, Code::NOT_FOUND] {
+        stand_in::refuse(&held.pod(), refused, "no");
+        assert_eq!(code(client.kill(context(), &kill(libc::SIGTERM, false)).await), Code::NOT_FOUND);
+        client.kill(context(), &kill(libc::SIGTERM, true)).await.unwrap();
+        // Who kills waits for the end that is told.
+        client.kill(context(), &kill(libc::SIGKILL, false)).await.unwrap();
+    }
+    assert_eq!(
+        code(client.stats(context(), &StatsRequest { id: "c".into(), ..Default::default() }).await),
+        Code::NOT_FOUND
+    );
+    for signal in [65, -1, i32::MAX] {
+        assert_eq!(code(client.kill(context(), &kill(signal, false)).await), Code::INVALID_ARGUMENT, "{signal}");
+    }
+    child.kill().unwrap();
 }
 
 #[tokio::test]
