@@ -193,7 +193,7 @@ impl Cri {
         &self,
         call: impl AsyncFnOnce(RuntimeServiceClient<Channel>) -> Result<Response<T>, Status>,
     ) -> Outcome<T> {
-        let client = RuntimeServiceClient::new(self.channel.clone());
+        let client = self.service();
         match self.tokio.block_on(async { tokio::time::timeout(CALL, call(client)).await }) {
             Ok(Ok(answer)) => Ok(answer.into_inner()),
             Ok(Err(status)) => Err(format!("{:?}: {}", status.code(), status.message()).into()),
@@ -256,34 +256,38 @@ impl Cri {
 
     /// Runs some at the same time.
     pub fn run_all(&self, configs: Vec<api::PodSandboxConfig>) -> Outcome<Vec<Pod>> {
-        let running = configs.into_iter().map(|config| {
-            let mut client = RuntimeServiceClient::new(self.channel.clone());
-            let request =
-                api::RunPodSandboxRequest { config: Some(config.clone()), runtime_handler: self.handler.to_owned() };
-            async move {
-                let id = client.run_pod_sandbox(request).await?.into_inner().pod_sandbox_id;
-                Ok(Pod { id, config })
-            }
-        });
+        let running = configs.into_iter().map(|config| run(self.service(), self.handler, config));
         self.together(running)
     }
 
     /// Makes and starts the same container in each of some pods at the same time.
     pub fn launch_all(&self, pods: &[Pod], config: &api::ContainerConfig) -> Outcome<Vec<String>> {
-        let launching = pods.iter().map(|pod| {
-            let mut client = RuntimeServiceClient::new(self.channel.clone());
-            let create = api::CreateContainerRequest {
-                pod_sandbox_id: pod.id.clone(),
-                config: Some(config.clone()),
-                sandbox_config: Some(pod.config.clone()),
-            };
+        let requests = pods.iter().map(|pod| creation(pod, config.clone()));
+        self.together(requests.map(|request| launch(self.service(), request)))
+    }
+
+    /// Runs some pods with the same container in each, at the same time and each for itself, as kubelet does; and how long it took until
+    /// the container of each ran.
+    pub fn start_all(
+        &self,
+        configs: Vec<api::PodSandboxConfig>,
+        container: &api::ContainerConfig,
+    ) -> Outcome<Vec<(Pod, Duration)>> {
+        let began = Instant::now();
+        let starting = configs.into_iter().map(|config| {
+            let (running, client, container) =
+                (run(self.service(), self.handler, config), self.service(), container.clone());
             async move {
-                let id = client.create_container(create).await?.into_inner().container_id;
-                client.start_container(api::StartContainerRequest { container_id: id.clone() }).await?;
-                Ok(id)
+                let pod = running.await?;
+                launch(client, creation(&pod, container)).await?;
+                Ok((pod, began.elapsed()))
             }
         });
-        self.together(launching)
+        self.together(starting)
+    }
+
+    fn service(&self) -> RuntimeServiceClient<Channel> {
+        RuntimeServiceClient::new(self.channel.clone())
     }
 
     /// Calls made at the same time, to the last answer.
@@ -366,11 +370,7 @@ impl Cri {
 
     /// Makes a container in a pod.
     pub fn create(&self, pod: &Pod, config: api::ContainerConfig) -> Outcome<String> {
-        let request = api::CreateContainerRequest {
-            pod_sandbox_id: pod.id.clone(),
-            config: Some(config),
-            sandbox_config: Some(pod.config.clone()),
-        };
+        let request = creation(pod, config);
         Ok(self.call(async |mut client| client.create_container(request).await)?.container_id)
     }
 
@@ -487,6 +487,34 @@ pub fn remove_group(name: &str, within: Duration) -> Outcome {
         std::thread::sleep(Duration::from_millis(100));
     }
     Ok(())
+}
+
+async fn run(
+    mut client: RuntimeServiceClient<Channel>,
+    handler: &str,
+    config: api::PodSandboxConfig,
+) -> Result<Pod, Status> {
+    let request = api::RunPodSandboxRequest { config: Some(config.clone()), runtime_handler: handler.to_owned() };
+    let id = client.run_pod_sandbox(request).await?.into_inner().pod_sandbox_id;
+    Ok(Pod { id, config })
+}
+
+async fn launch(
+    mut client: RuntimeServiceClient<Channel>,
+    request: api::CreateContainerRequest,
+) -> Result<String, Status> {
+    let id = client.create_container(request).await?.into_inner().container_id;
+    client.start_container(api::StartContainerRequest { container_id: id.clone() }).await?;
+    Ok(id)
+}
+
+/// What a container is asked for with.
+fn creation(pod: &Pod, config: api::ContainerConfig) -> api::CreateContainerRequest {
+    api::CreateContainerRequest {
+        pod_sandbox_id: pod.id.clone(),
+        config: Some(config),
+        sandbox_config: Some(pod.config.clone()),
+    }
 }
 
 /// Names of what is in a directory, if it is there.

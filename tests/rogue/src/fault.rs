@@ -73,6 +73,8 @@ pub enum Fault {
     Lies,
     /// No answer to anything but the making of a container.
     Deaf,
+    /// A container that was started does not end, and from then on no answer to anything but what its machine is given up without.
+    Silent,
 }
 
 impl Fault {
@@ -103,6 +105,7 @@ impl Fault {
             "starves-for-ever" => Self::StarvesForEver,
             "lies" => Self::Lies,
             "deaf" => Self::Deaf,
+            "silent" => Self::Silent,
             "none" => Self::None,
             // A test that asks for what is not there must fail.
             _ => reset(),
@@ -141,6 +144,7 @@ fn respond(connection: &mut Connection, call: &Call, fault: Fault) -> io::Result
     match fault {
         Fault::Lies if !is("Events") => return lie(connection, call),
         Fault::Deaf if !is("Events") => return Ok(()),
+        Fault::Silent if !is("Grow") && *STARTED.0.lock().unwrap_or_else(PoisonError::into_inner) => return Ok(()),
         Fault::EventsAfterExit | Fault::FloodOfEvents if !is("Events") && !is("StartContainer") => return Ok(()),
         Fault::WrongIds => wrong_ids(connection, stream)?,
         _ => {}
@@ -251,7 +255,7 @@ fn tell(connection: &mut Connection, stream: u32, request: &EventsRequest, fault
             frame::event(connection, stream, &starved(id))?;
         },
         Fault::LongEvent => frame::event(connection, stream, &exit(&"y".repeat(LONG), 9))?,
-        Fault::EndlessOutput | Fault::Lies | Fault::Deaf => loop {
+        Fault::EndlessOutput | Fault::Lies | Fault::Deaf | Fault::Silent => loop {
             thread::park();
         },
         _ => {}

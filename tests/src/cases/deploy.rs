@@ -3,6 +3,8 @@
 use std::fs;
 use std::io::Write as _;
 use std::path::{Path, PathBuf};
+use std::thread;
+use std::time::{Duration, Instant};
 
 use k8s_cri::v1 as api;
 
@@ -14,7 +16,7 @@ use crate::leaks::Leaks;
 use crate::run::{Ended, Running};
 use crate::suite::{Case, Scene};
 use crate::terminal::shell_line;
-use crate::{Outcome, ensure, ensure_eq};
+use crate::{Outcome, ensure, ensure_eq, processes};
 
 pub const CASES: &[Case] = &[
     podhull("deploy::containerd_is_told", containerd_is_told),
@@ -24,6 +26,7 @@ pub const CASES: &[Case] = &[
     oci("deploy::the_overhead_is_enough", |scene| overhead(scene, &[("small", &[64]), ("three", &[128, 64, 64])])),
     long(oci("deploy::the_overhead_of_a_large_pod", |scene| overhead(scene, &[("large", &[1024, 512])]))),
     long(oci("deploy::a_pod_that_takes_all_of_its_machine", takes_all)),
+    oci("deploy::the_overhead_is_enough_for_an_idle_pod", overhead_of_an_idle_pod),
     // With the others that need systemd.
     podhull("systemd::containerd_of_a_node_is_restarted", containerd_of_a_node_is_restarted),
 ];
@@ -268,16 +271,16 @@ fn containerd_of_a_node_is_restarted(scene: &Scene) -> Outcome {
     check(&before)
 }
 
-/// MiB that the chart's runtime classes say a pod needs beside its containers.
-fn overhead_of_the_classes() -> Outcome<i64> {
+/// A number of what the runtime classes say that a pod needs beside its containers.
+fn overhead_of_classes(key: &str, unit: &str) -> Outcome<i64> {
     let values = include_str!("../../../deploy/chart/values.yaml");
-    let overhead = values.lines().find_map(|line| line.trim().strip_prefix("memory: ")?.strip_suffix("Mi"));
-    Ok(overhead.ok_or("no overhead among the chart's values")?.parse()?)
+    let overhead = values.lines().find_map(|line| line.trim().strip_prefix(key)?.strip_suffix(unit));
+    Ok(overhead.ok_or_else(|| format!("no {key}of the overhead among the chart's values"))?.parse()?)
 }
 
 /// What kubelet says of a pod whose containers have limits of so many MiB together, and its group with the limit that kubelet gives it.
 fn limited_pod(cri: &Cri, name: &str, all: i64) -> Outcome<(api::PodSandboxConfig, PathBuf)> {
-    let overhead = overhead_of_the_classes()?;
+    let overhead = overhead_of_classes("memory: ", "Mi")?;
     let mut config = cri.pod_config(name)?;
     let group = Path::new("/sys/fs/cgroup/kubepods").join(format!("pod-{name}"));
     for above in ["/sys/fs/cgroup", "/sys/fs/cgroup/kubepods"] {
@@ -311,7 +314,7 @@ fn takes_all(scene: &Scene) -> Outcome {
     ensure_eq!(cri.pod_status(&pod)?.state(), api::PodSandboxState::SandboxReady, "state of its pod");
     let peak: i64 = fs::read_to_string(group.join("memory.peak"))?.trim().parse()?;
     ensure!(peak > 1024 << 20, "at most {peak} bytes were in its group");
-    eprintln!("greedy: at most {} MiB in a group of {} MiB", peak >> 20, 1024 + overhead_of_the_classes()?);
+    eprintln!("greedy: at most {} MiB in a group of {} MiB", peak >> 20, 1024 + overhead_of_classes("memory: ", "Mi")?);
     cri.remove_pod(&pod)?;
     cri.end()
 }
@@ -319,7 +322,7 @@ fn takes_all(scene: &Scene) -> Outcome {
 /// Pods in the group that kubelet makes for them, limited to what their containers may have and the overhead of the runtime class,
 /// whose containers use all of theirs: nothing is killed for it.
 fn overhead(scene: &Scene, pods: &[(&str, &[i64])]) -> Outcome {
-    let overhead = overhead_of_the_classes()?;
+    let overhead = overhead_of_classes("memory: ", "Mi")?;
     let cri = Cri::start(scene)?;
     for (name, limits) in pods {
         let all = limits.iter().sum::<i64>();
@@ -364,4 +367,53 @@ fn overhead(scene: &Scene, pods: &[(&str, &[i64])]) -> Outcome {
         cri.remove_pod(&pod)?;
     }
     cri.end()
+}
+
+/// How long an idle pod is watched, and how often kubelet asks for its statistics, which is in that.
+const IDLE: [Duration; 2] = [Duration::from_secs(20), Duration::from_secs(10)];
+
+/// A pod whose containers do nothing takes no more of the node's processors, its shim with it, than the runtime class says of a pod.
+fn overhead_of_an_idle_pod(scene: &Scene) -> Outcome {
+    let millis = u128::try_from(overhead_of_classes("cpu: ", "m")?)?;
+    let cri = Cri::start(scene)?;
+    let pod = cri.run(cri.pod_config("idle")?)?;
+    for index in 0..3 {
+        cri.launch(&pod, container(&format!("c{index}"), &["sleep", "1000"]))?;
+    }
+    let shims: Vec<_> = processes::all().into_iter().filter(processes::Process::is_shim).collect();
+    let [shim] = &shims[..] else { return Err(format!("shims: {shims:?}").into()) };
+    let ask = || {
+        let request = api::PodSandboxStatsRequest { pod_sandbox_id: pod.id.clone() };
+        cri.call(async |mut client| client.pod_sandbox_stats(request).await)
+    };
+    // What it costs once is over.
+    ask()?;
+    let used = || Outcome::Ok(group_used("/sys/fs/cgroup/kubepods/pod-idle")? + run_time(shim.pid)?);
+    let (began, before) = (Instant::now(), used()?);
+    while began.elapsed() < IDLE[0] {
+        thread::sleep(IDLE[1]);
+        ask()?;
+    }
+    let (used, time) = (used()?.saturating_sub(before), began.elapsed());
+    let rate = used.as_micros() * 1000 / time.as_micros();
+    eprintln!("an idle pod takes {rate}m of a processor");
+    ensure!(rate < millis, "an idle pod takes {rate}m of a processor, of {millis}m: {used:?} in {time:?}");
+    cri.remove_pod(&pod)?;
+    cri.end()
+}
+
+/// The time of processors that a group has used.
+fn group_used(group: &str) -> Outcome<Duration> {
+    let stat = fs::read_to_string(Path::new(group).join("cpu.stat"))?;
+    let used = stat.lines().find_map(|line| line.strip_prefix("usage_usec ")?.parse().ok());
+    Ok(Duration::from_micros(used.ok_or_else(|| format!("no usage in {stat:?}"))?))
+}
+
+/// The time of processors that a process has used, in user mode and in the kernel (proc(5), `stat`).
+fn run_time(pid: i32) -> Outcome<Duration> {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat"))?;
+    let (_, fields) = stat.rsplit_once(") ").ok_or("no name in stat")?;
+    let ticks = fields.split(' ').skip(11).take(2).map(str::parse::<u64>).sum::<Result<u64, _>>()?;
+    // There are a hundred in a second.
+    Ok(Duration::from_millis(ticks * 10))
 }

@@ -1,6 +1,7 @@
 //! What the documentation tells people to type does what it says.
 
 use std::fs;
+use std::path::Path;
 
 use super::config::Configuration;
 use super::containerd::stopped;
@@ -15,13 +16,15 @@ use crate::podman::{self, Podman};
 use crate::run::Running;
 use crate::suite::{Case, Scene};
 use crate::terminal::Tmux;
-use crate::{Outcome, ensure, ensure_eq, image};
+use crate::{Outcome, ensure, ensure_eq, image, shim};
 
 pub const CASES: &[Case] = &[
     podhull("docs::readme", readme),
     podhull("docs::podman", podman_page),
     podhull("docs::docker", docker_page),
     podhull("docs::containerd", containerd_page),
+    podhull("docs::cri_o", cri_o_page),
+    podhull("docs::from_kata", from_kata_page),
     podhull("docs::operations", operations_page),
     podhull("docs::configuration", configuration_page),
 ];
@@ -147,6 +150,91 @@ fn containerd_page(scene: &Scene) -> Outcome {
     containerd::check(&before)
 }
 
+/// What CRI-O is told of is a shim by a name that it takes. CRI-O itself is not there to be restarted.
+fn cri_o_page(scene: &Scene) -> Outcome {
+    let page = include_str!("../../../docs/cri-o.md");
+    let block = page.split("```\n").nth(1).ok_or("no commands on the page")?;
+    let [install, "systemctl restart crio"] = block.lines().collect::<Vec<_>>()[..] else {
+        return Err(format!("commands on the page: {block}").into());
+    };
+    let directory = scene.directory.join("crio.conf.d");
+    let typed = install.replace("/etc/crio/crio.conf.d", &directory.to_string_lossy());
+    Running::start(&["sh", "-c", &typed].map(Into::into), &[])?.wait()?.output()?;
+    let told = fs::read_to_string(directory.join("50-podhull.conf"))?;
+    let value = |key: &str| {
+        let value = told.lines().find_map(|line| line.strip_prefix(key)?.strip_prefix(" = \"")?.strip_suffix('"'));
+        value.ok_or_else(|| format!("no {key} in {told}"))
+    };
+    ensure!(told.contains("\n[crio.runtime.runtimes.kata]\n"), "no runtime kata in {told}");
+    ensure_eq!(value("runtime_type")?, "vm", "type of the runtime");
+    let path = value("runtime_path")?;
+    // `RuntimeTypeVMBinaryPattern` of CRI-O.
+    let named = path.rsplit('/').next().and_then(|name| name.strip_prefix("containerd-shim-")?.strip_suffix("-v2"));
+    ensure!(named.is_some_and(|name| !name.is_empty()), "CRI-O takes no {path}");
+    let said = String::from_utf8(shim::say(path, &scene.directory, &["-v"], &[])?)?;
+    ensure!(said.contains(env!("CARGO_PKG_VERSION")), "{path} -v: {said}");
+    Ok(())
+}
+
+/// On a node whose containerd has Kata's runtimes by the names that podhull's are to have.
+fn from_kata_page(scene: &Scene) -> Outcome {
+    let page = include_str!("../../../docs/from-kata.md");
+    let spans: Vec<_> = page.split('`').skip(1).step_by(2).collect();
+    let span = |begins: &str| {
+        let found = spans.iter().find(|span| span.starts_with(begins)).copied();
+        found.ok_or_else(|| format!("no {begins:?} on the page"))
+    };
+    let shim = span("/usr/bin/containerd-shim-")?;
+    let said = String::from_utf8(shim::say(shim, &scene.directory, &["-v"], &[])?)?;
+    ensure!(said.contains(env!("CARGO_PKG_VERSION")), "{shim} -v: {said}");
+
+    let file = scene.directory.join("config.toml");
+    let path = file.display().to_string();
+    let program = scene.runtime.program().display().to_string();
+    let call = |line: &str, more: &str| {
+        let line = format!("{} {more}", line.replacen("podhull", &program, 1));
+        Running::start(&["sh", "-c", &line].map(Into::into), &[])?.wait()
+    };
+    let node = |line: &str| call(line, &format!("--config {path} --offline"));
+    let told =
+        || Running::start(&["containerd", "--config", &path, "config", "dump"].map(Into::into), &[])?.wait()?.output();
+    let (classes, path_of_kata) = (span("podhull node install --handler ")?, span("runtime_path = ")?);
+    let usual = "podhull node install";
+    ensure!(spans.contains(&usual), "no {usual} on the page");
+    for (command, name) in [(classes, "kata-qemu"), (usual, "kata")] {
+        let with_kata = format!(
+            "version = 2\n[plugins.\"io.containerd.grpc.v1.cri\".containerd.runtimes.{name}]\n\
+             runtime_type = \"io.containerd.{name}.v2\"\n{path_of_kata}\n"
+        );
+        fs::write(&file, &with_kata)?;
+        let refused = node(command)?.expect_status(1)?.stderr;
+        ensure!(refused.contains("that is not podhull's") && refused.contains(name), "{command}: {refused:?}");
+        ensure_eq!(fs::read_to_string(&file)?, with_kata, "configuration with Kata's runtime");
+        // Beside it by another name.
+        node(&format!("podhull node install {}", span("--handler ")?))?.output()?;
+        let both = told()?;
+        for expected in [&format!("runtimes.{name}]"), "runtimes.podhull]", "/opt/kata/", "/opt/podhull/"] {
+            ensure!(both.contains(expected), "no {expected} in {both}");
+        }
+        node("podhull node uninstall")?.output()?;
+        ensure_eq!(fs::read_to_string(&file)?, with_kata, "configuration with Kata's runtime afterwards");
+    }
+    let without = "version = 2\n";
+    fs::write(&file, without)?;
+    node(classes)?.output()?;
+    let ours = told()?;
+    for expected in ["runtimes.kata-qemu]", "runtimes.kata-clh]", "/opt/podhull/"] {
+        ensure!(ours.contains(expected), "no {expected} in {ours}");
+    }
+    for command in ["podhull check", "podhull config show"] {
+        call(span(command)?, "")?.output()?;
+    }
+    node("podhull node uninstall")?.output()?;
+    ensure_eq!(fs::read_to_string(&file)?, without, "configuration afterwards");
+    ensure!(!Path::new("/opt/podhull").exists(), "/opt/podhull is still there");
+    Ok(())
+}
+
 /// What is printed are numbers of this host, so that only the head of a table can be compared.
 fn operations_page(scene: &Scene) -> Outcome {
     let page = include_str!("../../../docs/operations.md");
@@ -171,7 +259,7 @@ fn operations_page(scene: &Scene) -> Outcome {
         }
         Ok(())
     })?;
-    ensure!(typed >= 11 && std::path::Path::new(&file).exists(), "{typed} commands on the page");
+    ensure!(typed >= 11 && Path::new(&file).exists(), "{typed} commands on the page");
     containerd.call(&["task", "delete", "--force", "web"])?.output()?;
     containerd.call(&["container", "delete", "web"])?.output()?;
     containerd.end()?;

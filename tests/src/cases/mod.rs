@@ -53,6 +53,7 @@ mod programs;
 mod races;
 mod resources;
 mod rogue;
+mod rogue_silent;
 mod sandbox;
 mod shim;
 mod sockets;
@@ -91,6 +92,7 @@ pub const ALL: &[&[Case]] = &[
     races::CASES,
     crashes::CASES,
     rogue::CASES,
+    rogue_silent::CASES,
     resources::CASES,
     growth::CASES,
     config::CASES,

@@ -18,7 +18,7 @@ use serde_json::json;
 use super::config::Configuration;
 use super::containerd::{stopped, stopped_within};
 use super::operations::get;
-use super::{long, podhull};
+use super::{long, podhull, rogue_silent};
 use crate::bundle::Bundle;
 use crate::container::Container;
 use crate::containerd::{Containerd, Shim, check};
@@ -42,7 +42,7 @@ pub const CASES: &[Case] = &[
 const IMAGE: &str = "/opt/podhull-tests/rogue.img";
 
 /// The annotation that says how.
-const PARAMS: &str = "io.podhull.machine.kernel_params";
+pub(super) const PARAMS: &str = "io.podhull.machine.kernel_params";
 
 /// Most memory that a process of ours may ever have, but the one with the guest's in it.
 const MOST: u64 = 64 << 20;
@@ -52,13 +52,13 @@ const MOST_OF_MACHINE: u64 = 400 << 20;
 
 /// Longest that anything may take: the agent has two minutes for what is work, and output that does not end is looked at every
 /// half a minute.
-const LATEST: Duration = Duration::from_secs(240);
+pub(super) const LATEST: Duration = Duration::from_secs(240);
 
 /// What is said of a machine that is reset, which guests do that panic.
 const RESET: &str = "the guest's kernel panicked, or its agent died: the virtual machine was reset";
 
 /// Has machines start from the image, for as long as it is there.
-fn configuration() -> Outcome<Configuration> {
+pub(super) fn configuration() -> Outcome<Configuration> {
     ensure!(Path::new(IMAGE).is_file(), "no {IMAGE}: `make stage` makes it");
     let host = Configuration::new()?;
     let text = format!(
@@ -76,13 +76,13 @@ fn bundle(scene: &Scene, fault: &str) -> Outcome<Bundle> {
 }
 
 /// The most memory that each descendant of the suite ever had.
-struct Peaks {
+pub(super) struct Peaks {
     over: Arc<AtomicBool>,
     watcher: JoinHandle<HashMap<(i32, String), u64>>,
 }
 
 impl Peaks {
-    fn watch() -> Self {
+    pub(super) fn watch() -> Self {
         let over = Arc::new(AtomicBool::new(false));
         let end = over.clone();
         let watcher = thread::spawn(move || {
@@ -105,7 +105,7 @@ impl Peaks {
     }
 
     /// None was too much; some are there.
-    fn check(self) -> Outcome {
+    pub(super) fn check(self) -> Outcome {
         self.over.store(true, Ordering::Relaxed);
         let peaks = self.watcher.join().map_err(|_| "the watcher panicked")?;
         // By what runs: others have the test's own directory among their words.
@@ -325,43 +325,48 @@ fn behind_containerd(scene: &Scene) -> Outcome {
         ensure!(failed.stderr.contains("agent") || failed.stderr.contains("versions"), "{fault}: {:?}", failed.stderr);
         let _ = containerd.call(&["container", "delete", fault])?;
     }
-    for fault in ["starves-for-ever", "lies"] {
+    for fault in ["starves-for-ever", "lies", "silent"] {
         run(fault)?.output()?;
     }
-    let (_, body) = get(Path::new("/run/containerd/podhull/default/pods/lies/metrics.sock"))?;
-    Metrics::read(&body)?;
-    // It cannot say that it has what is new.
-    volume.update()?;
-    let directory = containerd.socket().with_file_name("state/io.containerd.runtime.v2.task/default/lies");
-    let until = Instant::now() + DEADLINE;
-    loop {
-        let log = fs::read_to_string(directory.join("log.json"))?;
-        if log.contains("settings stays as it was") {
-            break;
+    // It is waited for beside the others.
+    thread::scope(|scope| {
+        let silent = scope.spawn(|| rogue_silent::behind_containerd(&containerd));
+        let (_, body) = get(Path::new("/run/containerd/podhull/default/pods/lies/metrics.sock"))?;
+        Metrics::read(&body)?;
+        // It cannot say that it has what is new.
+        volume.update()?;
+        let directory = containerd.socket().with_file_name("state/io.containerd.runtime.v2.task/default/lies");
+        let until = Instant::now() + DEADLINE;
+        loop {
+            let log = fs::read_to_string(directory.join("log.json"))?;
+            if log.contains("settings stays as it was") {
+                break;
+            }
+            ensure!(Instant::now() < until, "nothing is said of the volume: {log}");
+            thread::sleep(Duration::from_millis(100));
         }
-        ensure!(Instant::now() < until, "nothing is said of the volume: {log}");
-        thread::sleep(Duration::from_millis(100));
-    }
-    for question in ["metrics", "ps", "pause", "resume"] {
-        // Whatever the answer is.
-        let ended = containerd.call(&["task", question, "lies"])?;
-        ensure!(!ended.stderr.contains("panicked at"), "{question}: {:?}", ended.stderr);
-    }
-    // It says that it does, and does not: in the end its shadow is killed, while there are others.
-    containerd.call(&["task", "kill", "--signal", "SIGKILL", "starves-for-ever"])?.output()?;
-    // It may have been given up before.
-    let killed = containerd.call(&["task", "kill", "--signal", "SIGKILL", "lies"])?;
-    ensure!(killed.status == 0 || killed.stderr.contains("process already finished"), "{:?}", killed.stderr);
-    run("absurd-exit")?.output()?;
-    stopped(&containerd, "absurd-exit")?;
-    // The agent gone is the machine gone.
-    for _ in 0..scene.repeat.min(50) {
-        run("dies")?.output()?;
-        stopped(&containerd, "dies")?;
-        let deleted = containerd.call(&["task", "delete", "dies"])?;
-        ensure!(deleted.stderr.contains("non-zero exit code"), "exit status: {:?}", deleted.stderr);
-        containerd.call(&["container", "delete", "dies"])?.output()?;
-    }
+        for question in ["metrics", "ps", "pause", "resume"] {
+            // Whatever the answer is.
+            let ended = containerd.call(&["task", question, "lies"])?;
+            ensure!(!ended.stderr.contains("panicked at"), "{question}: {:?}", ended.stderr);
+        }
+        // It says that it does, and does not: in the end its shadow is killed, while there are others.
+        containerd.call(&["task", "kill", "--signal", "SIGKILL", "starves-for-ever"])?.output()?;
+        // It may have been given up before.
+        let killed = containerd.call(&["task", "kill", "--signal", "SIGKILL", "lies"])?;
+        ensure!(killed.status == 0 || killed.stderr.contains("process already finished"), "{:?}", killed.stderr);
+        run("absurd-exit")?.output()?;
+        stopped(&containerd, "absurd-exit")?;
+        // The agent gone is the machine gone.
+        for _ in 0..scene.repeat.min(50) {
+            run("dies")?.output()?;
+            stopped(&containerd, "dies")?;
+            let deleted = containerd.call(&["task", "delete", "dies"])?;
+            ensure!(deleted.stderr.contains("non-zero exit code"), "exit status: {:?}", deleted.stderr);
+            containerd.call(&["container", "delete", "dies"])?.output()?;
+        }
+        silent.join().unwrap_or_else(|_| Err("it panicked".into()))
+    })?;
     for fault in ["absurd-exit", "starves-for-ever", "lies"] {
         stopped_within(&containerd, fault, LATEST)?;
         containerd.call(&["task", "delete", fault])?;
@@ -451,6 +456,11 @@ fn behind_kubelet(scene: &Scene) -> Outcome {
             scope.spawn(|| {
                 // Its container has to be before its pod has, which is more than one call is for.
                 cri.stop(&main, 0)?;
+                cri.remove_pod(&pod)
+            }),
+            scope.spawn(|| {
+                let pod = cri.run(config("silent")?)?;
+                ensure_eq!(cri.pod_status(&pod)?.state(), PodSandboxState::SandboxReady, "state of the silent pod");
                 cri.remove_pod(&pod)
             }),
             scope.spawn(|| does_not_start("lies", &["cannot configure the network of the virtual machine: no no no "])),

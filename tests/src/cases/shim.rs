@@ -19,6 +19,7 @@ use serde_json::Value;
 
 use super::containerd::{status, stopped};
 use super::podhull;
+use super::systemd::property;
 use crate::bundle::Bundle;
 use crate::containerd::{Containerd, Shim, check};
 use crate::leaks::Leaks;
@@ -35,6 +36,8 @@ pub const CASES: &[Case] = &[
     podhull("shim::delete_of_any_wreck", delete_of_any_wreck),
     podhull("shim::what_it_says_of_itself", what_it_says_of_itself),
     podhull("shim::started_with_parameters", started_with_parameters),
+    // With the others that need systemd.
+    podhull("systemd::a_shim_is_told_by_options", told_of_systemd_by_options),
 ];
 
 /// Runs until it is told to end, and then exits with 3.
@@ -190,8 +193,13 @@ fn a_class_has_a_configuration_of_its_own(scene: &Scene) -> Outcome {
 /// What containerd gives the program to delete what a shim has left.
 const MOST_OF_A_DELETION: Duration = Duration::from_secs(5);
 
+/// Options of containerd's shim for runc, as requests have them.
+fn of_runc(options: &oci::Options) -> Outcome<Any> {
+    Ok(Any { type_url: "containerd.runc.v1.Options".into(), value: options.write_to_bytes()?, ..Default::default() })
+}
+
 /// Makes a container by a shim, and starts it. Its root is mounted by the shim.
-fn make(shim: &shim::Shim, service: &str, bundle: &Bundle, id: &str) -> Outcome<u32> {
+fn make(shim: &shim::Shim, service: &str, bundle: &Bundle, id: &str, options: Option<Any>) -> Outcome<u32> {
     let directory = bundle.directory.display().to_string();
     let rootfs = Mount {
         type_: "bind".into(),
@@ -199,12 +207,36 @@ fn make(shim: &shim::Shim, service: &str, bundle: &Bundle, id: &str) -> Outcome<
         options: vec!["rbind".into(), "rw".into()],
         ..Default::default()
     };
-    let create =
-        CreateTaskRequest { id: id.into(), bundle: directory, rootfs: vec![rootfs], ..CreateTaskRequest::default() };
+    let create = CreateTaskRequest {
+        id: id.into(),
+        bundle: directory,
+        rootfs: vec![rootfs],
+        options: options.into(),
+        ..CreateTaskRequest::default()
+    };
     let created: CreateTaskResponse = shim.call(service, "Create", &create)?;
     let start = StartRequest { id: id.into(), ..Default::default() };
     ensure_eq!(shim.call::<StartResponse>(service, "Start", &start)?.pid, created.pid, "process");
     Ok(created.pid)
+}
+
+/// Kills a container with this process, and deletes it.
+fn end(shim: &shim::Shim, service: &'static str, id: &str, pid: u32) -> Outcome {
+    let wait: shim::Later<Result<WaitResponse, _>> =
+        shim.call_beside(service, "Wait", WaitRequest { id: id.into(), ..Default::default() });
+    shim.call::<Empty>(service, "Kill", &KillRequest { id: id.into(), signal: 9, ..Default::default() })?;
+    ensure_eq!(wait.get()??.exit_status, 137, "exit status");
+    let deleted: DeleteResponse =
+        shim.call(service, "Delete", &DeleteRequest { id: id.into(), ..Default::default() })?;
+    ensure_eq!((deleted.pid, deleted.exit_status), (pid, 137), "what {deleted:?} says");
+    Ok(())
+}
+
+/// Has a shim without containers end.
+fn dismiss(shim: &shim::Shim, service: &str, id: &str) -> Outcome {
+    // The connection ends with it.
+    let _ = shim.call::<Empty>(service, "Shutdown", &ShutdownRequest { id: id.into(), ..Default::default() });
+    shim.gone()
 }
 
 /// The one process that this is true of.
@@ -228,7 +260,7 @@ fn delete_of_any_wreck(scene: &Scene) -> Outcome {
         let (id, bundle) = (format!("wreck-{number}"), scene.busybox()?.writable().sh(PATIENT));
         bundle.write()?;
         let shim = shim::Shim::start(&bundle.directory, &id)?;
-        let pid = make(&shim, shim::TASK, &bundle, &id)?;
+        let pid = make(&shim, shim::TASK, &bundle, &id, None)?;
         let is_machine = |process: &processes::Process| process.command.starts_with("podhull vmm");
         let machine = the_one("machines", is_machine)?;
         // It answers nobody.
@@ -279,9 +311,7 @@ fn delete_of_any_wreck(scene: &Scene) -> Outcome {
 
 /// What containerd 2 asks each program for, and passes on to kubelet.
 fn what_it_says_of_itself(scene: &Scene) -> Outcome {
-    let of_runc = oci::Options { systemd_cgroup: true, ..Default::default() };
-    let asked =
-        Any { type_url: "containerd.runc.v1.Options".into(), value: of_runc.write_to_bytes()?, ..Default::default() };
+    let asked = of_runc(&oci::Options { systemd_cgroup: true, ..Default::default() })?;
     for (name, options) in [("podhull", None), ("kata", Some(asked))] {
         let program = format!("containerd-shim-{name}-v2");
         let input = options.as_ref().map(Message::write_to_bytes).transpose()?.unwrap_or_default();
@@ -315,9 +345,7 @@ fn started_with_parameters(scene: &Scene) -> Outcome {
     fs::create_dir(place)?;
     let (id, bundle) = ("parameters".to_owned(), scene.busybox()?.writable().sh("touch /ready; exec sleep 1000"));
     bundle.write()?;
-    let options = oci::Options { shim_cgroup: group.into(), ..Default::default() };
-    let options =
-        Any { type_url: "containerd.runc.v1.Options".into(), value: options.write_to_bytes()?, ..Default::default() };
+    let options = of_runc(&oci::Options { shim_cgroup: group.into(), ..Default::default() })?;
     let params = BootstrapParams {
         instance_id: id.clone(),
         namespace: "default".into(),
@@ -341,7 +369,7 @@ fn started_with_parameters(scene: &Scene) -> Outcome {
     ensure_eq!(start()?.address, started.address, "address when it is started again");
     let shim = shim::Shim::connect(&started.address)?;
     let service = shim::TASK_OF_2;
-    let first = make(&shim, service, &bundle, &id)?;
+    let first = make(&shim, service, &bundle, &id, None)?;
     let connect = ConnectRequest { id: id.clone(), ..Default::default() };
     let connected: ConnectResponse = shim.call(service, "Connect", &connect)?;
     ensure_eq!(connected.task_pid, first, "process in what {connected:?} says");
@@ -349,16 +377,8 @@ fn started_with_parameters(scene: &Scene) -> Outcome {
     ensure_eq!(in_group, format!("0::{group}\n"), "group of the shim");
     let of_container = fs::read_to_string(format!("/proc/{first}/cgroup"))?;
     ensure!(!of_container.contains(group), "the container is in the shim's group: {of_container}");
-    let wait: shim::Later<Result<WaitResponse, _>> =
-        shim.call_beside(service, "Wait", WaitRequest { id: id.clone(), ..Default::default() });
-    shim.call::<Empty>(service, "Kill", &KillRequest { id: id.clone(), signal: 9, ..Default::default() })?;
-    ensure_eq!(wait.get()??.exit_status, 137, "exit status");
-    let deleted: DeleteResponse =
-        shim.call(service, "Delete", &DeleteRequest { id: id.clone(), ..Default::default() })?;
-    ensure_eq!((deleted.pid, deleted.exit_status), (first, 137), "what {deleted:?} says");
-    // The connection ends with it.
-    let _ = shim.call::<Empty>(service, "Shutdown", &ShutdownRequest { id, ..Default::default() });
-    shim.gone()?;
+    end(&shim, service, &id, first)?;
+    dismiss(&shim, service, &id)?;
     let until = Instant::now() + DEADLINE;
     for empty in [place, sockets] {
         while let Err(error) = fs::remove_dir(empty) {
@@ -366,5 +386,34 @@ fn started_with_parameters(scene: &Scene) -> Outcome {
             thread::sleep(Duration::from_millis(20));
         }
     }
+    check(&before)
+}
+
+/// Where the options say that systemd makes control groups it does, whatever `linux.cgroupsPath` looks like: a path is refused, and
+/// without one the container is a scope of the system's slice. Without the option the path is one.
+fn told_of_systemd_by_options(scene: &Scene) -> Outcome {
+    let before = Leaks::watch();
+    let (service, id) = (shim::TASK, "told");
+    let options = || of_runc(&oci::Options { systemd_cgroup: true, ..Default::default() });
+    let bundle = scene.busybox()?.writable().sh(PATIENT).set("/linux/cgroupsPath", "/told-by-options".into());
+    bundle.write()?;
+    let shim = shim::Shim::start(&bundle.directory, id)?;
+    let error = make(&shim, service, &bundle, id, Some(options()?)).err().ok_or("a path is taken")?.to_string();
+    ensure!(error.contains("expected cgroupsPath to be of format"), "a path with the option: {error}");
+
+    let pid = make(&shim, service, &bundle, id, None)?;
+    ensure_eq!(group_of(pid.cast_signed())?, Path::new("/sys/fs/cgroup/told-by-options"), "group without the option");
+    end(&shim, service, id, pid)?;
+
+    let bundle = bundle.set("/linux/cgroupsPath", "".into());
+    bundle.write()?;
+    let pid = make(&shim, service, &bundle, id, Some(options()?))?;
+    let unit = format!("podhull-{id}.scope");
+    let expected = Path::new("/sys/fs/cgroup/system.slice").join(&unit);
+    ensure_eq!(group_of(pid.cast_signed())?, expected, "group with the option");
+    ensure_eq!(property(&unit, "ActiveState")?, "active", "state of the scope");
+    end(&shim, service, id, pid)?;
+    ensure_eq!(property(&unit, "LoadState")?, "not-found", "state of the scope when its container is gone");
+    dismiss(&shim, service, id)?;
     check(&before)
 }

@@ -1,9 +1,10 @@
 //! A small Kubernetes, whose pods are of podhull and, as control, of runc at the same time: what is seen of both must be the same.
 //!
-//! [`cluster`] starts it, [`place`] is where the pods of one class are; the cases are in [`pod`], [`ends`] and [`workloads`].
+//! [`cluster`] starts it, [`place`] is where the pods of one class are; the cases are in [`pod`], [`ends`], [`workloads`] and [`nodes`].
 
 mod cluster;
 mod ends;
+mod nodes;
 mod place;
 mod pod;
 mod workloads;
@@ -39,6 +40,13 @@ struct Case {
 }
 
 const ALL: [&[Case]; 3] = [pod::CASES, ends::CASES, workloads::CASES];
+
+/// A test of the cluster, which has the places of both classes.
+type OfCluster = (&'static str, fn(&[Place; 2]) -> Outcome);
+
+/// The last one with what the others have left running.
+const OF_CLUSTER: [OfCluster; 2] =
+    [("nodes::are_labelled", nodes::are_labelled), ("workloads::node_is_drained", workloads::node_is_drained)];
 
 /// Runs what the command line says.
 pub fn main() -> ExitCode {
@@ -102,11 +110,9 @@ fn all(cluster: &Cluster, filters: &[String]) -> Outcome<bool> {
     for case in ALL.into_iter().flatten().filter(|case| wanted(case.name)) {
         say(case.name, both(case, &places));
     }
-    // With what the other cases have left running.
-    let name = "workloads::node_is_drained";
-    if wanted(name) {
+    for (name, run) in OF_CLUSTER.into_iter().filter(|(name, _)| wanted(name)) {
         let began = Instant::now();
-        say(name, workloads::node_is_drained(&places).map(|()| format!("{:.1} s", began.elapsed().as_secs_f64())));
+        say(name, run(&places).map(|()| format!("{:.1} s", began.elapsed().as_secs_f64())));
     }
     for failed in &failed {
         println!("failed: {failed}");
