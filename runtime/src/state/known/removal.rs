@@ -18,6 +18,9 @@ use crate::state::{GROUPS, Membership, PODS, Process, StateError, check_id, same
 /// How long a process may take to end that was killed.
 const END: Duration = Duration::from_secs(10);
 
+/// How often a directory is removed in which others make files meanwhile. Each of them makes two or three, once.
+const MOST_MADE: u32 = 20;
+
 /// How long it is waited for what takes time.
 #[derive(Clone, Copy)]
 enum Time {
@@ -159,11 +162,16 @@ fn remove_directories(root: &Path, id: &str) -> Result<(), StateError> {
         .try_for_each(|path| remove_all(&path).map_err(|error| StateError::Write(path, error)))
 }
 
-/// Removes a directory with all that is in it.
+/// Removes a directory with all that is in it. Who has it open makes files in it until the moment it is gone: to take turns, or to count
+/// calls.
 fn remove_all(path: &Path) -> io::Result<()> {
-    match fs::remove_dir_all(path) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
-        _ => Ok(()),
+    let mut made = 0;
+    loop {
+        match fs::remove_dir_all(path) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+            Err(error) if error.kind() == io::ErrorKind::DirectoryNotEmpty && made < MOST_MADE => made += 1,
+            removed => return removed,
+        }
     }
 }
 
@@ -227,5 +235,36 @@ fn kill(pidfd: &OwnedFd, which: impl std::fmt::Display, time: Time) -> Result<()
     match rustix::io::retry_on_intr(|| poll(&mut [PollFd::new(pidfd, PollFlags::IN)], time.as_ref())) {
         Ok(0) => Err(StateError::DoesNotEnd(which.to_string())),
         _ => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Barrier;
+    use std::thread;
+
+    use super::super::open_lock;
+    use super::*;
+
+    /// The first container of a pod is removed, and another one at the same time.
+    #[test]
+    fn who_takes_a_turn_at_last_is_in_nobody_s_way() {
+        let root = tempfile::tempdir().unwrap();
+        let path = root.path().join("pod");
+        for _ in 0..2000 {
+            fs::create_dir(&path).unwrap();
+            let (pod, begin) = (open(&path).unwrap(), Barrier::new(2));
+            thread::scope(|scope| {
+                scope.spawn(|| {
+                    begin.wait();
+                    for file in [TURN_FILE, MOUNTS_FILE, "calls"] {
+                        let _ = open_lock(&pod, file);
+                    }
+                });
+                begin.wait();
+                remove_all(&path).unwrap();
+            });
+            assert!(!path.exists());
+        }
     }
 }
