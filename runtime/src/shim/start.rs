@@ -56,6 +56,11 @@ const GROUPS_OF_CRI_O: [&str; 3] = [GROUPS[1], GROUPS[0], GROUPS[2]];
 /// How long the shim of a pod may take to answer, and how long others may take to start theirs.
 const ANSWER: Duration = Duration::from_secs(10);
 
+/// The version of the service that containerd is to use, as if nothing were said. To one that says 3, containerd from 2.3 on connects by
+/// itself for all containers of a pod but the first: nobody is called for them when this process dies, no end is told, and kubelet takes
+/// them for running. It takes such a shim for one that streams what programs write, too.
+const VERSION: i32 = 2;
+
 /// Where control groups are.
 const GROUPS_MOUNTED: &str = "/sys/fs/cgroup";
 
@@ -133,7 +138,7 @@ pub fn start(arguments: &Arguments) -> Result<Vec<u8>, StartError> {
     // containerd 1.6 and CRI-O look for it there when they have been restarted.
     fs::write(ADDRESS, &address).map_err(StartError::Address)?;
     if said.bootstrap {
-        let (version, protocol) = (3, "ttrpc".to_owned());
+        let (version, protocol) = (VERSION, "ttrpc".to_owned());
         let result = BootstrapResult { version, address, protocol, ..Default::default() };
         return Ok(result.write_to_bytes().unwrap_or_default());
     }
