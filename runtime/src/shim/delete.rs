@@ -8,8 +8,14 @@ use std::sync::mpsc::sync_channel;
 use std::thread;
 use std::time::{Duration, Instant, SystemTime};
 
-use containerd_shim_protos::api::DeleteResponse;
+use containerd_shim_protos::api::{DeleteRequest, DeleteResponse, ShutdownRequest, WaitRequest};
 use containerd_shim_protos::protobuf::{Message, MessageField};
+use containerd_shim_protos::sandbox_api::ShutdownSandboxRequest;
+use containerd_shim_protos::sandbox_async::SandboxClient;
+use containerd_shim_protos::shim_async::TaskClient;
+use ttrpc::r#async::Client;
+use ttrpc::r#async::transport::Socket;
+use ttrpc::context::Context;
 
 use super::arguments::Arguments;
 use super::events::timestamp;
@@ -23,6 +29,9 @@ const KILLED: u32 = 137;
 
 /// How long all together is waited for what was killed to end, and for others to be done with it.
 const ENDS: Duration = Duration::from_secs(3);
+
+/// How long a shim that lives may take to end.
+const DISMISSED: Duration = Duration::from_secs(1);
 
 /// When containerd has its answer at the latest, whatever there is still to do.
 const ANSWER: Duration = Duration::from_secs(4);
@@ -76,7 +85,8 @@ impl Wreck {
         for bundle in all.iter().map(|known| &*known.state.bundle).chain([&*self.bundle]) {
             self.warn(rootfs::unmount_all(bundle));
         }
-        start::socket_of(&self.bundle);
+        let shim = start::socket_of(&self.bundle);
+        let ids: Vec<_> = all.iter().map(|known| known.state.id.clone()).collect();
         if unreadable {
             self.warn(state::remove_until(&self.root, &self.id, ends));
         }
@@ -86,6 +96,10 @@ impl Wreck {
             if known.clear(ends, |error| self.log.warning(&error.to_string())) {
                 removed.push(state);
             }
+        }
+        if let Some(shim) = shim.filter(|_| !ids.is_empty()) {
+            // Hooks are still to run.
+            self.dismiss(&shim, &ids, (Instant::now() + DISMISSED).min(ends + DISMISSED / 2));
         }
         removed.iter().for_each(|state| pod::tell_of_removal(state, &self.log));
     }
@@ -112,6 +126,37 @@ impl Wreck {
         (all, unreadable)
     }
 
+    /// Tells a shim that lives what containerd, which has given it up, does not tell it: that it is to forget these containers, and to end
+    /// with its last one. After an ordinary deletion there is nothing left to find, and it is told nothing.
+    fn dismiss(&self, shim: &Path, ids: &[String], until: Instant) {
+        let told = async {
+            // It may have ended by itself.
+            let Ok(stream) = tokio::net::UnixStream::connect(shim).await else { return };
+            let client = Client::new(Socket::new(stream));
+            let tasks = TaskClient::new(client.clone());
+            // The first container of a pod comes last. That one is not known there is no matter.
+            for id in ids.iter().rev() {
+                // Nothing is forgotten that runs, as far as is known there.
+                let _ = tasks.wait(Context::default(), &WaitRequest { id: id.clone(), ..Default::default() }).await;
+                let _ = tasks.delete(Context::default(), &DeleteRequest { id: id.clone(), ..Default::default() }).await;
+            }
+            let id = self.id.clone();
+            let _ = tasks.shutdown(Context::default(), &ShutdownRequest { id, ..Default::default() }).await;
+            // If it is a pod for itself: that alone keeps the process.
+            let request = ShutdownSandboxRequest { sandbox_id: self.id.clone(), ..Default::default() };
+            let _ = SandboxClient::new(client).shutdown_sandbox(Context::default(), &request).await;
+        };
+        let runtime = match tokio::runtime::Builder::new_current_thread().enable_io().enable_time().build() {
+            Ok(runtime) => runtime,
+            Err(error) => return self.warn(Err(error)),
+        };
+        let left = until.saturating_duration_since(Instant::now());
+        if runtime.block_on(async { tokio::time::timeout(left, told).await }).is_err() {
+            let shim = shim.display();
+            self.log.warning(&format!("the shim at {shim} does not answer: end its process, podhull-shim"));
+        }
+    }
+
     fn warn<E: std::fmt::Display>(&self, result: Result<(), E>) {
         if let Err(error) = result {
             self.log.warning(&error.to_string());
@@ -123,8 +168,15 @@ impl Wreck {
 mod tests {
     use std::process::{Child, Command};
 
+    use std::os::unix::net::UnixListener;
+    use std::sync::mpsc::{Sender, channel};
+
+    use async_trait::async_trait;
+    use containerd_shim_protos::api::{Empty, WaitResponse};
+    use containerd_shim_protos::shim_async::{Task, create_task};
     use oci_spec::runtime::{Hook, Hooks};
     use rustix::fs::FlockOperation;
+    use ttrpc::r#async::TtrpcContext;
 
     use super::*;
     use crate::state::{Directory, Machine, Membership, Process, State};
@@ -241,5 +293,78 @@ mod tests {
         root.remove("c");
         assert!(root.ids().is_empty() && !root.path().join("c").exists());
         assert!(was_killed(member) && !was_killed(child), "of whom nothing is known");
+    }
+
+    /// A shim that tells what it is asked for.
+    struct Telling(Sender<String>);
+
+    impl Telling {
+        fn tell<T: Default>(&self, what: String) -> ttrpc::Result<T> {
+            self.0.send(what).unwrap();
+            Ok(T::default())
+        }
+    }
+
+    #[async_trait]
+    impl Task for Telling {
+        async fn wait(&self, _: &TtrpcContext, request: WaitRequest) -> ttrpc::Result<WaitResponse> {
+            self.tell(format!("wait {}", request.id))
+        }
+
+        async fn delete(&self, _: &TtrpcContext, request: DeleteRequest) -> ttrpc::Result<DeleteResponse> {
+            self.tell(format!("delete {}", request.id))
+        }
+
+        async fn shutdown(&self, _: &TtrpcContext, request: ShutdownRequest) -> ttrpc::Result<Empty> {
+            self.tell(format!("shutdown {}", request.id))
+        }
+    }
+
+    #[test]
+    fn a_shim_that_lives_is_told_to_end() {
+        let root = Root::new();
+        let (bundle, socket) = (root.path().join("bundle"), root.path().join("s"));
+        std::fs::create_dir(&bundle).unwrap();
+        let address = format!("unix://{}", socket.display());
+        std::fs::write(bundle.join("address"), &address).unwrap();
+        let (sender, told) = channel();
+        let (ready, is_ready) = sync_channel(1);
+        let (_ends, ended) = tokio::sync::oneshot::channel::<()>();
+        thread::spawn(move || {
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+            runtime.block_on(async {
+                let server = ttrpc::r#async::Server::new().bind(&address).unwrap();
+                let mut server = server.register_service(create_task(Arc::new(Telling(sender))));
+                server.start().await.unwrap();
+                ready.send(()).unwrap();
+                let _ = ended.await;
+            });
+        });
+        is_ready.recv().unwrap();
+        let pause = root.add("pause", None, |_| {});
+        let member = root.add("one", Some(("pause", &pause)), |_| {});
+        root.remove("none-of-its");
+        assert!(told.try_recv().is_err());
+        root.remove("pause");
+        let expected = ["wait one", "delete one", "wait pause", "delete pause", "shutdown pause"];
+        assert_eq!(told.try_iter().collect::<Vec<_>>(), expected);
+        assert!(was_killed(pause) && was_killed(member) && root.ids().is_empty());
+    }
+
+    #[test]
+    fn a_shim_that_does_not_answer_holds_nothing_up() {
+        let root = Root::new();
+        let (bundle, socket) = (root.path().join("bundle"), root.path().join("s"));
+        std::fs::create_dir(&bundle).unwrap();
+        std::fs::write(bundle.join("address"), format!("unix://{}", socket.display())).unwrap();
+        let hung = UnixListener::bind(&socket).unwrap();
+        let child = root.add("c", None, |_| {});
+        let took = root.remove("c");
+        assert!((DISMISSED..Duration::from_secs(10)).contains(&took), "{took:?}");
+        assert!(was_killed(child) && root.ids().is_empty() && socket.exists());
+        drop(hung);
+        let child = root.add("c", None, |_| {});
+        root.remove("c");
+        assert!(was_killed(child) && !socket.exists());
     }
 }
