@@ -2,6 +2,7 @@
 //! on. Containers are children of the test, without a machine.
 
 mod sandbox;
+mod watched;
 
 use std::path::Path;
 use std::process::{Child, Command};
