@@ -3,7 +3,7 @@
 use std::fs::{self, File};
 use std::io::{self, Read, Seek, Write};
 use std::path::{Component, Path, PathBuf};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use podhull_limits::Resources;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -11,7 +11,7 @@ use rustix::fs::XattrFlags;
 use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 
-use super::{CgroupError, properties, systemd};
+use super::{CgroupError, Patience, properties, systemd};
 use crate::state::Process;
 
 /// Where cgroup v2 is mounted, on every host that has it and nothing else.
@@ -129,20 +129,26 @@ impl Cgroup {
         length.is_ok_and(|length| &found[..length] == expected.as_bytes())
     }
 
-    /// Removes it, if it was made, and the groups below it; what is still in them is killed, and may take `patience` to end.
-    pub fn remove(&self, patience: Duration) -> Result<(), CgroupError> {
+    /// Kills what is in it, if it was made, and in the groups below it.
+    pub fn kill(&self) -> Result<(), CgroupError> {
+        if self.is_marked() { kill(&self.place.directory()) } else { Ok(()) }
+    }
+
+    /// Removes it, if it was made, and the groups below it; what is still in them is killed, and waited for.
+    pub fn remove(&self, patience: Patience) -> Result<(), CgroupError> {
         if !self.is_marked() {
             return Ok(());
         }
         let directory = self.place.directory();
-        let until = Instant::now() + patience;
+        let until = Instant::now() + patience.processes;
         let mut stopped = None;
         loop {
             kill(&directory)?;
             if !wait_until_empty(&directory, until)? {
-                return Err(CgroupError::StillThere { path: directory, seconds: patience.as_secs() });
+                return Err(CgroupError::StillThere { path: directory, seconds: patience.processes.as_secs() });
             }
-            let stopped = stopped.get_or_insert_with(|| self.place.unit.as_deref().map_or(Ok(()), systemd::stop));
+            let stop = |unit| systemd::stop(unit, patience.systemd);
+            let stopped = stopped.get_or_insert_with(|| self.place.unit.as_deref().map_or(Ok(()), stop));
             match remove_tree(&directory) {
                 // What is being executed at this moment came between: it is killed, and waited for, too.
                 Err(CgroupError::Remove(_, error))
@@ -285,6 +291,8 @@ fn value(text: &str, name: &str) -> Option<u64> {
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use super::*;
 
     #[test]
@@ -309,7 +317,8 @@ mod tests {
         let group = Cgroup { place, process: Process { pid: 1, start_time: 1 } };
         assert!(group.processes().unwrap().is_empty());
         assert_eq!(group.out_of_memory(), 0);
-        group.remove(Duration::ZERO).unwrap();
+        group.kill().unwrap();
+        group.remove(Patience { processes: Duration::ZERO, systemd: Duration::ZERO }).unwrap();
         assert!(group.add(1).unwrap_err().to_string().contains("/sys/fs/cgroup/no/such/group"));
     }
 

@@ -27,8 +27,17 @@ pub use placement::{Manager, Placement};
 use podhull_limits::LimitError;
 pub use properties::PROPERTY_ANNOTATION;
 
-/// How long processes that were killed may take to end, before their group is given up.
-pub const PATIENCE: Duration = Duration::from_secs(10);
+/// How long the removal of a control group may take.
+#[derive(Debug, Clone, Copy)]
+pub struct Patience {
+    /// For processes that were killed to end.
+    pub processes: Duration,
+    /// For systemd to stop the unit, where it is one's.
+    pub systemd: Duration,
+}
+
+/// Before a group is given up.
+pub const PATIENCE: Patience = Patience { processes: Duration::from_secs(10), systemd: systemd::DEADLINE };
 
 /// What cannot be done with a control group of the host. Callers match on some of the words, which are runc's.
 #[derive(Debug, thiserror::Error)]

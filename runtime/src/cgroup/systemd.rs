@@ -18,7 +18,7 @@ const PATH: &str = "/org/freedesktop/systemd1";
 const MANAGER: &str = "org.freedesktop.systemd1.Manager";
 
 /// How long systemd may take for one unit; the same as runc gives it.
-const DEADLINE: Duration = Duration::from_secs(30);
+pub const DEADLINE: Duration = Duration::from_secs(30);
 
 /// Whether this host was booted with systemd (sd_booted(3)).
 pub fn is_running() -> bool {
@@ -54,7 +54,7 @@ pub fn start(unit: &str, pid: i32, scope: Scope) -> Result<(), CgroupError> {
     // Whatever is said twice, the later counts.
     properties.extend(scope.further);
     let properties: Vec<_> = properties.into_iter().map(Property::into_wire).collect();
-    on_bus("start", unit, async |bus| {
+    on_bus("start", unit, DEADLINE, async |bus| {
         // For units that come with it: there are none.
         let others: &[(&str, Vec<(&str, Variant<'_>)>)] = &[];
         let body = (unit, "replace", properties, others);
@@ -75,14 +75,14 @@ pub fn set_properties(unit: &str, properties: Vec<Property>) -> Result<(), Cgrou
         return Ok(());
     }
     let properties: Vec<_> = properties.into_iter().map(Property::into_wire).collect();
-    on_bus("set properties of", unit, async |bus| {
+    on_bus("set properties of", unit, DEADLINE, async |bus| {
         bus.call("SetUnitProperties", &(unit, true, properties)).await.map(drop)
     })
 }
 
-/// Stops a unit, and waits until it is gone; it may be gone already.
-pub fn stop(unit: &str) -> Result<(), CgroupError> {
-    on_bus("stop", unit, async |bus| match bus.job(unit, "StopUnit", &(unit, "replace")).await {
+/// Stops a unit, and waits so long until it is gone; it may be gone already.
+pub fn stop(unit: &str, deadline: Duration) -> Result<(), CgroupError> {
+    on_bus("stop", unit, deadline, async |bus| match bus.job(unit, "StopUnit", &(unit, "replace")).await {
         Err(error) if error.is("NoSuchUnit") => Ok(()),
         other => other,
     })
@@ -113,13 +113,14 @@ impl From<zbus::Error> for Failure {
 fn on_bus(
     what: &'static str,
     unit: &str,
+    deadline: Duration,
     action: impl AsyncFnOnce(Bus) -> Result<(), Failure>,
 ) -> Result<(), CgroupError> {
     let runtime =
         tokio::runtime::Builder::new_current_thread().enable_io().enable_time().build().map_err(CgroupError::Events)?;
     let says = |why: String| CgroupError::Systemd { what, unit: unit.to_owned(), why };
     let done = runtime.block_on(async {
-        tokio::time::timeout(DEADLINE, async { action(Bus(Connection::system().await?)).await }).await
+        tokio::time::timeout(deadline, async { action(Bus(Connection::system().await?)).await }).await
     });
     match done {
         Ok(Ok(())) => Ok(()),
@@ -128,7 +129,7 @@ fn on_bus(
             Err(says(text.unwrap_or_else(|| name.to_string())))
         }
         Ok(Err(Failure::Bus(error))) => Err(CgroupError::Bus(error)),
-        Err(_) => Err(says(format!("no answer within {} s", DEADLINE.as_secs()))),
+        Err(_) => Err(says(format!("no answer within {} s", deadline.as_secs()))),
     }
 }
 

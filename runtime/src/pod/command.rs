@@ -219,12 +219,17 @@ pub fn destroy(root: &Path, id: &str, force: bool, log: &Log) -> Result<Option<S
     if !known.destroy()? {
         return if force { Ok(None) } else { Err(StateError::Missing(id.into()).into()) };
     }
+    tell_of_removal(&state, log);
+    Ok(Some(state))
+}
+
+/// Runs the hooks of a container of which nothing is left. That one fails changes nothing.
+pub fn tell_of_removal(state: &State, log: &Log) {
     if let Some(hooks) = &state.hooks
-        && let Err(error) = hooks::run(hooks, Point::Deleted, &state, None)
+        && let Err(error) = hooks::run(hooks, Point::Deleted, state, None)
     {
         log.warning(&error.to_string());
     }
-    Ok(Some(state))
 }
 
 /// Asks the agent of a container's pod one thing.

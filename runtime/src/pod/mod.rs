@@ -48,7 +48,7 @@ use std::path::PathBuf;
 use rustix::io::Errno;
 
 pub use announce::Announce;
-pub use command::{CommandError, ask, delete, destroy, kill, pause, resume, start as start_created};
+pub use command::{CommandError, ask, delete, destroy, kill, pause, resume, start as start_created, tell_of_removal};
 pub use create::{Create, CreateError, Handed, create, run as run_in_foreground};
 pub use descriptors::{Asked, DescriptorError, Inherited};
 pub use exec::{Exec, ExecError, Execution, exec, exec_in_background, exec_in_foreground, running};

@@ -48,8 +48,6 @@ enum ShimError {
     #[error(transparent)]
     Serve(#[from] serve::ServeError),
     #[error(transparent)]
-    Delete(#[from] delete::DeleteError),
-    #[error(transparent)]
     Info(#[from] info::InfoError),
     #[error("cannot write to standard output: {0}")]
     Output(#[source] std::io::Error),
@@ -78,7 +76,7 @@ fn run() -> Result<(), ShimError> {
         Action::Version => arguments::version(),
         Action::Info => info::info()?,
         Action::Start => start::start(&arguments)?,
-        Action::Delete => delete::delete(&arguments)?,
+        Action::Delete => delete::delete(&arguments),
         Action::Serve => return Ok(serve::serve(&arguments)?),
     };
     std::io::stdout().write_all(&answer).map_err(ShimError::Output)

@@ -102,7 +102,7 @@ pub fn mount_all(bundle: &Path, mounts: &[Mount]) -> Result<(), RootfsError> {
 
 /// Unmounts whatever is mounted in a bundle.
 pub fn unmount_all(bundle: &Path) -> Result<(), RootfsError> {
-    [memory_of(bundle), of(bundle)].into_iter().try_for_each(unmount_at)
+    [memory_of(bundle), of(bundle)].map(unmount_at).into_iter().collect()
 }
 
 fn unmount_at(target: PathBuf) -> Result<(), RootfsError> {

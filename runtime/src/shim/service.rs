@@ -39,7 +39,7 @@ pub struct Tasks {
     sandbox: OnceLock<Arc<Sandbox>>,
     /// Held while that is made: of two that are asked for at once the later one is to find the first.
     pub making: tokio::sync::Mutex<()>,
-    /// Whether containerd has asked for the end while it waited for no container any more, but one was still being made or removed.
+    /// Whether containerd has asked for the end, which comes with that of the last container. Changed while those are locked.
     asked: AtomicBool,
     /// That there is nothing more to do.
     over: Arc<Notify>,
@@ -99,9 +99,14 @@ impl Tasks {
     pub fn end(&self) {
         let containers = self.containers();
         self.asked.store(true, Ordering::Relaxed);
-        if containers.is_empty() {
+        if self.is_over(&containers) {
             self.over.notify_one();
         }
+    }
+
+    /// Whether there is nothing more to do.
+    fn is_over(&self, containers: &HashMap<String, Arc<Place>>) -> bool {
+        containers.is_empty() && self.asked.load(Ordering::Relaxed)
     }
 
     fn containers(&self) -> MutexGuard<'_, HashMap<String, Arc<Place>>> {
@@ -120,11 +125,18 @@ impl Tasks {
         let id = request.id.clone();
         let place = Arc::new(Place::default());
         let _turn = place.turn.lock().await;
-        match self.containers().entry(id.clone()) {
-            Entry::Occupied(_) => {
-                return Err(error(Code::ALREADY_EXISTS, format!("container {id:?} exists already")));
+        {
+            let mut containers = self.containers();
+            // It would be left alone within seconds.
+            if self.is_over(&containers) {
+                return Err(error(Code::UNAVAILABLE, "this shim is ending: start another"));
             }
-            Entry::Vacant(free) => drop(free.insert(place.clone())),
+            match containers.entry(id.clone()) {
+                Entry::Occupied(_) => {
+                    return Err(error(Code::ALREADY_EXISTS, format!("container {id:?} exists already")));
+                }
+                Entry::Vacant(free) => drop(free.insert(place.clone())),
+            }
         }
         let make = async {
             if let Some(sandbox) = self.sandbox() {
@@ -156,21 +168,16 @@ impl Tasks {
     fn remove(&self, id: &str) {
         let mut containers = self.containers();
         containers.remove(id);
-        if containers.is_empty() && self.asked.load(Ordering::Relaxed) {
+        if self.is_over(&containers) {
             self.over.notify_one();
         }
     }
 
-    fn shutdown(&self, id: &str) {
-        if self.sandbox.get().is_some() {
-            return;
-        }
-        // It is asked for each container; the last one counts.
-        let containers = self.containers();
-        if containers.is_empty() {
-            self.over.notify_one();
-        } else if containers.contains_key(id) {
-            self.asked.store(true, Ordering::Relaxed);
+    /// A container is no longer needed, and this process if that was the last one. containerd 2 may say so for the first container of
+    /// a pod alone, while others are still being removed; or for each.
+    fn shutdown(&self) {
+        if self.sandbox.get().is_none() {
+            self.end();
         }
     }
 }
@@ -289,8 +296,8 @@ impl Task for Service {
         })
     }
 
-    async fn shutdown(&self, _: &TtrpcContext, request: ShutdownRequest) -> Result<Empty> {
-        self.0.shutdown(&request.id);
+    async fn shutdown(&self, _: &TtrpcContext, _: ShutdownRequest) -> Result<Empty> {
+        self.0.shutdown();
         Ok(Empty::new())
     }
 }

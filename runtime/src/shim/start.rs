@@ -17,6 +17,8 @@ use containerd_shim_protos::bootstrap_api::{BootstrapParams, BootstrapResult};
 use containerd_shim_protos::protobuf::Message;
 use containerd_shim_protos::protobuf::well_known_types::any::Any;
 use containerd_shim_protos::shim_async::TaskClient;
+use rustix::io::Errno;
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with};
 use sha2::{Digest, Sha256};
 use ttrpc::r#async::transport::Socket;
 use ttrpc::context::Context;
@@ -53,6 +55,11 @@ const GROUPS_OF_CRI_O: [&str; 3] = [GROUPS[1], GROUPS[0], GROUPS[2]];
 
 /// How long the shim of a pod may take to answer, and how long others may take to start theirs.
 const ANSWER: Duration = Duration::from_secs(10);
+
+/// The version of the service that containerd is to use, as if nothing were said. To one that says 3, containerd from 2.3 on connects by
+/// itself for all containers of a pod but the first: nobody is called for them when this process dies, no end is told, and kubelet takes
+/// them for running. It takes such a shim for one that streams what programs write, too.
+const VERSION: i32 = 2;
 
 /// Where control groups are.
 const GROUPS_MOUNTED: &str = "/sys/fs/cgroup";
@@ -131,7 +138,7 @@ pub fn start(arguments: &Arguments) -> Result<Vec<u8>, StartError> {
     // containerd 1.6 and CRI-O look for it there when they have been restarted.
     fs::write(ADDRESS, &address).map_err(StartError::Address)?;
     if said.bootstrap {
-        let (version, protocol) = (3, "ttrpc".to_owned());
+        let (version, protocol) = (VERSION, "ttrpc".to_owned());
         let result = BootstrapResult { version, address, protocol, ..Default::default() };
         return Ok(result.write_to_bytes().unwrap_or_default());
     }
@@ -195,13 +202,23 @@ fn name(address: &str, namespace: &str, group: &str) -> String {
     })
 }
 
-/// Removes the socket of a bundle's shim, if nobody answers there any more.
-pub fn remove_socket(bundle: &Path) {
-    let Ok(address) = fs::read_to_string(bundle.join(ADDRESS)) else { return };
-    let Some(socket) = address.trim().strip_prefix("unix://").map(Path::new) else { return };
-    if UnixStream::connect(socket).is_err() {
-        let _ = fs::remove_file(socket);
+/// The socket of a bundle's shim, if somebody listens there; one at which nobody does is removed.
+pub fn socket_of(bundle: &Path) -> Option<PathBuf> {
+    let address = fs::read_to_string(bundle.join(ADDRESS)).ok()?;
+    let socket = PathBuf::from(address.trim().strip_prefix("unix://")?);
+    if listens(&socket) {
+        return Some(socket);
     }
+    let _ = fs::remove_file(socket);
+    None
+}
+
+/// Whether somebody listens at a socket, be it that more wait there than there is room for.
+fn listens(socket: &Path) -> bool {
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    let connected = SocketAddrUnix::new(socket)
+        .and_then(|address| connect(socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?, &address));
+    matches!(connected, Ok(()) | Err(Errno::AGAIN))
 }
 
 /// Whether somebody answers at a socket in time; false if nobody listens there.

@@ -2,12 +2,12 @@
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
-use std::time::{Duration, SystemTime};
+use std::time::SystemTime;
 
 use oci_spec::runtime::Hooks;
 use serde::{Deserialize, Serialize};
 
-use crate::cgroup::{Cgroup, CgroupError, Placement};
+use crate::cgroup::{Cgroup, CgroupError, Patience, Placement};
 use crate::pod::{Demand, Sizing, Timeline, Users};
 
 /// Version of `state.json`. Raised when a reader of the version before could misread it.
@@ -186,8 +186,8 @@ impl State {
         self.machine_cgroup = placement.zip(machine).map(|(placement, machine)| placement.machine(machine));
     }
 
-    /// Removes its control groups, as far as there are any; what is still in them is killed, and may take `patience` to end.
-    pub fn remove_cgroups(&self, patience: Duration) -> Result<(), CgroupError> {
+    /// Removes its control groups, as far as there are any; what is still in them is killed, and waited for.
+    pub fn remove_cgroups(&self, patience: Patience) -> Result<(), CgroupError> {
         self.cgroups().try_for_each(|group| group.remove(patience))
     }
 

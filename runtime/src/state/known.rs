@@ -1,26 +1,24 @@
 //! A container that some command made before, found by its id.
 
+mod removal;
+
 use std::fs;
 use std::io::{self, Read};
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use podhull_vmm::jail::Jail;
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{FlockOperation, Mode, OFlags};
 use rustix::io::Errno;
-use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
+use rustix::process::{Pid, PidfdFlags, pidfd_open};
 
 use super::document::{Process, VERSION, start_time};
-use super::{DOCUMENT, GROUPS, Membership, PODS, State, StateError, Status, check_id, same_file};
-use crate::cgroup::{Cgroup, PATIENCE};
+use super::{DOCUMENT, Membership, PODS, State, StateError, Status, check_id, same_file};
+use crate::cgroup::{PATIENCE, Patience};
+pub use removal::{remove, remove_until};
 
 /// Longest `state.json`: annotations are the caller's.
 const MAX_DOCUMENT: u64 = 4 << 20;
-
-/// How long a process may take to end that was killed.
-const END: Timespec = Timespec { tv_sec: 10, tv_nsec: 0 };
 
 /// How long one command may wait for another that changes the same container. What it waits for asks the guest, within a
 /// deadline of its own.
@@ -60,7 +58,7 @@ impl Known {
         check_id(id)?;
         let path = root.join(id);
         let directory = open_container(root, id)?;
-        let turn = take_turn(&directory, &path, TURN_FILE)?;
+        let turn = take_turn(&directory, &path, TURN_FILE, TURN)?;
         // Only now: who had it before has changed it.
         let state = read(&directory, &path)?;
         Ok(Self { root: root.into(), state, directory, turn: Some(turn) })
@@ -106,21 +104,6 @@ impl Known {
     pub fn release(&mut self) {
         self.turn = None;
     }
-
-    /// Ends the container's processes, if they live, without asking anything inside, and removes all of it; false if somebody
-    /// else did at the same time.
-    pub fn destroy(self) -> Result<bool, StateError> {
-        end(self.state.process)?;
-        // It sees its channel closed and ends by itself; but not if it is stopped.
-        if let Some(machine) = self.state.machine {
-            end(machine.0)?;
-        }
-        if let Some(member) = &self.state.member_of {
-            member.leave(&self.root, &self.state.id)?;
-        }
-        self.state.remove_cgroups(PATIENCE)?;
-        remove_from(&self.root, &self.state.id, self.directory)
-    }
 }
 
 impl Membership {
@@ -135,30 +118,16 @@ impl Membership {
             Err(errno) => Err(StateError::Mounts(self.pod.clone(), errno.to_string())),
         }
     }
-
-    /// Takes the files of a container out of its pod's machine.
-    pub fn leave(&self, root: &Path, id: &str) -> Result<(), StateError> {
-        let _turn = match take_turn_of_mounts(root, &self.pod) {
-            // Its directory goes first.
-            Err(StateError::Missing(_)) => return Ok(()),
-            turn => turn?,
-        };
-        match self.mounts()? {
-            Some(mounts) => Jail::of_running(mounts.as_fd(), |share| share.detach(id))
-                .map_err(|error| StateError::Mounts(self.pod.clone(), error.to_string())),
-            None => Ok(()),
-        }
-    }
 }
 
 /// Waits until no other command changes the machine of a pod; until this is dropped no other does.
 pub fn take_turn_of_pod(root: &Path, pod: &str) -> Result<OwnedFd, StateError> {
-    take_turn(&open_pod(root, pod)?, &root.join(PODS).join(pod), TURN_FILE)
+    take_turn(&open_pod(root, pod)?, &root.join(PODS).join(pod), TURN_FILE, TURN)
 }
 
 /// The same for its mounts. To change the size of the machine is to wait for the guest, and this is not.
 pub fn take_turn_of_mounts(root: &Path, pod: &str) -> Result<OwnedFd, StateError> {
-    take_turn(&open_pod(root, pod)?, &root.join(PODS).join(pod), MOUNTS_FILE)
+    take_turn(&open_pod(root, pod)?, &root.join(PODS).join(pod), MOUNTS_FILE, TURN)
 }
 
 /// The directory of a pod, with its sockets.
@@ -169,40 +138,6 @@ pub fn open_pod(root: &Path, pod: &str) -> Result<OwnedFd, StateError> {
         StateError::Write(_, error) if error.kind() == io::ErrorKind::NotFound => StateError::Missing(pod.into()),
         other => other,
     })
-}
-
-/// Removes a container whose state cannot be read, and ends the process that holds it.
-pub fn remove(root: &Path, id: &str) -> Result<(), StateError> {
-    check_id(id)?;
-    let Some(directory) = open(&root.join(id)) else { return Ok(()) };
-    if let Some(holder) = holder(&directory) {
-        kill(&holder, "that holds the container")?;
-    }
-    for group in read_groups(&directory) {
-        group.remove(PATIENCE)?;
-    }
-    remove_from(root, id, directory).map(drop)
-}
-
-/// Removes what is left of a container that no process holds any more. Another that does the same is waited for, and what
-/// somebody makes under the same id meanwhile is left alone; false if there was nothing left to remove.
-fn remove_from(root: &Path, id: &str, directory: OwnedFd) -> Result<bool, StateError> {
-    let path = root.join(id);
-    let _turn = match take_turn(&directory, &path, TURN_FILE) {
-        Ok(turn) => turn,
-        Err(StateError::Missing(_)) => return Ok(false),
-        Err(error) => return Err(error),
-    };
-    if !same_file(&directory, &path) {
-        return Ok(false);
-    }
-    for path in [root.join(PODS).join(id), path] {
-        match fs::remove_dir_all(&path) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(StateError::Write(path, error)),
-            _ => {}
-        }
-    }
-    Ok(true)
 }
 
 /// All containers whose state can be read, by id.
@@ -233,7 +168,8 @@ pub fn is_held(container: &Path) -> bool {
 pub fn remove_cgroups(container: &Path) -> bool {
     // Without a document there are none.
     let state = open(container).and_then(|directory| read(&directory, container).ok());
-    state.is_none_or(|state| state.remove_cgroups(SOON).is_ok())
+    let patience = Patience { processes: SOON, ..PATIENCE };
+    state.is_none_or(|state| state.remove_cgroups(patience).is_ok())
 }
 
 /// Whether the container of this directory stays although nobody holds it.
@@ -241,13 +177,6 @@ pub fn is_kept(container: &Path) -> bool {
     let Some(directory) = open(container) else { return false };
     // A document that cannot be read is no reason to remove what may be somebody's container.
     container.join(DOCUMENT).exists() && read(&directory, container).map_or(true, |state| state.kept)
-}
-
-/// The control groups of a container whose document says nothing.
-fn read_groups(directory: &OwnedFd) -> Vec<Cgroup> {
-    let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-    let Ok(file) = rustix::fs::openat(directory, GROUPS, flags, Mode::empty()) else { return Vec::new() };
-    serde_json::from_reader(fs::File::from(file).take(MAX_DOCUMENT)).unwrap_or_default()
 }
 
 /// `path` is the directory's.
@@ -307,7 +236,7 @@ fn is_locked(directory: &OwnedFd) -> bool {
 }
 
 /// Waits until no other command changes the container of a directory, or sweeps or deletes it.
-fn take_turn(directory: &OwnedFd, path: &Path, file: &str) -> Result<OwnedFd, StateError> {
+fn take_turn(directory: &OwnedFd, path: &Path, file: &str, time: Duration) -> Result<OwnedFd, StateError> {
     let id = || path.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
     let wrong = |errno| match errno {
         // The directory was removed.
@@ -315,7 +244,7 @@ fn take_turn(directory: &OwnedFd, path: &Path, file: &str) -> Result<OwnedFd, St
         Errno::TIMEDOUT => StateError::Busy(id()),
         errno => StateError::Write(path.join(file), Errno::into(errno)),
     };
-    lock_in_time(open_lock(directory, file).map_err(wrong)?, TURN).map_err(wrong)
+    lock_in_time(open_lock(directory, file).map_err(wrong)?, time).map_err(wrong)
 }
 
 /// The file by which commands take turns; made if it is not there.
@@ -360,61 +289,6 @@ fn find(process: Process) -> Option<OwnedFd> {
     let pidfd = pidfd_open(Pid::from_raw(process.pid)?, PidfdFlags::empty()).ok()?;
     // After the descriptor is open its number cannot become another's.
     (start_time(process.pid) == Some(process.start_time)).then_some(pidfd)
-}
-
-/// The shadow that holds a container of which nothing else is known: it has locked its directory. Not another command that
-/// sweeps it.
-fn holder(directory: &OwnedFd) -> Option<OwnedFd> {
-    let stat = rustix::fs::fstat(directory).ok()?;
-    let (major, minor) = (rustix::fs::major(stat.st_dev), rustix::fs::minor(stat.st_dev));
-    let file = format!("{major:02x}:{minor:02x}:{}", stat.st_ino);
-    let find = || holder_in(&fs::read_to_string("/proc/locks").ok()?, &file);
-    let pid = find()?;
-    let name = fs::read_to_string(format!("/proc/{pid}/comm")).ok()?;
-    if name.trim_end() != crate::pod::SHADOW_NAME {
-        return None;
-    }
-    let process = pidfd_open(Pid::from_raw(pid)?, PidfdFlags::empty()).ok()?;
-    // After the descriptor is open its number cannot become another's.
-    (find() == Some(pid)).then_some(process)
-}
-
-/// The process with an exclusive flock on a file, in the words of `/proc/locks`: `1: FLOCK ADVISORY WRITE 77 00:18:5 0 EOF`.
-fn holder_in(locks: &str, file: &str) -> Option<i32> {
-    locks.lines().find_map(|line| {
-        let fields: Vec<&str> = line.split_ascii_whitespace().collect();
-        let found = fields.get(1..4) == Some(&["FLOCK", "ADVISORY", "WRITE"]) && fields.get(5) == Some(&file);
-        if found { fields.get(4)?.parse().ok() } else { None }
-    })
-}
-
-/// Ends a process, if it still is the one that was written down.
-fn end(process: Process) -> Result<(), StateError> {
-    let Some(pidfd) = find(process) else { return Ok(()) };
-    match kill(&pidfd, format_args!("{}", process.pid)) {
-        Err(StateError::DoesNotEnd(_)) if is_exiting(process.pid) => Ok(()),
-        ended => ended,
-    }
-}
-
-/// Whether a process has let go of all it had, and waits for others to be reaped: the first of a pid namespace ends when
-/// nothing is left of all that were executed in it, and that is up to their parents.
-fn is_exiting(pid: i32) -> bool {
-    /// `PF_EXITING` of `linux/sched.h`.
-    const EXITING: u64 = 4;
-    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
-    // Field 9, counted from behind the name, which may contain anything.
-    let flags = stat.rsplit_once(')').and_then(|(_, rest)| rest.split_ascii_whitespace().nth(6)?.parse::<u64>().ok());
-    flags.is_some_and(|flags| flags & EXITING != 0)
-}
-
-/// Kills a process, and waits for its end.
-fn kill(pidfd: &OwnedFd, which: impl std::fmt::Display) -> Result<(), StateError> {
-    let _ = pidfd_send_signal(pidfd, Signal::KILL);
-    match rustix::io::retry_on_intr(|| poll(&mut [PollFd::new(pidfd, PollFlags::IN)], Some(&END))) {
-        Ok(0) => Err(StateError::DoesNotEnd(which.to_string())),
-        _ => Ok(()),
-    }
 }
 
 #[cfg(test)]

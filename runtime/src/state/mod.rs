@@ -38,7 +38,7 @@ use serde::Serialize;
 use crate::cgroup::CgroupError;
 use crate::pod::NOTIFY_SOCKET;
 pub use document::{Machine, Membership, Process, State, Status, start_time};
-pub use known::{Known, list, lock_in_time, open_pod, remove, take_turn_of_mounts, take_turn_of_pod};
+pub use known::{Known, list, lock_in_time, open_pod, remove, remove_until, take_turn_of_mounts, take_turn_of_pod};
 
 /// Directory of the pods; not a container's id.
 const PODS: &str = "pods";

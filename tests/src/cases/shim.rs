@@ -363,7 +363,7 @@ fn started_with_parameters(scene: &Scene) -> Outcome {
         Ok(BootstrapResult::parse_from_bytes(&said)?)
     };
     let started = start()?;
-    ensure_eq!((started.version, &*started.protocol), (3, "ttrpc"), "what {started:?} says");
+    ensure_eq!((started.version, &*started.protocol), (2, "ttrpc"), "what {started:?} says");
     let socket = started.address.strip_prefix("unix://").map(Path::new);
     ensure_eq!(socket.and_then(Path::parent), Some(sockets), "directory of {started:?}");
     ensure_eq!(start()?.address, started.address, "address when it is started again");

@@ -1,5 +1,6 @@
 //! The ends of a container's processes, and what is told of them: in order, and whatever holds them up.
 
+use std::io;
 use std::os::fd::AsFd;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, PoisonError};
@@ -12,8 +13,8 @@ use tokio::sync::oneshot;
 use super::super::events::{Event, timestamp};
 use super::super::process::{Exit, Phase, Process};
 use super::{Container, beside};
-use crate::agent::{Agent, Happening};
-use crate::state::Known;
+use crate::agent::{Agent, AgentError, Events, Happening};
+use crate::state::{Known, StateError};
 
 /// How long what is executed in a container may take to end after that has, and again when it was killed.
 const AFTER: Duration = Duration::from_secs(10);
@@ -26,6 +27,12 @@ const LAST_WORDS: Duration = Duration::from_secs(10);
 
 /// How long the start of a program may wait for somebody to watch it.
 const WATCHED: Duration = Duration::from_secs(10);
+
+/// How often it is tried to be told of what happens to a container.
+const TRIES: u32 = 5;
+
+/// How long after one the next is made: a host or a guest that lacks memory, or descriptors, may have some again.
+const PAUSE: Duration = Duration::from_secs(1);
 
 /// How often containerd is told that a process was killed for lack of memory.
 const OFTEN: Duration = Duration::from_millis(100);
@@ -40,9 +47,11 @@ impl Container {
 
     /// Waits for the end of its first process. What was executed in it ends with it, and is told of first.
     async fn watch_first(self: Arc<Self>, watching: oneshot::Sender<()>) {
-        let mut memory = tokio::spawn(self.clone().watch_memory(watching));
+        let (lives, over) = oneshot::channel();
+        let mut memory = tokio::spawn(self.clone().watch_memory(watching, over));
         let exit = end_of(&self.init).await;
         self.ending.store(true, Ordering::Relaxed);
+        drop(lives);
         self.end_executed().await;
         // That it was killed for lack of memory is known in the guest before its end is.
         if tokio::time::timeout(LAST_WORDS, &mut memory).await.is_err() {
@@ -99,29 +108,64 @@ impl Container {
         }
     }
 
-    /// Tells of processes that are killed for lack of memory. `watching` goes when none is missed any more.
-    async fn watch_memory(self: Arc<Self>, watching: oneshot::Sender<()>) {
+    /// Tells of processes that are killed for lack of memory. `watching` goes when none is missed any more, or it cannot be helped;
+    /// `over` when the container has ended: who does not watch by then has nothing more to wait for.
+    async fn watch_memory(self: Arc<Self>, watching: oneshot::Sender<()>, mut over: oneshot::Receiver<()>) {
+        let (mut watching, mut last) = (Some(watching), None);
+        for number in 1..=TRIES {
+            let begun = tokio::select! {
+                _ = &mut over => return,
+                begun = self.begin_to_watch() => begun,
+            };
+            let told = match begun {
+                Ok(None) => return,
+                Ok(Some((_agent, events))) => {
+                    watching = None;
+                    self.tell_of_kills(events, &mut last).await
+                }
+                Err(error) => Err(error),
+            };
+            let Err(error) = told else { break };
+            // With its machine the connection ends, a moment before that is known here.
+            if tokio::time::timeout(PAUSE, &mut over).await.is_ok() {
+                break;
+            }
+            let what = "cannot tell whether processes are killed for lack of memory";
+            self.log.warning(&format!("{what}: {error} (attempt {number} of {TRIES})"));
+        }
+        drop(watching);
+    }
+
+    /// Asks its guest what happens to it; none if it is not there any more.
+    async fn begin_to_watch(self: &Arc<Self>) -> Result<Option<(Agent, Events)>, AgentError> {
         let this = self.clone();
         let dial = beside(move || {
-            let known = Known::load(&this.surroundings.root, &this.id).ok()?;
-            let pod = known.pod().ok()?;
-            crate::stdio::dial(pod.as_fd(), podhull_protocol::AGENT_PORT).ok()
+            let pod = match Known::load(&this.surroundings.root, &this.id).and_then(|known| known.pod()) {
+                Err(StateError::Missing(_)) => return Ok(None),
+                pod => pod.map_err(io::Error::other)?,
+            };
+            crate::stdio::dial(pod.as_fd(), podhull_protocol::AGENT_PORT).map(Some)
         });
-        let Ok(Some(stream)) = dial.await else { return };
-        let Ok(agent) = Agent::new(stream) else { return };
-        let Ok(mut events) = agent.watch(&self.id).await else { return };
-        drop(watching);
-        let mut last: Option<Instant> = None;
-        while let Ok(Happening::OutOfMemory) = events.next(&self.id).await {
+        let dialed = dial.await.map_err(io::Error::other).flatten().map_err(AgentError::Connect)?;
+        let Some(stream) = dialed else { return Ok(None) };
+        let agent = Agent::new(stream)?;
+        let events = agent.watch(&self.id).await?;
+        Ok(Some((agent, events)))
+    }
+
+    /// Tells of what happens until it ends.
+    async fn tell_of_kills(&self, mut events: Events, last: &mut Option<Instant>) -> Result<(), AgentError> {
+        while events.next(&self.id).await? == Happening::OutOfMemory {
             // The guest can say it as often as it likes.
             if last.is_some_and(|last| last.elapsed() < OFTEN) {
                 continue;
             }
-            last = Some(Instant::now());
+            *last = Some(Instant::now());
             // Where CRI-O, which takes no events, looks for it.
             let _ = std::fs::write(self.bundle.join("oom"), "");
             self.publish(&Event::OutOfMemory(TaskOOM { container_id: self.id.clone(), ..Default::default() }));
         }
+        Ok(())
     }
 
     /// Waits until nothing that happens to it is missed. A guest that does not say so is none that anybody needs to be told of.

@@ -2,6 +2,7 @@
 //! on. Containers are children of the test, without a machine.
 
 mod sandbox;
+mod watched;
 
 use std::os::fd::AsFd;
 use std::path::Path;
@@ -369,6 +370,47 @@ async fn what_cannot_be_made_leaves_its_name_free() {
     let restored = CreateTaskRequest { checkpoint: "/c".into(), ..create(&bundle, None) };
     assert_eq!(code(client.create(Context::default(), &restored).await), Code::UNIMPLEMENTED);
     assert!(shim.tasks.containers().is_empty());
+}
+
+/// containerd asks for the end of a pod once, for its first container, and removes the others whenever it comes to that.
+#[tokio::test]
+async fn the_end_that_was_asked_for_comes_with_the_last_container() {
+    let shim = Shim::start().await;
+    let client = shim.client().await;
+    let ended = async |id: &str| {
+        let (container, mut child) = shim.container(id);
+        child.kill().unwrap();
+        timeout(SOON, container.init.wait()).await.unwrap();
+    };
+    let delete = async |id: &str| {
+        let request = DeleteRequest { id: id.into(), ..Default::default() };
+        client.delete(Context::default(), &request).await.unwrap();
+    };
+    let shutdown = async |id: &str| {
+        let request = ShutdownRequest { id: id.into(), ..Default::default() };
+        client.shutdown(Context::default(), &request).await.unwrap();
+    };
+    let mut over = Box::pin(shim.over.notified());
+    let mut goes_on = async || timeout(Duration::ZERO, &mut over).await.is_err();
+    for id in ["pause", "one", "two"] {
+        ended(id).await;
+    }
+    // One of a pod that goes on, and one that could not be made.
+    delete("one").await;
+    shutdown("one").await;
+    shutdown("never").await;
+    assert!(goes_on().await);
+    ended("three").await;
+    delete("three").await;
+    assert!(goes_on().await);
+    delete("pause").await;
+    shutdown("pause").await;
+    assert!(goes_on().await, "\"two\" is still there");
+    delete("two").await;
+    timeout(SOON, over).await.unwrap();
+    // Who comes now comes too late.
+    let create = CreateTaskRequest { id: "late".into(), ..Default::default() };
+    assert_eq!(code(client.create(Context::default(), &create).await), Code::UNAVAILABLE);
 }
 
 /// containerd is killed, or gives up, while a container is being made.
