@@ -309,8 +309,9 @@ fn takes_all(scene: &Scene) -> Outcome {
     let id = cri.launch(&pod, config)?;
     let ended = cri.ended(&id)?;
     ensure_eq!(ended.exit_code, 137, "status of what takes all memory, which says {:?}", cri.log(&pod, "main"));
-    let events = fs::read_to_string(group.join("memory.events"))?;
-    ensure!(events.contains("oom_kill 0\n"), "{events}");
+    // In the group of the container somebody is killed, for who looks there.
+    let events = fs::read_to_string(group.join("memory.events.local"))?;
+    ensure!(events.contains("oom 0\n"), "{events}");
     ensure_eq!(cri.pod_status(&pod)?.state(), api::PodSandboxState::SandboxReady, "state of its pod");
     let peak: i64 = fs::read_to_string(group.join("memory.peak"))?.trim().parse()?;
     ensure!(peak > 1024 << 20, "at most {peak} bytes were in its group");
