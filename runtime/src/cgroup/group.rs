@@ -140,14 +140,14 @@ impl Cgroup {
             return Ok(());
         }
         let directory = self.place.directory();
-        let until = Instant::now() + patience.processes;
+        let until = Instant::now() + patience.at_most(patience.processes);
         let mut stopped = None;
         loop {
             kill(&directory)?;
             if !wait_until_empty(&directory, until)? {
                 return Err(CgroupError::StillThere { path: directory, seconds: patience.processes.as_secs() });
             }
-            let stop = |unit| systemd::stop(unit, patience.systemd);
+            let stop = |unit| systemd::stop(unit, patience.at_most(patience.systemd));
             let stopped = stopped.get_or_insert_with(|| self.place.unit.as_deref().map_or(Ok(()), stop));
             match remove_tree(&directory) {
                 // What is being executed at this moment came between: it is killed, and waited for, too.
@@ -318,7 +318,7 @@ mod tests {
         assert!(group.processes().unwrap().is_empty());
         assert_eq!(group.out_of_memory(), 0);
         group.kill().unwrap();
-        group.remove(Patience { processes: Duration::ZERO, systemd: Duration::ZERO }).unwrap();
+        group.remove(Patience { processes: Duration::ZERO, systemd: Duration::ZERO, until: None }).unwrap();
         assert!(group.add(1).unwrap_err().to_string().contains("/sys/fs/cgroup/no/such/group"));
     }
 

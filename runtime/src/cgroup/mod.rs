@@ -20,7 +20,7 @@ mod systemd;
 
 use std::io;
 use std::path::PathBuf;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 pub use group::Cgroup;
 pub use placement::{Manager, Placement};
@@ -34,10 +34,18 @@ pub struct Patience {
     pub processes: Duration,
     /// For systemd to stop the unit, where it is one's.
     pub systemd: Duration,
+    /// When all of it ends, whatever the others say.
+    pub until: Option<Instant>,
 }
 
 /// Before a group is given up.
-pub const PATIENCE: Patience = Patience { processes: Duration::from_secs(10), systemd: systemd::DEADLINE };
+pub const PATIENCE: Patience = Patience { processes: Duration::from_secs(10), systemd: systemd::DEADLINE, until: None };
+
+impl Patience {
+    fn at_most(self, most: Duration) -> Duration {
+        self.until.map_or(most, |until| most.min(until.saturating_duration_since(Instant::now())))
+    }
+}
 
 /// What cannot be done with a control group of the host. Callers match on some of the words, which are runc's.
 #[derive(Debug, thiserror::Error)]

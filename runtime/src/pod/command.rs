@@ -162,7 +162,7 @@ pub fn pause(root: &Path, id: &str) -> Result<(), CommandError> {
     }
     ask(&known, async |agent| agent.pause_container(id).await).map_err(|error| match error {
         CommandError::Agent(AgentError::NotNow(_) | AgentError::Missing(_)) => {
-            CommandError::NotRunning(id.into(), known.status())
+            CommandError::NotRunning(id.into(), Status::Stopped)
         }
         other => other,
     })?;

@@ -35,11 +35,21 @@ pub struct Machine<'a> {
 impl<'a> Machine<'a> {
     /// The machine of a container that is about to be changed; none if it is gone.
     pub fn of(root: &'a Path, container: &State, log: &'a Log) -> Result<Option<Self>, CommandError> {
+        Self::beside(root, container, |state| state.id != container.id, log)
+    }
+
+    /// The machine that a container is in, or was, with those of the containers that are counted as others there.
+    fn beside(
+        root: &'a Path,
+        container: &State,
+        is_other: impl Fn(&State) -> bool,
+        log: &'a Log,
+    ) -> Result<Option<Self>, CommandError> {
         let Some(pod) = container.pod() else { return Ok(None) };
         let turn = state::take_turn_of_pod(root, &pod.pod)?;
         // Only now: who had its turn before may have added one.
         let there = state::list(root)?.into_iter().map(|known| known.state);
-        let others = there.filter(|state| state.id != container.id && state.pod().as_ref() == Some(&pod));
+        let others = there.filter(|state| is_other(state) && state.pod().as_ref() == Some(&pod));
         let of_first = |state: &State| {
             // Whoever made the group of the pod may have given it another limit since.
             let room = state.machine_cgroup.as_ref().and_then(Cgroup::memory);
@@ -137,7 +147,8 @@ pub fn leave(root: &Path, container: &State, log: &Log) {
     if container.member_of.is_none() {
         return;
     }
-    let left = Machine::of(root, container, log).and_then(|machine| match machine {
+    // One of the same name has been made since.
+    let left = Machine::beside(root, container, |_| true, log).and_then(|machine| match machine {
         Some(machine) if !machine.others.is_empty() => machine.shrink(&container.demand),
         _ => Ok(()),
     });

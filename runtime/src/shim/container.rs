@@ -554,6 +554,7 @@ impl Container {
         });
         if let Some(state) = removed.await?? {
             // Nobody waits for the guest to give back its room: CRI does all there is to do for an end in ten seconds, or has lost it.
+            // This process does, at its end, as the thread has what publishes events.
             let (surroundings, log) = (self.surroundings.clone(), self.log.clone());
             drop(tokio::task::spawn_blocking(move || pod::leave(&surroundings.root, &state, &log)));
         }

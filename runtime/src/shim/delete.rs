@@ -13,6 +13,7 @@ use containerd_shim_protos::protobuf::{Message, MessageField};
 use containerd_shim_protos::sandbox_api::ShutdownSandboxRequest;
 use containerd_shim_protos::sandbox_async::SandboxClient;
 use containerd_shim_protos::shim_async::TaskClient;
+use tokio::task::JoinSet;
 use ttrpc::r#async::Client;
 use ttrpc::r#async::transport::Socket;
 use ttrpc::context::Context;
@@ -110,10 +111,9 @@ impl Wreck {
         let (mut all, unreadable) = match Known::load(&self.root, &self.id) {
             Ok(known) => (vec![known], false),
             Err(StateError::Missing(_)) => return (Vec::new(), false),
-            Err(StateError::Unreadable(..)) => (Vec::new(), true),
             Err(error) => {
                 self.warn(Err(error));
-                return (Vec::new(), false);
+                (Vec::new(), true)
             }
         };
         if all.iter().all(|known| known.state.member_of.is_none()) {
@@ -134,14 +134,23 @@ impl Wreck {
             let Ok(stream) = tokio::net::UnixStream::connect(shim).await else { return };
             let client = Client::new(Socket::new(stream));
             let tasks = TaskClient::new(client.clone());
-            // The first container of a pod comes last. That one is not known there is no matter.
-            for id in ids.iter().rev() {
-                // Nothing is forgotten that runs, as far as is known there.
-                let _ = tasks.wait(Context::default(), &WaitRequest { id: id.clone(), ..Default::default() }).await;
-                let _ = tasks.delete(Context::default(), &DeleteRequest { id: id.clone(), ..Default::default() }).await;
-            }
+            // It does so when it has none left; what it does not tell in time of one is no reason to stay.
             let id = self.id.clone();
             let _ = tasks.shutdown(Context::default(), &ShutdownRequest { id, ..Default::default() }).await;
+            let forget = |id: &String| {
+                let (tasks, id) = (tasks.clone(), id.clone());
+                async move {
+                    // Nothing is forgotten that runs, as far as is known there. That it is not known there is no matter.
+                    let _ = tasks.wait(Context::default(), &WaitRequest { id: id.clone(), ..Default::default() }).await;
+                    let _ = tasks.delete(Context::default(), &DeleteRequest { id, ..Default::default() }).await;
+                }
+            };
+            // The first container of a pod comes last.
+            let mut members: JoinSet<_> = ids.iter().skip(1).map(forget).collect();
+            while members.join_next().await.is_some() {}
+            if let Some(first) = ids.first() {
+                forget(first).await;
+            }
             // If it is a pod for itself: that alone keeps the process.
             let request = ShutdownSandboxRequest { sandbox_id: self.id.clone(), ..Default::default() };
             let _ = SandboxClient::new(client).shutdown_sandbox(Context::default(), &request).await;
@@ -218,9 +227,15 @@ mod tests {
 
         /// Removes one, and says how long that took.
         fn remove(&self, id: &str) -> Duration {
+            // No test waits so long for what happens.
+            self.remove_within(id, Duration::from_secs(20))
+        }
+
+        /// The same, where something does not come to its end: it is given up after so long.
+        fn remove_within(&self, id: &str, most: Duration) -> Duration {
             let (root, bundle) = (self.path().to_owned(), self.path().join("bundle"));
             let began = Instant::now();
-            let ends = began + Duration::from_secs(1);
+            let ends = began + most;
             let wreck = Wreck { root, id: id.into(), bundle, log: Log::stderr() };
             wreck.remove_in_time(ends, ends + Duration::from_secs(1));
             began.elapsed()
@@ -262,7 +277,7 @@ mod tests {
         hooks.set_poststop(Some(vec![hook]));
         std::fs::create_dir(root.path().join("bundle")).unwrap();
         let child = root.add("c", None, |state| state.hooks = Some(hooks));
-        let took = root.remove("c");
+        let took = root.remove_within("c", Duration::from_secs(1));
         assert!((Duration::from_secs(2)..Duration::from_secs(10)).contains(&took), "{took:?}");
         assert!(was_killed(child));
         assert!(root.ids().is_empty());
@@ -275,7 +290,7 @@ mod tests {
         let child = root.add("c", None, |_| {});
         let turn = std::fs::File::create(root.path().join("c/lock")).unwrap();
         rustix::fs::flock(&turn, FlockOperation::LockExclusive).unwrap();
-        let took = root.remove("c");
+        let took = root.remove_within("c", Duration::from_secs(1));
         assert!((Duration::from_secs(1)..Duration::from_secs(10)).contains(&took), "{took:?}");
         assert!(was_killed(child));
         assert_eq!(root.ids(), ["c"]);
@@ -346,7 +361,7 @@ mod tests {
         root.remove("none-of-its");
         assert!(told.try_recv().is_err());
         root.remove("pause");
-        let expected = ["wait one", "delete one", "wait pause", "delete pause", "shutdown pause"];
+        let expected = ["shutdown pause", "wait one", "delete one", "wait pause", "delete pause"];
         assert_eq!(told.try_iter().collect::<Vec<_>>(), expected);
         assert!(was_killed(pause) && was_killed(member) && root.ids().is_empty());
     }

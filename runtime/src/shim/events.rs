@@ -37,8 +37,11 @@ const SETTLED: Duration = Duration::from_secs(5);
 /// How often one is sent that containerd does not want.
 const TRIES: u32 = 5;
 
-/// Most events that wait. More than that nobody will miss: they are of hours ago.
+/// Most events that wait while containerd is away, which executes nothing meanwhile: each container ends once.
 const MOST: usize = 4096;
+
+/// How many of them may tell of kills for lack of memory, of which there is no end as long as what is killed is begun again.
+const KILLS: usize = MOST / 2;
 
 /// What has happened.
 #[derive(Debug)]
@@ -121,6 +124,9 @@ impl Publisher {
 
     /// Something has happened.
     pub fn publish(&self, event: &Event) {
+        if matches!(event, Event::OutOfMemory(_)) && self.sender.capacity() <= MOST - KILLS {
+            return;
+        }
         // Full: see MOST.
         let _ = self.sender.try_send(event.envelope(&self.namespace));
     }
@@ -290,6 +296,17 @@ mod tests {
 
     fn starved() -> Event {
         Event::OutOfMemory(task::TaskOOM { container_id: "c".into(), ..Default::default() })
+    }
+
+    #[test]
+    fn kills_without_end_leave_room_for_ends() {
+        let (publisher, mut sender) = Publisher::new("/nowhere", "default");
+        (0..2 * MOST).for_each(|_| publisher.publish(&starved()));
+        publisher.publish(&Event::Exited(task::TaskExit::default()));
+        let mut waiting: Vec<_> =
+            std::iter::from_fn(|| sender.receiver.try_recv().ok()).map(|event| event.topic).collect();
+        assert_eq!(waiting.pop().as_deref(), Some(topics::TASK_EXIT_EVENT_TOPIC));
+        assert_eq!(waiting, vec![topics::TASK_OOM_EVENT_TOPIC; KILLS]);
     }
 
     #[tokio::test]

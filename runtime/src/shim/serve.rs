@@ -87,6 +87,7 @@ pub fn serve(arguments: &Arguments) -> Result<(), ServeError> {
         let _ = tokio::time::timeout(LAST, open.closed()).await;
         let _ = tokio::time::timeout(LAST, server.shutdown()).await;
         drop((server, tasks));
+        // It ends with the last that has a Publisher: also what still gives back the room of a container in another's machine.
         let _ = tokio::time::timeout(LAST, sender).await;
         Ok(())
     });

@@ -11,7 +11,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{Mode, OFlags};
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 
-use super::{Known, MAX_DOCUMENT, MOUNTS_FILE, TURN, TURN_FILE, find, open, open_pod, take_turn};
+use super::{Known, MAX_DOCUMENT, MOUNTS_FILE, TURN, TURN_FILE, find, open, open_pod, read, take_turn};
 use crate::cgroup::{Cgroup, CgroupError, PATIENCE, Patience};
 use crate::state::{GROUPS, Membership, PODS, Process, StateError, check_id, same_file};
 
@@ -39,7 +39,11 @@ impl Time {
     }
 
     fn of_groups(self) -> Patience {
-        Patience { processes: self.at_most(PATIENCE.processes), systemd: self.at_most(PATIENCE.systemd) }
+        let until = match self {
+            Self::Each => None,
+            Self::Until(until) => Some(until),
+        };
+        Patience { until, ..PATIENCE }
     }
 }
 
@@ -80,6 +84,8 @@ impl Known {
         if !same_file(&self.directory, &path) {
             return false;
         }
+        // Who had its turn before may have changed it.
+        self.state = read(&self.directory, &path).unwrap_or(self.state);
         self.state.kept = false;
         let mut done = |result: Result<(), StateError>| result.inspect_err(&mut warn).is_ok();
         done(self.write());
