@@ -11,8 +11,10 @@ use crate::run::{DEADLINE, Running};
 use crate::suite::{Case, Scene};
 use crate::{Outcome, ensure, ensure_eq};
 
-pub const CASES: &[Case] =
-    &[oci("load::twenty_at_once", twenty_at_once), oci("load::many_in_a_row_leak_nothing", many_in_a_row_leak_nothing)];
+pub const CASES: &[Case] = &[
+    long(oci("load::twenty_at_once", twenty_at_once)),
+    oci("load::many_in_a_row_leak_nothing", many_in_a_row_leak_nothing),
+];
 
 fn twenty_at_once(scene: &Scene) -> Outcome {
     let rounds = scene.repeat.div_ceil(50);

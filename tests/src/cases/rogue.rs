@@ -35,7 +35,7 @@ pub const CASES: &[Case] = &[
     podhull("rogue::who_looks_at_it", who_looks_at_it),
     long(podhull("rogue::commands", commands)),
     podhull("rogue::behind_containerd", behind_containerd),
-    podhull("rogue::behind_kubelet", behind_kubelet),
+    long(podhull("rogue::behind_kubelet", behind_kubelet)),
 ];
 
 /// The image with the agent that misbehaves.
