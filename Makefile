@@ -96,7 +96,7 @@ test: stage-native image
 	@echo 'Unit tests: about 4 minutes the first time' >&2
 	cargo test --workspace
 	@echo "Hardware KVM: $$(tests/host/has-kvm)" >&2
-	@echo 'End-to-end tests: about 45 minutes in software hosts' >&2
+	@echo 'End-to-end tests: about 50 minutes in software hosts' >&2
 	TIMEOUT=4200 tests/host/end-to-end $(repeat_test)
 
 soak: stage-native

@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::json;
 
-use super::oci;
+use super::{long, oci};
 use crate::container::Container;
 use crate::leaks::{Leaks, Totals};
 use crate::run::{DEADLINE, Running};
