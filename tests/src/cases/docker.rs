@@ -4,7 +4,7 @@
 use std::fs;
 use std::time::{Duration, Instant};
 
-use super::oci;
+use super::{long, oci};
 use crate::docker::{Docker, check};
 use crate::image;
 use crate::leaks::Leaks;
@@ -14,7 +14,8 @@ use crate::suite::{Case, Scene};
 use crate::terminal::{Tmux, shell_line};
 use crate::{Outcome, ensure, ensure_eq};
 
-pub const CASES: &[Case] = &[oci("docker::containers", by_path), oci("docker::containers_by_the_shim", by_the_shim)];
+pub const CASES: &[Case] =
+    &[oci("docker::containers", by_path), long(oci("docker::containers_by_the_shim", by_the_shim))];
 
 /// Serves files of the container, and ends when it is asked to.
 const SERVE: &str = "trap 'echo bye; exit 3' TERM; echo hello; echo data > /file; httpd -p 80 -h /; \

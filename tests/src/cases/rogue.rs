@@ -34,7 +34,7 @@ pub const CASES: &[Case] = &[
     podhull("rogue::what_has_no_end", what_has_no_end),
     podhull("rogue::who_looks_at_it", who_looks_at_it),
     long(podhull("rogue::commands", commands)),
-    podhull("rogue::behind_containerd", behind_containerd),
+    long(podhull("rogue::behind_containerd", behind_containerd)),
     long(podhull("rogue::behind_kubelet", behind_kubelet)),
 ];
 

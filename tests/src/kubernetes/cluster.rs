@@ -232,9 +232,11 @@ impl Cluster {
             "syncFrequency": "10s",
         });
         fs::write(self.path("kubelet.json"), config.to_string())?;
+        // One more than it keeps otherwise: it counts what is created and does not run yet among the dead, so in the seconds that a
+        // container of either class needs here to start it may remove the one before, whose logs are wanted.
         let options = format!(
             "--config {} --kubeconfig {} --container-runtime remote --node-ip {ADDRESS} --hostname-override {NODE} --v 2 \
-             --container-runtime-endpoint unix:///run/containerd/containerd.sock",
+             --container-runtime-endpoint unix:///run/containerd/containerd.sock --maximum-dead-containers-per-container 2",
             self.path("kubelet.json"),
             self.path("kubeconfig"),
         );
