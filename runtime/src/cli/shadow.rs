@@ -11,6 +11,9 @@ const KILLED: u8 = 137;
 
 /// Lives as long as the container, or the program executed in one; returns its exit status.
 pub fn stand(command: Option<Command>, context: Context) -> ExitCode {
+    // One arena for its threads, which allocate little: each that has its own costs some system calls, and pages for as long as it lives.
+    // SAFETY: no other thread runs yet.
+    unsafe { libc::mallopt(libc::M_ARENA_MAX, 1) };
     // It was started as /proc/self/exe, which `ps` would show as "exe". A name too many is no reason to fail.
     if let Ok(name) = std::ffi::CString::new(pod::SHADOW_NAME) {
         let _ = rustix::thread::set_name(&name);

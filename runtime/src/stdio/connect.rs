@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use podhull_protocol::STDIO_PORT;
 use rustix::io::Errno;
 use rustix::net::sockopt::{Timeout, set_socket_timeout};
-use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
+use rustix::net::{AddressFamily, RecvFlags, SocketAddrUnix, SocketFlags, SocketType, recv};
 use rustix::thread::UnshareFlags;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
@@ -21,9 +21,13 @@ const MAX_ANSWER: usize = 32;
 /// Name of the pod's socket in the pod's directory.
 pub const SOCKET: &str = "vsock.sock";
 
-/// Connects, and names the stream by its token.
+/// Connects, and names the stream by its token. For a thread that uses no relative paths: its working directory is the pod's for a
+/// moment, and its own alone from then on.
 pub fn connect(pod: BorrowedFd<'_>, token: u64) -> io::Result<UnixStream> {
-    name(dial(pod, STDIO_PORT)?, token)
+    enter(pod)?;
+    let connected = connect_here(token);
+    rustix::process::chdir("/")?;
+    connected
 }
 
 /// The same for a thread whose working directory is the pod's.
@@ -131,9 +135,7 @@ pub fn connect_packets_in_loop(directory: BorrowedFd<'_>, name: &str) -> io::Res
 fn in_directory<T: Send>(directory: BorrowedFd<'_>, connect: impl FnOnce() -> io::Result<T> + Send) -> io::Result<T> {
     std::thread::scope(|scope| {
         let go = || {
-            // SAFETY: root and working directory of this thread alone; no descriptor table is unshared.
-            unsafe { rustix::thread::unshare_unsafe(UnshareFlags::FS) }?;
-            rustix::process::fchdir(directory)?;
+            enter(directory)?;
             connect()
         };
         let thread = std::thread::Builder::new().name("connect".into()).stack_size(super::pump::STACK);
@@ -144,24 +146,40 @@ fn in_directory<T: Send>(directory: BorrowedFd<'_>, connect: impl FnOnce() -> io
     })
 }
 
-/// One line, byte by byte: what follows belongs to the guest's stream. All of it comes by the deadline.
+/// Makes a directory the working directory of this thread, and of no other.
+fn enter(directory: BorrowedFd<'_>) -> io::Result<()> {
+    // SAFETY: root and working directory of this thread alone; no descriptor table is unshared.
+    unsafe { rustix::thread::unshare_unsafe(UnshareFlags::FS) }?;
+    Ok(rustix::process::fchdir(directory)?)
+}
+
+/// One line, and not a byte more: what follows belongs to the guest's stream. All of it comes by the deadline.
 fn line(stream: &mut UnixStream, deadline: Duration) -> io::Result<String> {
     let until = Instant::now() + deadline;
     let mut line = Vec::new();
-    let mut byte = [0];
+    let mut seen = [0; MAX_ANSWER];
     while line.len() < MAX_ANSWER {
         let left = until.saturating_duration_since(Instant::now());
         if left.is_zero() {
             return Err(late());
         }
         stream.set_read_timeout(Some(left))?;
-        match stream.read(&mut byte) {
-            Ok(0) => return Err(io::Error::new(io::ErrorKind::ConnectionRefused, "the guest refused the connection")),
-            Ok(_) if byte[0] == b'\n' => return Ok(String::from_utf8_lossy(&line).into_owned()),
-            Ok(_) => line.push(byte[0]),
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Err(late()),
-            Err(error) => return Err(error),
+        let room = &mut seen[..MAX_ANSWER - line.len()];
+        let length = match recv(&*stream, room, RecvFlags::PEEK) {
+            Ok((0, _)) => {
+                return Err(io::Error::new(io::ErrorKind::ConnectionRefused, "the guest refused the connection"));
+            }
+            Ok((length, _)) => length,
+            Err(Errno::INTR) => continue,
+            Err(Errno::AGAIN) => return Err(late()),
+            Err(errno) => return Err(errno.into()),
+        };
+        let end = seen[..length].iter().position(|byte| *byte == b'\n');
+        // What was seen is there.
+        stream.read_exact(&mut seen[..end.map_or(length, |end| end + 1)])?;
+        line.extend_from_slice(&seen[..end.unwrap_or(length)]);
+        if end.is_some() {
+            return Ok(String::from_utf8_lossy(&line).into_owned());
         }
     }
     Err(io::Error::new(io::ErrorKind::InvalidData, "the machine's answer does not end"))
