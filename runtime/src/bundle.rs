@@ -109,7 +109,7 @@ fn read_config(path: &Path, directory: &OwnedFd) -> Result<String, BundleError> 
     if FileType::from_raw_mode(stat.st_mode) != FileType::RegularFile {
         return Err(BundleError::NotAFile(path.to_owned()));
     }
-    let mut text = Vec::new();
+    let mut text = Vec::with_capacity(stat.st_size.clamp(0, MAX_CONFIG as i64) as usize + 1);
     let length =
         File::from(fd).take(MAX_CONFIG + 1).read_to_end(&mut text).map_err(|e| BundleError::Read(path.to_owned(), e))?
             as u64;

@@ -340,7 +340,8 @@ fn execute(exec: &Exec<'_>, given: Given) -> Result<u8, ExecError> {
         files.leave();
     }
     confine().map_err(ExecError::Privileges)?;
-    let agent = crate::stdio::dial(pod.as_fd(), podhull_protocol::AGENT_PORT).map_err(AgentError::Connect)?;
+    let agent = crate::stdio::dial_in_this_thread(pod.as_fd(), podhull_protocol::AGENT_PORT);
+    let agent = agent.map_err(AgentError::Connect)?;
     let runtime =
         tokio::runtime::Builder::new_current_thread().enable_io().enable_time().build().map_err(ExecError::Signals)?;
     let outcome = runtime.block_on(async {

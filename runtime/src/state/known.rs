@@ -193,7 +193,8 @@ fn read(directory: &OwnedFd, path: &Path) -> Result<State, StateError> {
         Err(errno @ (Errno::MFILE | Errno::NFILE)) => return Err(StateError::Descriptors(path.into(), errno)),
         Err(errno) => return Err(unreadable(errno.to_string())),
     };
-    let mut text = String::new();
+    // Few are longer: then two calls read it, else one for each doubling.
+    let mut text = String::with_capacity(4096);
     file.take(MAX_DOCUMENT).read_to_string(&mut text).map_err(|e| unreadable(e.to_string()))?;
     let version = serde_json::from_str::<Version>(&text).map_err(|e| unreadable(e.to_string()))?.version;
     if version > VERSION {

@@ -21,13 +21,9 @@ const MAX_ANSWER: usize = 32;
 /// Name of the pod's socket in the pod's directory.
 pub const SOCKET: &str = "vsock.sock";
 
-/// Connects, and names the stream by its token. For a thread that uses no relative paths: its working directory is the pod's for a
-/// moment, and its own alone from then on.
+/// Connects, and names the stream by its token, as [`dial_in_this_thread`].
 pub fn connect(pod: BorrowedFd<'_>, token: u64) -> io::Result<UnixStream> {
-    enter(pod)?;
-    let connected = connect_here(token);
-    rustix::process::chdir("/")?;
-    connected
+    name(dial_in_this_thread(pod, STDIO_PORT)?, token)
 }
 
 /// The same for a thread whose working directory is the pod's.
@@ -79,6 +75,15 @@ fn name(mut stream: UnixStream, token: u64) -> io::Result<UnixStream> {
 /// Connects to a port of the guest through the socket in the pod's directory.
 pub fn dial(pod: BorrowedFd<'_>, port: u32) -> io::Result<UnixStream> {
     ask_for(in_directory(pod, || connect_stream(SOCKET, DEADLINE))?, port)
+}
+
+/// The same without a thread more, for one that uses no relative paths: its working directory is the pod's for a moment and `/` then,
+/// and its own alone.
+pub fn dial_in_this_thread(pod: BorrowedFd<'_>, port: u32) -> io::Result<UnixStream> {
+    enter(pod)?;
+    let connected = connect_stream(SOCKET, DEADLINE);
+    rustix::process::chdir("/")?;
+    ask_for(connected?, port)
 }
 
 /// Connects to a socket by a path; at most so long if its backlog is full. Nor does what is written to it wait for longer.

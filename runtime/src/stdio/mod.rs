@@ -26,6 +26,7 @@ use tokio::sync::{mpsc, oneshot};
 use crate::confine::drop_privileges;
 pub use connect::{
     SOCKET, connect_here, connect_in_loop, connect_packets, connect_packets_in_loop, dial, dial_in_loop,
+    dial_in_this_thread,
 };
 use console::Console;
 pub use console::{pair as terminal_pair, set_size as set_terminal_size};
